@@ -1,0 +1,46 @@
+"""dpo_fast: Direct Preference Optimization, exact and fast.
+
+    tokenised pairs
+      1  batch.py       -> PreferenceBatch: rows for the model, one-dimensional scored tokens
+      2  attention.py      attention over a shared-prefix row
+      3  forward.py     -> hidden states at the scored positions -> token log-probs, inside model.forward
+      4  logps.py       -> sequence log-probs, PairLogps
+      5  losses.py      -> loss per pair
+      6  metrics.py     -> metrics as device scalars
+
+`functional.py` composes 2 to 6 and is the file to read first. Importing this package needs torch alone: triton,
+transformers, TRL and peft are imported by the names that use them.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it; imported on first use, so that `import dpo_fast` stays light
+_PUBLIC = {
+    "logits_token_logps": "dpo_fast.ops.logits",
+    "logits_token_stats": "dpo_fast.ops.logits",
+    "TokenStats": "dpo_fast.ops.stats",
+    "sequence_logps": "dpo_fast.ops.sequence",
+    "PairLogps": "dpo_fast.logps",
+    "preference_loss": "dpo_fast.losses",
+    "LOSSES": "dpo_fast.losses",
+    "PreferenceBatch": "dpo_fast.batch",
+    "attach": "dpo_fast.forward",
+    "FastDPOTrainer": "dpo_fast.training.trainer",
+    "FastDPOConfig": "dpo_fast.training.config",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_PUBLIC))

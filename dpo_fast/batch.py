@@ -1,0 +1,110 @@
+"""Stage 1: tokenised pairs -> `PreferenceBatch`.
+
+Whatever the layout of the rows that the model reads, the scored tokens are one-dimensional: N completion tokens, each
+with the sequence it belongs to and the position whose hidden state predicts it. Everything after the model works on
+these vectors and never sees padding.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """One preference pair as token ids, after truncation.
+
+    The two prompts are equal unless truncation from the left cut them differently.
+    """
+
+    chosen_prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected_prompt: Sequence[int]
+    rejected: Sequence[int]
+    ref_chosen_logps: float | None = None
+    ref_rejected_logps: float | None = None
+
+
+class PreferenceBatch(dict):
+    """P preference pairs, ready for `model(batch)` on a model prepared by `dpo_fast.attach`.
+
+    A dict of tensors (so that data loaders, Trainers and wrappers move and split it as usual) with attribute access:
+
+    rows for the model, B x T:
+      input_ids (B, T) int64; attention_mask (B, T) int64 or None (packed rows: nothing to mask); position_ids (B, T)
+    scored tokens, N:
+      targets (N,) int64 token ids; sequence_ids (N,) int64, chosen of pair i is i, rejected is P + i;
+      predictors (N,) int64 index into the B*T flattened positions: where the hidden state that predicts the token is
+    per sequence:
+      lengths (2P,) int64 number of scored tokens; reference_logps (2P,) fp32 or None, when precomputed
+    layout: None for padded rows, else the shared-prefix layout that the attention function needs
+    """
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"PreferenceBatch has no field {name!r}; fields: {', '.join(self)}") from None
+
+    @property
+    def num_pairs(self) -> int:
+        return self["lengths"].shape[0] // 2
+
+    def to(self, device, non_blocking: bool = False) -> "PreferenceBatch":
+        """A copy with every tensor on `device`."""
+        return type(self)(
+            {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in self.items()}
+        )
+
+    def pin_memory(self) -> "PreferenceBatch":
+        return type(self)({k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in self.items()})
+
+
+def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_of: int = 1) -> PreferenceBatch:
+    """Lay pairs out as 2P right-padded rows, [chosen 0..P-1, rejected 0..P-1].
+
+    The first token of a sequence without a prompt has nothing to predict it and is not scored.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError("padded_batch: got no pairs, expected at least one")
+    rows = [(p.chosen_prompt, p.chosen) for p in pairs] + [(p.rejected_prompt, p.rejected) for p in pairs]
+    width = max(1, *(len(prompt) + len(completion) for prompt, completion in rows))
+    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    targets, sequence_ids, predictors, lengths = [], [], [], []
+    for row, (prompt, completion) in enumerate(rows):
+        ids = [*prompt, *completion]
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        attention_mask[row, : len(ids)] = 1
+        first = max(len(prompt), 1)  # position 0 has no predecessor
+        targets += ids[first:]
+        sequence_ids += [row] * (len(ids) - first)
+        predictors += range(row * width + first - 1, row * width + len(ids) - 1)
+        lengths.append(max(len(ids) - first, 0))
+    return PreferenceBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+        predictors=torch.tensor(predictors, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        reference_logps=reference_logps(pairs),
+        layout=None,
+    )
+
+
+def reference_logps(pairs: Sequence[TokenPair]) -> Tensor | None:
+    """(2P,) fp32 precomputed reference log-probs, or None when the pairs carry none."""
+    chosen, rejected = [p.ref_chosen_logps for p in pairs], [p.ref_rejected_logps for p in pairs]
+    missing = sum(value is None for value in chosen + rejected)
+    if missing == len(chosen) + len(rejected):
+        return None
+    if missing:
+        raise ValueError(f"{missing} of {2 * len(pairs)} precomputed reference log-probs are missing in this batch")
+    return torch.tensor(chosen + rejected, dtype=torch.float32)

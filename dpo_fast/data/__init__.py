@@ -1,0 +1,1 @@
+"""Preference data that ships with the package."""

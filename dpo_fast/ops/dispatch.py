@@ -1,0 +1,71 @@
+"""Which implementation runs, and why the others cannot.
+
+`triton` runs on CUDA, ROCm and XPU tensors, and on CPU tensors when TRITON_INTERPRET=1; `torch` is the eager path and
+runs anywhere; `reference` is the naive oracle. `auto` takes the first that can. An explicit choice never falls back.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger("dpo_fast")
+
+IMPLS = ("triton", "torch", "reference")
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called "cuda" by torch
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter: read by triton when it is imported, so set it before."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reasons_against(impl: str, device: torch.device) -> list[str]:
+    """Every reason why `impl` cannot run on `device`; an empty list means that it can."""
+    reasons = []
+    if impl == "triton":
+        if not _triton_installed():
+            reasons.append("the package triton is not installed")
+        if device.type not in _TRITON_DEVICES and not (device.type == "cpu" and interpreting()):
+            reasons.append(
+                f"the tensors are on {device.type!r}, Triton needs one of {', '.join(_TRITON_DEVICES)}"
+                " (or CPU tensors with TRITON_INTERPRET=1 set before triton is imported)"
+            )
+    return reasons
+
+
+@functools.cache
+def _log_once(op: str, impl: str, device_type: str, why: str) -> None:
+    logger.info("%s: impl=%r on %s%s", op, impl, device_type, f" ({why})" if why else "")
+
+
+def choose_impl(op: str, impl: str, device: torch.device) -> str:
+    """The implementation that runs for `impl`; DPO_FAST_IMPL stands in for "auto" where it is set.
+
+    Raises `ValueError` for an unknown name, and for an explicit choice that cannot run, with every reason.
+    """
+    source = "impl"
+    if impl == "auto" and os.environ.get("DPO_FAST_IMPL", "auto") != "auto":
+        impl, source = os.environ["DPO_FAST_IMPL"], "DPO_FAST_IMPL"
+    if impl == "auto":
+        skipped = []
+        for candidate in IMPLS:
+            reasons = reasons_against(candidate, device)
+            if not reasons:
+                if not torch.compiler.is_compiling():
+                    _log_once(op, candidate, device.type, "; ".join(skipped))
+                return candidate
+            skipped += [f"not {candidate}: {reason}" for reason in reasons]
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: {source} must be one of 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    reasons = reasons_against(impl, device)
+    if reasons:
+        raise ValueError(f"{op}: {source}={impl!r} cannot run: " + "; ".join(reasons))
+    return impl

@@ -1,0 +1,29 @@
+"""What one pass over a row of logits can report about it, and the names of the outputs."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-token results; a field that was not asked for is None. All have the shape of `labels`, 0 where ignored.
+
+    `logps` is differentiable, the others are not. Logits below are after soft-cap, scale and temperature.
+    """
+
+    logps: Tensor  # fp32, log softmax(logits)[label], in nats
+    entropy: Tensor | None = None  # fp32, -sum p log p, in nats
+    mean_logits: Tensor | None = None  # fp32, mean over the vocabulary
+    is_top1: Tensor | None = None  # bool, whether the label is the argmax (the first one, on ties)
+    log_sum_sq_probs: Tensor | None = None  # fp32, log sum p^2 (WPO, arXiv:2406.11827, equation 2)
+
+
+def check_outputs(op: str, outputs) -> tuple[str, ...]:
+    """`outputs` as a tuple in the order of STATS; `ValueError` for an unknown name."""
+    unknown = [name for name in outputs if name not in (*STATS, "logps")]
+    if isinstance(outputs, str) or unknown:
+        raise ValueError(f"{op}: outputs must be a sequence of names from {', '.join(STATS)}, got {outputs!r}")
+    return tuple(name for name in STATS if name in outputs)
