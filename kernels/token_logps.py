@@ -1,0 +1,254 @@
+"""Log-softmax of each row of logits at its label, in one read of the row; and its gradient.
+
+    logp = (z_y - max_v z_v) - log sum_v exp(z_v - max)            d logp / d z_v = [v = y] - p_v
+
+z is the transformed logit (numerics.py). No probability is stored: the forward keeps two floats a row (`row_max`,
+`log_sum`), from which the backward rebuilds each p_v. Subtracting the maximum first, and not the sum of both, keeps the
+digits that a large log-sum-exp would swallow. The same pass can report entropy, mean logit, top-1 hit and log sum p^2.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import LOWEST, d_transform, transform
+
+
+@triton.jit
+def token_logps_fwd_kernel(
+    logits_ptr,  # (outer, inner, V), strides below
+    labels_ptr,  # (N,) with N = outer * inner
+    logps_ptr,  # (N,) fp32
+    row_max_ptr,  # (N,) fp32
+    log_sum_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32, and so on: written only where the flag is set
+    mean_logits_ptr,
+    is_top1_ptr,
+    log_sum_sq_probs_ptr,
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_v,
+    ignore_index,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGITS: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    LOG_SUM_SQ_PROBS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a row. LANES independent online softmaxes, each over WIDTH neighbouring columns a step: WIDTH is one
+    16-byte load, so a lane never leaves its thread and the loop has no exchange between threads, which wait only once,
+    at the end. Beyond one `exp` a logit, a step costs one a lane."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:  # nothing of the row is read
+        tl.store(logps_ptr + row, 0.0)
+        tl.store(row_max_ptr + row, 0.0)
+        tl.store(log_sum_ptr + row, 0.0)
+        if ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
+        if MEAN_LOGITS:
+            tl.store(mean_logits_ptr + row, 0.0)
+        if IS_TOP1:
+            tl.store(is_top1_ptr + row, 0.0)
+        if LOG_SUM_SQ_PROBS:
+            tl.store(log_sum_sq_probs_ptr + row, 0.0)
+        return
+
+    row_ptr = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
+    offs = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    running_max = tl.full((LANES,), LOWEST, tl.float32)
+    running_sum = tl.zeros((LANES,), tl.float32)  # sum of exp(z - max)
+    running_dot = tl.zeros((LANES,), tl.float32)  # sum of exp(z - max) (z - max)
+    running_sq = tl.zeros((LANES,), tl.float32)  # sum of exp(z - max)^2
+    total = tl.zeros((LANES,), tl.float32)  # sum of z
+    best_before = tl.full((LANES,), -float("inf"), tl.float32)  # largest z left of the label
+    for start in range(0, V, LANES * WIDTH):
+        cols = start + offs
+        inside = cols < V
+        x = tl.load(row_ptr + cols.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+        z, _ = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        if MEAN_LOGITS:
+            total += tl.sum(tl.where(inside, z, 0.0), axis=1)
+        z = tl.where(inside, z, -float("inf"))
+        if IS_TOP1:
+            best_before = tl.maximum(best_before, tl.max(tl.where(cols < label, z, -float("inf")), axis=1))
+        new_max = tl.maximum(running_max, tl.max(z, axis=1))
+        shrink = tl.exp(running_max - new_max)
+        shifted = z - new_max[:, None]
+        e = tl.exp(shifted)
+        if ENTROPY:
+            moved = running_dot + running_sum * tl.where(running_sum > 0, running_max - new_max, 0.0)
+            running_dot = moved * shrink + tl.sum(tl.where(e > 0, e * shifted, 0.0), axis=1)
+        if LOG_SUM_SQ_PROBS:
+            running_sq = running_sq * shrink * shrink + tl.sum(e * e, axis=1)
+        running_sum = running_sum * shrink + tl.sum(e, axis=1)
+        running_max = new_max
+
+    row_max = tl.max(running_max, axis=0)
+    shrink = tl.exp(running_max - row_max)
+    sum_exp = tl.sum(running_sum * shrink, axis=0)
+    log_sum = tl.log(sum_exp)
+
+    # A label outside the vocabulary is never used as an address; its row becomes NaN.
+    valid = (label >= 0) & (label < V)
+    x = tl.load(row_ptr + tl.where(valid, label, 0).to(tl.int64) * stride_v).to(tl.float32)
+    target, _ = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+    logp = tl.where(sum_exp == 0.0, -float("inf"), (target - row_max) - log_sum)
+    tl.store(logps_ptr + row, tl.where(valid, logp, float("nan")))
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+    if ENTROPY:
+        moved = running_dot + running_sum * tl.where(running_sum > 0, running_max - row_max, 0.0)
+        tl.store(entropy_ptr + row, log_sum - tl.sum(moved * shrink, axis=0) / sum_exp)
+    if MEAN_LOGITS:
+        tl.store(mean_logits_ptr + row, tl.sum(total, axis=0) / V)
+    if IS_TOP1:
+        first = (target >= row_max) & (target > tl.max(best_before, axis=0)) & valid
+        tl.store(is_top1_ptr + row, first.to(tl.float32))
+    if LOG_SUM_SQ_PROBS:
+        tl.store(log_sum_sq_probs_ptr + row, tl.log(tl.sum(running_sq * shrink * shrink, axis=0)) - 2.0 * log_sum)
+
+
+@triton.jit
+def token_logps_bwd_kernel(
+    logits_ptr,  # (outer, inner, V)
+    d_logits_ptr,  # (outer, inner, V) with strides of its own; may be logits_ptr: a program reads what it overwrites
+    labels_ptr,  # (N,)
+    row_max_ptr,  # (N,) fp32
+    log_sum_ptr,  # (N,) fp32
+    d_logps_ptr,  # (N,) fp32
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_v,
+    d_stride_outer,
+    d_stride_inner,
+    d_stride_v,
+    ignore_index,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a row and block of columns: one read and one write."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = cols < V
+    outer_index, inner_index = row // inner, row % inner
+    out_ptrs = d_logits_ptr + outer_index * d_stride_outer + inner_index * d_stride_inner
+    out_ptrs += cols.to(tl.int64) * d_stride_v
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(out_ptrs, tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty), mask=inside)
+        return
+    valid = (label >= 0) & (label < V)
+    coefficient = tl.where(valid, tl.load(d_logps_ptr + row), float("nan"))
+    log_sum = tl.load(log_sum_ptr + row)
+    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)  # a row of all -inf: p = 0
+    in_ptrs = logits_ptr + outer_index * stride_outer + inner_index * stride_inner + cols.to(tl.int64) * stride_v
+    x = tl.load(in_ptrs, mask=inside, other=0.0).to(tl.float32)
+    z, t = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+    p = tl.exp((z - tl.load(row_max_ptr + row)) - log_sum)
+    d = coefficient * (tl.where(cols == label, 1.0, 0.0) - p)
+    d *= d_transform(t, logit_scale, inv_temperature, HAS_SOFTCAP)
+    tl.store(out_ptrs, d.to(d_logits_ptr.dtype.element_ty), mask=inside)
+
+
+def token_logps_fwd(logits, rows, labels, out, *, ignore_index, logit_scale, softcap, temperature):
+    """Launch the forward. `rows` is (outer, inner, stride_outer, stride_inner); `out` maps names to (N,) fp32 tensors,
+    the statistics that are missing from it are not computed."""
+    V = logits.shape[-1]
+    _, inner, stride_outer, stride_inner = rows
+    unused = out["logps"]
+    token_logps_fwd_kernel[(labels.numel(),)](
+        logits,
+        labels,
+        out["logps"],
+        out["row_max"],
+        out["log_sum"],
+        out.get("entropy", unused),
+        out.get("mean_logits", unused),
+        out.get("is_top1", unused),
+        out.get("log_sum_sq_probs", unused),
+        V,
+        inner,
+        stride_outer,
+        stride_inner,
+        logits.stride(-1),
+        ignore_index,
+        logit_scale,
+        softcap or 1.0,
+        1.0 / temperature,
+        HAS_SOFTCAP=softcap is not None,
+        ENTROPY="entropy" in out,
+        MEAN_LOGITS="mean_logits" in out,
+        IS_TOP1="is_top1" in out,
+        LOG_SUM_SQ_PROBS="log_sum_sq_probs" in out,
+        **forward_config(V, logits.element_size()),
+    )
+
+
+def token_logps_bwd(
+    logits,
+    d_logits,
+    rows,
+    d_rows,
+    labels,
+    row_max,
+    log_sum,
+    d_logps,
+    *,
+    ignore_index,
+    logit_scale,
+    softcap,
+    temperature,
+):
+    """Launch the backward; `d_logits` may be `logits`."""
+    V = logits.shape[-1]
+    _, inner, stride_outer, stride_inner = rows
+    _, _, d_stride_outer, d_stride_inner = d_rows
+    config = backward_config(V)
+    token_logps_bwd_kernel[(labels.numel(), triton.cdiv(V, config["BLOCK_V"]))](
+        logits,
+        d_logits,
+        labels,
+        row_max,
+        log_sum,
+        d_logps,
+        V,
+        inner,
+        stride_outer,
+        stride_inner,
+        logits.stride(-1),
+        d_stride_outer,
+        d_stride_inner,
+        d_logits.stride(-1),
+        ignore_index,
+        logit_scale,
+        softcap or 1.0,
+        1.0 / temperature,
+        HAS_SOFTCAP=softcap is not None,
+        **config,
+    )
+
+
+def forward_config(V: int, element_size: int) -> dict[str, int]:
+    """A rule, not a measurement: four 16-byte loads in flight a thread, no more lanes than the row can fill. A
+    vocabulary that is no multiple of 16 costs a predicate a logit, and half the lanes leave registers for them."""
+    width, full = 16 // element_size, 1024 if V % 16 == 0 else 512
+    lanes = min(full, triton.next_power_of_2(triton.cdiv(V, width)))
+    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, 8 * lanes // full)}
+
+
+def backward_config(V: int) -> dict[str, int]:
+    """A rule, not a measurement: two 16-byte bf16 loads a thread, one where predicates need the registers."""
+    block = min(4096 if V % 16 == 0 else 2048, triton.next_power_of_2(V))
+    return {"BLOCK_V": block, "num_warps": max(1, min(8, block // 256))}
