@@ -16,8 +16,8 @@ def max_error(result: Tensor, oracle: Tensor) -> float:
 def assert_within_budget(result: Tensor, eager: Tensor, oracle: Tensor, *, factor: float = 1.0, what: str = "") -> None:
     """`error(result) <= factor * error(eager) + 1 ulp`, both against the same fp64 oracle.
 
-    `eager` is the plain PyTorch computation in the same input dtype. One ulp is that of the result's dtype at the largest
-    finite magnitude of the oracle, so the budget follows the scale of the data and never a hand-picked tolerance.
+    `eager` is the plain PyTorch computation in the same input dtype. One ulp is that of the result's dtype at the
+    largest finite magnitude of the oracle: the budget follows the scale of the data, nobody picks a tolerance.
     """
     assert result.shape == oracle.shape, f"{what}: shape {tuple(result.shape)}, oracle {tuple(oracle.shape)}"
     finite = oracle.detach().double()[torch.isfinite(oracle)]

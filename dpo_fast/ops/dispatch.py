@@ -17,9 +17,7 @@ IMPLS = ("triton", "torch", "reference")
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called "cuda" by torch
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -27,17 +25,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def reasons_against(impl: str, device: torch.device) -> list[str]:
-    """Every reason why `impl` cannot run on `device`; an empty list means that it can."""
+def reasons_against(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Every reason why `impl` cannot run on such tensors; an empty list means that it can."""
     reasons = []
     if impl == "triton":
-        if not _triton_installed():
+        if not _TRITON_INSTALLED:
             reasons.append("the package triton is not installed")
         if device.type not in _TRITON_DEVICES and not (device.type == "cpu" and interpreting()):
             reasons.append(
                 f"the tensors are on {device.type!r}, Triton needs one of {', '.join(_TRITON_DEVICES)}"
                 " (or CPU tensors with TRITON_INTERPRET=1 set before triton is imported)"
             )
+        if dtype == torch.float64:
+            reasons.append("the kernels take bf16, fp16 and fp32, not float64")
     return reasons
 
 
@@ -46,7 +46,7 @@ def _log_once(op: str, impl: str, device_type: str, why: str) -> None:
     logger.info("%s: impl=%r on %s%s", op, impl, device_type, f" ({why})" if why else "")
 
 
-def choose_impl(op: str, impl: str, device: torch.device) -> str:
+def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The implementation that runs for `impl`; DPO_FAST_IMPL stands in for "auto" where it is set.
 
     Raises `ValueError` for an unknown name, and for an explicit choice that cannot run, with every reason.
@@ -57,7 +57,7 @@ def choose_impl(op: str, impl: str, device: torch.device) -> str:
     if impl == "auto":
         skipped = []
         for candidate in IMPLS:
-            reasons = reasons_against(candidate, device)
+            reasons = reasons_against(candidate, device, dtype)
             if not reasons:
                 if not torch.compiler.is_compiling():
                     _log_once(op, candidate, device.type, "; ".join(skipped))
@@ -65,7 +65,7 @@ def choose_impl(op: str, impl: str, device: torch.device) -> str:
             skipped += [f"not {candidate}: {reason}" for reason in reasons]
     if impl not in IMPLS:
         raise ValueError(f"{op}: {source} must be one of 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    reasons = reasons_against(impl, device)
+    reasons = reasons_against(impl, device, dtype)
     if reasons:
         raise ValueError(f"{op}: {source}={impl!r} cannot run: " + "; ".join(reasons))
     return impl

@@ -1,0 +1,227 @@
+"""Level 1: token log-probs from logits.
+
+One read of the logits forward, one read and one write backward; no softmax is stored. The ops are registered with
+`torch.library`, so `torch.compile` sees them as built in.
+"""
+
+import torch
+from torch import Tensor
+
+from . import logits_torch
+from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
+from .dispatch import choose_impl
+from .reference import logits_token_stats_reference
+from .stats import STATS, TokenStats, check_outputs
+
+
+def logits_token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-probability of each label under softmax(logits), with gradients for `logits`.
+
+    logits: (..., V) bf16, fp16, fp32 (fp64 except in Triton), any strides; a soft-cap `c` makes them `c tanh(x / c)`,
+      then they are divided by `temperature`.
+    labels: (...) int64 or int32, each in [0, V) or `ignore_index`.
+    inplace_backward: the gradient is written over `logits`, which saves a tensor of its size: read them no more after
+      the backward. A second backward then raises. Ignored under `torch.compile`, which plans memory itself.
+
+    Returns (...) fp32 (fp64 for fp64 logits), in nats, exactly 0 where ignored and with zero gradient there. A row of
+    all -inf gives -inf. On devices other than the CPU a label out of range gives NaN, unless DPO_FAST_CHECK=1.
+
+    Raises TypeError for dtypes, ValueError for shapes, devices, an `impl` that cannot run, and labels out of range.
+    """
+    return _token_stats("logits_token_logps", **locals(), outputs=()).logps
+
+
+def logits_token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    outputs=STATS,
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> TokenStats:
+    """As `logits_token_logps`, and in the same pass the statistics named in `outputs` (see `TokenStats`)."""
+    return _token_stats("logits_token_stats", **locals())
+
+
+def _token_stats(
+    op, logits, labels, ignore_index, logit_softcap, temperature, inplace_backward, impl, outputs
+) -> TokenStats:
+    outputs = check_outputs(op, outputs)
+    check_tensor(op, "logits", logits, ("...",) * getattr(logits, "ndim", 1), FLOATS)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_tensor(op, "labels", labels, tuple(logits.shape[:-1]), INTEGERS, logits.device)
+    check_transform(op, logit_softcap, temperature)
+    impl = choose_impl(op, impl, logits.device, logits.dtype)
+    if impl == "reference":
+        _check_values(op, logits, labels, ignore_index)
+        stats = logits_token_stats_reference(
+            logits, labels, ignore_index=ignore_index, logit_softcap=logit_softcap, temperature=temperature
+        )
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        found = {name: getattr(stats, name) for name in ("logps", *outputs)}
+        return TokenStats(**{k: v if v.dtype == torch.bool else v.to(dtype) for k, v in found.items()})
+
+    # An impl of "torch" must be able to follow the compiler, which cannot overwrite what it saved for the backward
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    logps, _, extras = _forward(
+        logits, labels, ignore_index, logit_softcap, temperature, " ".join(outputs), inplace_backward, impl
+    )
+    found = dict(zip(outputs, extras.unbind(0), strict=True))
+    if "is_top1" in found:
+        found["is_top1"] = found["is_top1"] != 0
+    shaped = {name: value.view(labels.shape) for name, value in {"logps": logps, **found}.items()}
+    return TokenStats(**shaped)
+
+
+def _check_values(op: str, logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    if labels.device.type == "cpu" or checking():
+        check_labels(op, labels, logits.shape[-1], ignore_index)
+    if checking():
+        check_finite(op, logits=logits)
+
+
+def row_strides(x: Tensor) -> tuple[int, int, int, int]:
+    """(outer, inner, stride_outer, stride_inner) of the rows of x (..., V), which a kernel walks without a copy."""
+    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        raise ValueError(
+            f"logits of shape {tuple(x.shape)} and strides {x.stride()} cannot be walked as two dimensions of rows; "
+            "make them contiguous first"
+        )
+    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(merged)) + merged
+    return outer, inner, stride_outer, stride_inner
+
+
+@torch.library.custom_op("dpo_fast::logits_token_logps_fwd", mutates_args=())
+def _forward(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    stats: str,
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> logps (N,), [row_max, log_sum] (2, N), the statistics (len(stats), N); all fp32, or fp64 for fp64 logits."""
+    _check_values("logits_token_logps", logits, labels, ignore_index)
+    logps, partition, extras = _empty_results(logits, labels, stats)
+    out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
+    out.update(zip(stats.split(), extras.unbind(0), strict=True))
+    knobs = dict(ignore_index=ignore_index, logit_scale=1.0, softcap=softcap, temperature=temperature)
+    if labels.numel() == 0:
+        return logps, partition, extras
+    if impl == "triton":
+        from dpo_fast.kernels.token_logps import token_logps_fwd
+
+        token_logps_fwd(logits, row_strides(logits), labels.contiguous(), out, **knobs)
+    else:
+        logits_torch.token_logps_fwd(logits, labels, out, **knobs)
+    return logps, partition, extras
+
+
+def _empty_results(logits: Tensor, labels: Tensor, stats: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = labels.numel(), torch.promote_types(logits.dtype, torch.float32)
+    return (
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((2, rows), dtype=dtype),
+        logits.new_empty((len(stats.split()), rows), dtype=dtype),
+    )
+
+
+@_forward.register_fake
+def _(logits, labels, ignore_index, softcap, temperature, stats, inplace_backward, impl):
+    return _empty_results(logits, labels, stats)
+
+
+@torch.library.custom_op("dpo_fast::logits_token_logps_bwd", mutates_args=())
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    partition: Tensor,
+    d_logps: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    impl: str,
+) -> Tensor:
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_d_logits(logits, d_logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl)
+    return d_logits
+
+
+@_backward.register_fake
+def _(logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("dpo_fast::logits_token_logps_bwd_", mutates_args=("logits",))
+def _backward_(
+    logits: Tensor,
+    labels: Tensor,
+    partition: Tensor,
+    d_logps: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    impl: str,
+) -> None:
+    _write_d_logits(logits, logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl)
+
+
+def _write_d_logits(logits, d_logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl) -> None:
+    if labels.numel() == 0:
+        return
+    knobs = dict(ignore_index=ignore_index, logit_scale=1.0, softcap=softcap, temperature=temperature)
+    row_max, log_sum = partition.unbind(0)
+    d_logps = d_logps.contiguous()
+    if impl == "triton":
+        from dpo_fast.kernels.token_logps import token_logps_bwd
+
+        rows, d_rows = row_strides(logits), row_strides(d_logits)
+        token_logps_bwd(logits, d_logits, rows, d_rows, labels.contiguous(), row_max, log_sum, d_logps, **knobs)
+    else:
+        logits_torch.token_logps_bwd(logits, d_logits, labels, row_max, log_sum, d_logps, **knobs)
+
+
+def _save(ctx, inputs, output):
+    logits, labels, *ctx.knobs, _, ctx.inplace, ctx.impl = inputs
+    _, partition, extras = output
+    ctx.mark_non_differentiable(partition, extras)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, partition)
+
+
+def _differentiate(ctx, d_logps, _d_partition, _d_extras):
+    if d_logps is None:
+        return (None,) * 8
+    logits, labels, partition = ctx.saved_tensors  # raises if an in-place backward has overwritten the logits
+    arguments = (logits, labels, partition, d_logps, *ctx.knobs, ctx.impl)
+    if ctx.inplace:
+        _backward_(*arguments)
+        d_logits = logits.detach()
+    else:
+        d_logits = _backward(*arguments)
+    return d_logits, *(None,) * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

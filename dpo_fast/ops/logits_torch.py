@@ -1,0 +1,111 @@
+"""The eager path of level 1: rows in blocks that stay in cache, worked on in place.
+
+Beyond its results it holds one scratch block of fp32 logits (`_BLOCK_BYTES`), whatever the number of rows: no fp32 copy
+of the logits and no softmax of all of them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 4 << 20  # one block of fp32 logits; about the size of an L2 cache
+
+
+def row_blocks(x: Tensor, rows_per_block: int, first: int = 0) -> Iterator[tuple[Tensor, slice]]:
+    """Views of `rows_per_block` rows of x (..., V), with where they lie among its flattened rows. Never copies."""
+    if x.ndim == 1:
+        yield x.unsqueeze(0), slice(first, first + 1)
+    elif x.ndim == 2:
+        for start in range(0, x.shape[0], rows_per_block):
+            block = x[start : start + rows_per_block]
+            yield block, slice(first + start, first + start + block.shape[0])
+    else:
+        inner = x[0].numel() // x.shape[-1] if x.shape[0] else 0
+        for index, part in enumerate(x):
+            yield from row_blocks(part, rows_per_block, first + index * inner)
+
+
+def transform_(z: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor | None:
+    """Transform raw logits in place; returns the tanh of the soft-cap, which `d_transform_` needs."""
+    t = None
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is not None:
+        t = z.div_(softcap).tanh_().clone()
+        z.mul_(softcap)
+    if temperature != 1.0:
+        z.div_(temperature)
+    return t
+
+
+def d_transform_(d: Tensor, t: Tensor | None, logit_scale: float, temperature: float) -> Tensor:
+    """Multiply d by dz/dx in place; uses up `t`."""
+    if logit_scale != temperature:
+        d.mul_(logit_scale / temperature)
+    return d if t is None else d.addcmul_(d, t.square_(), value=-1)
+
+
+def _scratch(logits: Tensor) -> tuple[int, Tensor]:
+    vocab = logits.shape[-1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = max(1, _BLOCK_BYTES // (vocab * dtype.itemsize))
+    rows = min(rows, max(1, logits.numel() // vocab))
+    return rows, torch.empty((rows, vocab), dtype=dtype, device=logits.device)
+
+
+def token_logps_fwd(logits, labels, out, *, ignore_index, logit_scale, softcap, temperature) -> None:
+    """Fill the tensors of `out`, name -> (N,); the statistics that are missing from it are not computed."""
+    labels = labels.reshape(-1)
+    valid = (labels >= 0) & (labels < logits.shape[-1])
+    target_ids = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    rows, scratch = _scratch(logits)
+    for block, where in row_blocks(logits, rows):
+        z = scratch[: block.shape[0]].copy_(block)
+        transform_(z, logit_scale, softcap, temperature)
+        target = z.gather(-1, target_ids[where])
+        if "mean_logits" in out:
+            out["mean_logits"][where] = z.mean(-1)
+        if "is_top1" in out:
+            out["is_top1"][where] = (z.argmax(-1, keepdim=True) == target_ids[where]).squeeze(-1).to(scratch.dtype)
+        row_max = z.amax(-1, keepdim=True)
+        row_max.masked_fill_(row_max == -torch.inf, torch.finfo(z.dtype).min)  # a row of all -inf sums to 0, not NaN
+        z.sub_(row_max)
+        shifted = z.clone() if "entropy" in out else None
+        sum_exp = z.exp_().sum(-1, keepdim=True)
+        log_sum = sum_exp.log()
+        logp = torch.where(sum_exp == 0, -torch.inf, target.sub_(row_max).sub_(log_sum))
+        out["logps"][where] = logp.squeeze(-1)
+        out["row_max"][where] = row_max.squeeze(-1)
+        out["log_sum"][where] = log_sum.squeeze(-1)
+        if shifted is not None:
+            expected = torch.where(z > 0, shifted.mul_(z), 0).sum(-1)
+            out["entropy"][where] = (log_sum - expected.unsqueeze(-1) / sum_exp).squeeze(-1)
+        if "log_sum_sq_probs" in out:
+            out["log_sum_sq_probs"][where] = z.square_().sum(-1).log() - 2 * log_sum.squeeze(-1)
+    out["logps"].masked_fill_(~valid, torch.nan)
+    for value in out.values():
+        value.masked_fill_(labels == ignore_index, 0)
+
+
+def token_logps_bwd(
+    logits, d_logits, labels, row_max, log_sum, d_logps, *, ignore_index, logit_scale, softcap, temperature
+) -> None:
+    """Fill `d_logits`, which may be `logits` itself."""
+    labels = labels.reshape(-1)
+    ignored = labels == ignore_index
+    valid = (labels >= 0) & (labels < logits.shape[-1])
+    coefficient = torch.where(valid, d_logps, torch.nan).masked_fill_(ignored, 0)
+    log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)  # a row of all -inf: p = 0
+    target_ids = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    rows, scratch = _scratch(logits)
+    for (block, where), (d_block, _) in zip(row_blocks(logits, rows), row_blocks(d_logits, rows), strict=True):
+        z = scratch[: block.shape[0]].copy_(block)
+        t = transform_(z, logit_scale, softcap, temperature)
+        d = z.sub_(row_max[where, None]).sub_(log_sum[where, None]).exp_()
+        d.scatter_add_(-1, target_ids[where], torch.full_like(target_ids[where], -1, dtype=d.dtype))
+        d.mul_(-coefficient[where, None])
+        d_transform_(d, t, logit_scale, temperature)
+        if d.device.type != "cpu" or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
+            d.masked_fill_(ignored[where, None], 0)
+        d_block.copy_(d)

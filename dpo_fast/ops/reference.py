@@ -1,0 +1,46 @@
+"""The oracles: every op in the fewest lines of plain PyTorch, in fp64, with autograd's own gradients.
+
+They define what is correct. They share no code with what they judge, and spend memory as they please.
+"""
+
+import torch
+from torch import Tensor
+
+from .stats import TokenStats
+
+
+def transformed_reference(logits: Tensor, logit_softcap=None, temperature=1.0, logit_scale=1.0) -> Tensor:
+    z = logits.double() * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    return z / temperature
+
+
+def logits_token_stats_reference(
+    logits: Tensor, labels: Tensor, *, ignore_index=-100, logit_softcap=None, temperature=1.0, logit_scale=1.0
+) -> TokenStats:
+    """All statistics, fp64, shape of `labels`."""
+    z = transformed_reference(logits, logit_softcap, temperature, logit_scale)
+    log_p = torch.log_softmax(z, dim=-1)
+    ignored = labels == ignore_index
+    target = labels.masked_fill(ignored, 0).long().unsqueeze(-1)
+    p_log_p = torch.special.xlogy(log_p.exp(), log_p.exp())
+
+    def scored(x: Tensor) -> Tensor:
+        return torch.where(ignored, torch.zeros_like(x), x)
+
+    return TokenStats(
+        logps=scored(log_p.gather(-1, target).squeeze(-1)),
+        entropy=scored(-p_log_p.sum(-1)).detach(),
+        mean_logits=scored(z.mean(-1)).detach(),
+        is_top1=scored(z.argmax(-1) == target.squeeze(-1)),
+        log_sum_sq_probs=scored(torch.logsumexp(2 * log_p, dim=-1)).detach(),
+    )
+
+
+def sequence_logps_reference(
+    token_logps: Tensor, sequence_ids: Tensor, num_sequences: int, weights: Tensor | None = None
+) -> Tensor:
+    """(num_sequences,) fp64."""
+    values = token_logps.double() if weights is None else token_logps.double() * weights.double()
+    return torch.stack([values[sequence_ids == s].sum() for s in range(num_sequences)])

@@ -1,0 +1,96 @@
+"""Token log-probs -> sequence log-probs, chosen and rejected together, in a fixed order of summation."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_tensor
+from .dispatch import choose_impl
+from .reference import sequence_logps_reference
+
+_VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sequence_logps(
+    token_logps: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    *,
+    weights: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sum of (weighted) token log-probs of each sequence: partial sums in fp64, one rounding at the end.
+
+    token_logps: (N,) floating; sequence_ids: (N,) int64 in [0, num_sequences), in any order; weights: (N,) floating,
+    not differentiable. Two runs on one device agree to the last bit.
+
+    Returns (num_sequences,) fp32 (fp64 for fp64 input), 0 for a sequence without tokens.
+    """
+    op = "sequence_logps"
+    check_tensor(op, "token_logps", token_logps, ("N",), _VALUES)
+    check_tensor(op, "sequence_ids", sequence_ids, tuple(token_logps.shape), (torch.int64,), token_logps.device)
+    if weights is not None:
+        check_tensor(op, "weights", weights, tuple(token_logps.shape), _VALUES, token_logps.device)
+    if num_sequences < 0:
+        raise ValueError(f"{op}: num_sequences must not be negative, got {num_sequences}")
+    impl = choose_impl(op, impl, token_logps.device, token_logps.dtype)
+    dtype = torch.promote_types(token_logps.dtype, torch.float32)
+    if impl == "reference":
+        _check_ids(sequence_ids, num_sequences)
+        return sequence_logps_reference(token_logps, sequence_ids, num_sequences, weights).to(dtype)
+    # Cast here, not in the op: autograd then casts the gradient back
+    weights = None if weights is None else weights.detach().to(dtype)
+    return _forward(token_logps.to(dtype), sequence_ids, weights, num_sequences, impl)
+
+
+def _check_ids(ids: Tensor, num_sequences: int) -> None:
+    if ids.device.type == "cpu" and ids.numel() and not (0 <= ids.min() and ids.max() < num_sequences):
+        raise ValueError(
+            f"sequence_logps: sequence_ids must be in [0, {num_sequences}), got values from {ids.min()} to {ids.max()}"
+        )
+
+
+@torch.library.custom_op("dpo_fast::sequence_logps_fwd", mutates_args=())
+def _forward(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int, impl: str) -> Tensor:
+    _check_ids(ids, num_sequences)
+    if impl == "triton":
+        from dpo_fast.kernels.sequence_sum import sequence_sum_fwd
+
+        out = values.new_empty((num_sequences,))
+        if num_sequences:
+            weights = None if weights is None else weights.contiguous()
+            sequence_sum_fwd(values.contiguous(), ids.contiguous(), weights, out)
+        return out
+    if values.device.type != "cpu":
+        return _sum_on_device(values, ids, weights, num_sequences)
+    partial = torch.zeros(num_sequences, dtype=torch.float64)
+    terms = values.double() if weights is None else values.double() * weights.double()
+    return partial.index_add_(0, ids, terms).to(values.dtype)  # on CPU in the order of the tokens
+
+
+def _sum_on_device(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:
+    """Elsewhere `index_add_` adds in any order: sort by sequence and take differences of a running sum instead."""
+    terms = values if weights is None else values * weights
+    wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no fp64
+    order = torch.argsort(ids, stable=True)
+    running = torch.cat([terms.new_zeros(1, dtype=wide), terms.to(wide)[order].cumsum(0)])
+    ends = torch.searchsorted(ids[order], torch.arange(num_sequences + 1, device=ids.device))
+    return running[ends].diff().to(values.dtype)
+
+
+@_forward.register_fake
+def _(values, ids, weights, num_sequences, impl):
+    return values.new_empty((num_sequences,))
+
+
+def _save(ctx, inputs, output):
+    _, ids, weights, _, _ = inputs
+    ctx.save_for_backward(ids, weights)
+
+
+def _differentiate(ctx, d_sums):
+    ids, weights = ctx.saved_tensors
+    d_values = d_sums[ids]
+    return d_values if weights is None else d_values * weights, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
