@@ -1,0 +1,314 @@
+"""Level 1 against the fp64 oracle: values, every statistic, every gradient, each implementation."""
+
+import pytest
+import torch
+
+from dpo_fast import logits_token_logps, logits_token_stats
+from dpo_fast.ops.logits import row_strides
+from dpo_fast.ops.logits_torch import row_blocks
+from dpo_fast.ops.reference import logits_token_stats_reference
+from dpo_fast.ops.stats import STATS
+from dpo_fast.testing import assert_within_budget, make_logits
+
+IMPLS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = [{}, {"logit_softcap": 5.0}, {"temperature": 0.7}, {"logit_softcap": 30.0, "temperature": 1.3}]
+
+
+def eager(logits, labels, ignore_index=-100, logit_softcap=None, temperature=1.0):
+    """What a user would write, in fp32 as TRL does for full logits."""
+    z = logits.float()
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    log_p = torch.log_softmax(z / temperature, dim=-1)
+    ignored = labels == ignore_index
+    logps = log_p.gather(-1, labels.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    p = log_p.exp()
+    stats = {
+        "entropy": -(p * log_p).sum(-1),
+        "mean_logits": (z / temperature).mean(-1),
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
+    }
+    return logps.masked_fill(ignored, 0), {k: v.masked_fill(ignored, 0) for k, v in stats.items()}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (5, 5003), (4, 1024)], ids=str)
+def test_values_and_gradients_are_within_the_budget(impl, transform, dtype, shape):
+    logits, labels = make_logits(*shape, dtype=dtype)
+    weight = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
+
+    def gradient(function, x):
+        x = x.clone().requires_grad_()
+        logps = function(x)
+        (logps * weight.to(logps.dtype)).sum().backward()
+        return logps.detach(), x.grad
+
+    def oracle(x):
+        return logits_token_stats_reference(x, labels, **transform).logps
+
+    logps, d_logits = gradient(lambda x: logits_token_logps(x, labels, impl=impl, **transform), logits)
+    eager_logps, eager_d = gradient(lambda x: eager(x, labels, **transform)[0], logits)
+    true_logps, true_d = gradient(oracle, logits.double())
+    assert logps.dtype == torch.float32 and d_logits.dtype == dtype
+    assert_within_budget(logps, eager_logps, true_logps, what="logps")
+    assert_within_budget(d_logits, eager_d, true_d, factor=2.0, what="d_logits")
+    assert (logps[labels == -100] == 0).all() and (d_logits[labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_statistics_are_within_the_budget(impl, transform):
+    logits, labels = make_logits(6, 5003)
+    logits[1, 100:200] = -torch.inf  # 0 log 0
+    logits[2, labels[2].clamp(min=0)] = 50.0  # a hit
+    stats = logits_token_stats(logits, labels, impl=impl, **transform)
+    oracle = logits_token_stats_reference(logits, labels, **transform)
+    _, expected = eager(logits, labels, **transform)
+    for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
+        finite = torch.isfinite(getattr(oracle, name)) & torch.isfinite(expected[name])
+        ours, theirs, truth = getattr(stats, name), expected[name], getattr(oracle, name)
+        # a mean of 5,003 logits of either sign is 50 times smaller than they are: their rounding decides, not the sum's
+        factor = 4.0 if name == "mean_logits" else 1.0
+        assert_within_budget(ours[finite], theirs[finite], truth[finite], factor=factor, what=name)
+        assert not ours.requires_grad
+    assert torch.isfinite(stats.entropy).all()
+    assert torch.equal(stats.is_top1, oracle.is_top1) and stats.is_top1.dtype == torch.bool
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_statistic_alone_equals_all_together(impl):
+    logits, labels = make_logits(3, 300)
+    together = logits_token_stats(logits, labels, impl=impl)
+    for name in STATS:
+        alone = logits_token_stats(logits, labels, outputs=(name,), impl=impl)
+        assert torch.equal(getattr(alone, name), getattr(together, name))
+        assert [other for other in STATS if getattr(alone, other) is not None] == [name]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_top1_of_a_tie_is_the_first(impl):
+    logits = torch.zeros(3, 40)
+    logits[:, [7, 21]] = 3.0
+    stats = logits_token_stats(logits, torch.tensor([7, 21, 3]), outputs=("is_top1",), impl=impl)
+    assert stats.is_top1.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_logits_keep_their_digits(impl):
+    """logp = (z - max) - log sum: adding max and log sum first would round to 6e-5 at 1000."""
+    logits, labels = make_logits(4, 300, ignored=0.0)
+    exact = logits_token_logps(logits, labels, impl=impl)
+    shifted = logits_token_logps((logits * 64).round() / 64 + 1024, labels, impl=impl)
+    oracle = logits_token_logps((logits * 64).round() / 64, labels, impl=impl)
+    assert torch.equal(shifted, oracle)
+    assert (exact - oracle).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_infinite_logits(impl):
+    logits = torch.zeros(3, 9)
+    logits[0] = -torch.inf
+    logits[1, 4] = -torch.inf
+    logits.requires_grad_()
+    logps = logits_token_logps(logits, torch.tensor([2, 4, 4]), impl=impl)
+    assert logps[:2].tolist() == [-torch.inf, -torch.inf]
+    torch.testing.assert_close(logps[2].item(), -torch.log(torch.tensor(9.0)).item())
+    logps[2].backward()
+    assert torch.isfinite(logits.grad[1:]).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_soft_cap_does_not_let_padding_columns_into_the_sum(impl):
+    """127 columns in blocks of 128 or more: a capped -inf would be -1 and count."""
+    logits = torch.zeros(1, 127)
+    logp = logits_token_logps(logits, torch.tensor([0]), logit_softcap=1.0, impl=impl)
+    torch.testing.assert_close(logp, -torch.log(torch.tensor([127.0])))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_strides(impl):
+    base, labels = make_logits(24, 33)
+    expected = logits_token_logps(base, labels, impl=impl)
+    wide = torch.full((2, 13, 33), torch.nan)
+    wide[:, :12] = base.view(2, 12, 33)
+    cases = {
+        "sliced time": (wide[:, :12], labels.view(2, 12)),
+        "transposed vocabulary": (base.T.contiguous().T, labels),
+        "every second row": (torch.stack([base, base * torch.nan], 1).flatten(0, 1)[::2], labels),
+        "three dimensions": (base.view(2, 3, 4, 33), labels.view(2, 3, 4)),
+        "transposed rows": (base.view(4, 6, 33).transpose(0, 1), labels.view(4, 6).T),
+    }
+    for name, (logits, y) in cases.items():
+        leaf = logits.detach().requires_grad_()
+        logps = logits_token_logps(leaf, y, impl=impl)
+        logps.sum().backward()
+        aligned = logps.T if name == "transposed rows" else logps
+        assert torch.equal(aligned.reshape(-1), expected), name
+        assert torch.isfinite(leaf.grad).all(), name
+
+
+def test_rows_that_need_a_copy_are_refused():
+    x = torch.zeros(4, 5, 6, 7).permute(2, 0, 1, 3)[:, ::2]
+    with pytest.raises(ValueError, match="contiguous"):
+        row_strides(x[..., ::2, :])
+    assert row_strides(torch.zeros(4, 6, 7)[:, :5]) == (4, 5, 42, 7)
+    assert row_strides(torch.zeros(7)) == (1, 1, 0, 0)
+
+
+def test_row_blocks_cover_each_row_once():
+    x = torch.arange(3 * 5 * 2.0).view(3, 5, 2)[:, 1:]
+    seen = torch.full((12,), -1.0)
+    for block, where in row_blocks(x, 3):
+        assert block.data_ptr() >= x.data_ptr() and block._is_view()
+        seen[where] = block[:, 0]
+    assert torch.equal(seen, x[..., 0].reshape(-1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inplace_backward_overwrites_the_logits_once(impl):
+    logits, labels = make_logits(4, 50)
+    expected = logits.clone().requires_grad_()
+    logits_token_logps(expected, labels, impl=impl).sum().backward()
+    source = logits.clone().requires_grad_()
+    hidden = source * 1.0
+    logps = logits_token_logps(hidden, labels, inplace_backward=True, impl=impl)
+    logps.sum().backward(retain_graph=True)
+    assert torch.equal(source.grad, expected.grad)
+    assert torch.equal(hidden.detach(), expected.grad), "the gradient lies where the logits were"
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_second_backward_accumulates_the_same_gradient(impl):
+    logits, labels = make_logits(4, 50)
+    logits.requires_grad_()
+    logps = logits_token_logps(logits, labels, impl=impl)
+    logps.sum().backward(retain_graph=True)
+    first = logits.grad.clone()
+    logps.sum().backward()
+    assert torch.equal(logits.grad, 2 * first)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_empty_and_all_ignored(impl):
+    empty = logits_token_logps(torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), impl=impl)
+    assert empty.shape == (0,)
+    logits = torch.full((2, 7), torch.nan, requires_grad=True)  # ignored rows may hold anything
+    logps = logits_token_logps(logits, torch.full((2,), -100), impl=impl)
+    assert logps.tolist() == [0, 0]
+    if impl != "reference":
+        logps.sum().backward()
+        assert (logits.grad == 0).all()
+
+
+def test_gradcheck():
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([1, -100, 6])
+    assert torch.autograd.gradcheck(
+        lambda x: logits_token_logps(x, labels, logit_softcap=2.0, temperature=0.5, impl="torch"), (logits,)
+    )
+
+
+def test_many_rows():
+    """More rows than a grid's y and z dimensions hold."""
+    logits, labels = make_logits(70_001, 3)
+    oracle = logits_token_stats_reference(logits, labels).logps
+    assert_within_budget(logits_token_logps(logits, labels, impl="torch"), eager(logits, labels)[0], oracle)
+
+
+def test_the_eager_path_makes_no_copy_of_the_logits():
+    """Peak memory beyond the inputs stays near one block, for 16 times as much logits."""
+    from torch.profiler import ProfilerActivity, profile
+
+    logits, labels = make_logits(512, 32_000, dtype=torch.bfloat16)
+    logits.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        logits_token_logps(logits, labels, impl="torch")
+    largest = max(abs(event.cpu_memory_usage) for event in trace.events())
+    assert largest <= 8 << 20, f"a {largest >> 20} MiB allocation; the fp32 logits are {logits.numel() * 4 >> 20} MiB"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compile_has_no_graph_break(impl):
+    logits, labels = make_logits(4, 50)
+
+    def loss(x):
+        return logits_token_logps(x, labels, inplace_backward=True, impl=impl).mul(2).sum()
+
+    expected = logits.clone().requires_grad_()
+    loss(expected).backward()
+    compiled = logits.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert torch.equal(compiled.grad, expected.grad)
+
+
+def test_opcheck():
+    logits, labels = make_logits(4, 50)
+    arguments = (logits.requires_grad_(), labels, -100, 5.0, 0.7, "entropy is_top1", False, "torch")
+    torch.library.opcheck(torch.ops.dpo_fast.logits_token_logps_fwd.default, arguments)
+
+
+BAD = {
+    "integer logits": (lambda x, y: dict(logits=x.long(), labels=y), TypeError, "logits must have one of the dtypes"),
+    "float labels": (lambda x, y: dict(logits=x, labels=y.float()), TypeError, "labels must have one of the dtypes"),
+    "a list": (lambda x, y: dict(logits=x, labels=[1]), TypeError, "labels must be a tensor, got list"),
+    "shape": (lambda x, y: dict(logits=x, labels=y[:2]), ValueError, r"labels must have shape \(3\), got \(2,\)"),
+    "device": (lambda x, y: dict(logits=x, labels=y.to("meta")), ValueError, "labels is on meta"),
+    "scalar": (lambda x, y: dict(logits=x.sum(), labels=y.sum()), ValueError, "logits must have shape"),
+    "label too large": (lambda x, y: dict(logits=x, labels=y + 9), ValueError, "outside"),
+    "negative label": (lambda x, y: dict(logits=x, labels=y - 7), ValueError, "outside"),
+    "temperature": (lambda x, y: dict(logits=x, labels=y, temperature=0.0), ValueError, "temperature"),
+    "softcap": (lambda x, y: dict(logits=x, labels=y, logit_softcap=-1.0), ValueError, "logit_softcap"),
+    "impl": (lambda x, y: dict(logits=x, labels=y, impl="cuda"), ValueError, "'auto', 'triton', 'torch', 'reference'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_bad_input_is_named(case, impl):
+    make, error, message = BAD[case]
+    arguments = {"impl": impl, **make(torch.zeros(3, 9), torch.tensor([0, 1, 2]))}
+    with pytest.raises(error, match=message):
+        logits_token_logps(**arguments)
+
+
+def test_unknown_output_is_named():
+    with pytest.raises(ValueError, match="outputs must be a sequence of names from entropy"):
+        logits_token_stats(torch.zeros(1, 2), torch.tensor([0]), outputs=("entropie",))
+
+
+def test_fp64_in_triton_is_refused():
+    with pytest.raises(ValueError, match="not float64"):
+        logits_token_logps(torch.zeros(1, 2).double(), torch.tensor([0]), impl="triton")
+
+
+def test_non_finite_logits_are_refused_when_checking_is_on(monkeypatch):
+    logits = torch.zeros(2, 3)
+    logits[1, 1] = torch.nan
+    labels = torch.tensor([0, 1])
+    assert logits_token_logps(logits, labels).isnan().tolist() == [False, True]
+    monkeypatch.setenv("DPO_FAST_CHECK", "1")
+    with pytest.raises(ValueError, match="logits holds 1 non-finite of 6 values"):
+        logits_token_logps(logits, labels)
+
+
+def test_kernels_never_read_at_a_label_out_of_range():
+    """The launchers, without the check that CPU tensors get: NaN rows, and the neighbours are unharmed."""
+    from dpo_fast.kernels.token_logps import token_logps_bwd, token_logps_fwd
+
+    logits, _ = make_logits(4, 20)
+    labels = torch.tensor([3, 20, -1, 2**40])
+    knobs = dict(ignore_index=-100, logit_scale=1.0, softcap=None, temperature=1.0)
+    out = {name: torch.empty(4) for name in ("logps", "row_max", "log_sum", "is_top1")}
+    token_logps_fwd(logits, row_strides(logits), labels, out, **knobs)
+    assert out["logps"].isnan().tolist() == [False, True, True, True]
+    d_logits = torch.empty_like(logits)
+    rows = row_strides(logits)
+    token_logps_bwd(
+        logits, d_logits, rows, rows, labels, out["row_max"], out["log_sum"], torch.ones(4), **knobs
+    )
+    assert d_logits.isnan().all(-1).tolist() == [False, True, True, True]
