@@ -1,0 +1,142 @@
+"""The arrows between the parts, and what can be imported without what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dpo_fast"
+
+# who may import whom inside the package; training, trl, cli and the demo may import everything
+OPS = {"ops"}
+STAGE = {"ops", "batch", "layout", "attention", "forward", "logps", "losses", "metrics", "reference", "functional"}
+ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels", "losses", "logps"}, "testing": {"ops"}}
+HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
+MAY_BE_HEAVY = {"training", "trl", "cli", "demo", "data"}
+
+
+def modules():
+    for file in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
+        if "kernels" in file.parts and file.is_relative_to(PACKAGE):
+            continue  # the symlink
+        name = file.relative_to(PACKAGE if file.is_relative_to(PACKAGE) else ROOT)
+        yield file, name.parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names imported anywhere in a file; relative ones resolved against its package."""
+    if file.is_relative_to(PACKAGE):
+        package = ["dpo_fast", *file.relative_to(PACKAGE).parent.parts]
+    else:
+        package = ["dpo_fast", *file.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{stem}.{alias.name}" for alias in node.names} if stem == "dpo_fast" else {stem}
+    return found
+
+
+@pytest.mark.parametrize("file, part", list(modules()), ids=lambda value: getattr(value, "name", value))
+def test_imports_follow_the_arrows(file, part):
+    names = imports(file)
+    inside = {name.split(".")[1] for name in names if name.startswith("dpo_fast.")} - {"__version__"}
+    outside = {name.split(".")[0] for name in names}
+    allowed = ALLOWED.get(part, STAGE if part in STAGE else None)
+    if allowed is not None:
+        assert inside <= allowed, f"{part} imports {inside - allowed}"
+    if part not in MAY_BE_HEAVY:
+        assert not outside & HEAVY, f"{part} imports {outside & HEAVY}"
+    if part == "kernels":
+        assert outside <= {"torch", "triton", "dpo_fast", *sys.stdlib_module_names}
+    if part == "ops":
+        assert outside <= {"torch", "dpo_fast", *sys.stdlib_module_names}
+    else:
+        assert "kernels" not in outside, "the folder is imported as dpo_fast.kernels"
+
+
+def run_python(code: str, cwd: Path = ROOT) -> str:
+    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_import_needs_torch_alone():
+    """With triton, transformers, trl, peft and the rest absent, everything that needs only torch works."""
+    run_python(
+        """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    names = {"triton", "transformers", "trl", "peft", "accelerate", "datasets", "matplotlib", "yaml"}
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+import torch
+sys.meta_path.insert(0, Absent())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in Absent.names else found(name, *rest)
+
+import dpo_fast
+logits = torch.randn(4, 9, requires_grad=True)
+logps = dpo_fast.logits_token_logps(logits, torch.tensor([1, 2, -100, 3]))
+sums = dpo_fast.sequence_logps(logps, torch.tensor([0, 0, 1, 1]), 2)
+loss = dpo_fast.preference_loss(sums[:1], sums[1:], sums[:1].detach(), sums[1:].detach())
+loss.sum().backward()
+assert abs(loss.item() - 0.6931471805) < 1e-6, loss
+try:
+    dpo_fast.logits_token_logps(logits, torch.tensor([1, 2, -100, 3]), impl="triton")
+except ValueError as error:
+    assert "triton is not installed" in str(error), error
+else:
+    raise AssertionError("impl='triton' ran without triton")
+"""
+    )
+
+
+def test_a_package_named_kernels_is_not_shadowed(tmp_path):
+    """Hugging Face publishes one, and transformers probes for it by name: from the root it must find that, not ours."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("REAL = True\n")
+    info = tmp_path / "kernels-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.1.0\n")
+    run_python(
+        f"""
+import sys
+assert sys.path[0] == ""  # the root, as for `python -m` there
+sys.path.append({str(tmp_path)!r})
+import kernels
+assert kernels.REAL, kernels
+import dpo_fast.kernels.token_logps
+import transformers
+config = transformers.LlamaConfig(
+    vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+)
+transformers.AutoModelForCausalLM.from_config(config)
+"""
+    )
+
+
+def test_kernels_is_a_plain_folder_behind_a_relative_symlink():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (PACKAGE / "kernels").is_symlink() and str((PACKAGE / "kernels").readlink()) == "../kernels"
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_public_names_exist():
+    run_python(
+        "import dpo_fast\nfor name in dpo_fast.__all__:\n    assert getattr(dpo_fast, name) is not None\n"
+        "assert set(dpo_fast.__all__) <= set(dir(dpo_fast))\n"
+        "try:\n    dpo_fast.nothing\nexcept AttributeError as error:\n    assert 'public names' in str(error)\n"
+        "else:\n    raise AssertionError\n"
+    )
