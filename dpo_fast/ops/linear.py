@@ -1,0 +1,423 @@
+"""Level 2: token log-probs from hidden states and the head. No (N, V) tensor exists, whatever the plan (plan.py).
+
+    score      one GEMM a tile, nothing kept
+    frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its rows
+    recompute  the forward keeps two floats a token; the backward rebuilds the logits, vocabulary slice by slice
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
+from .dispatch import choose_impl
+from .head import Transform, gemm_operand, logits_into, make_tile, mm_into, times_right
+from .logits_torch import transform_
+from .plan import DEFAULT_TILE_MIB, HeadPlan, plan_head
+from .reference import logits_token_stats_reference
+from .stats import STATS, TokenStats, check_outputs
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    tile_mib: int = DEFAULT_TILE_MIB,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-probability of each label under softmax(hidden weight^T + bias), with every gradient.
+
+    hidden: (N, H), weight: (V, H), both of one floating dtype (under autocast they are taken in its dtype); bias: (V,);
+    labels: (N,) int64 or int32, in [0, V) or `ignore_index`.
+    low_rank: (down, up) of shapes (N, r), (V, r): adds down up^T to the logits. For a LoRA-adapted head, down is
+      scaling * lora_A(hidden) and up is lora_B's weight; both get gradients.
+    The logits x become `softcap tanh(x scale / softcap) / temperature`. tile_mib: the budget for the one tile of logits
+    that exists at a time (MiB).
+
+    Returns (N,) fp32 in nats, exactly 0 where ignored. Differentiable in hidden, weight, bias, down and up; where the
+    head does not train, a backward costs no GEMM (its work is done in the forward, see `frozen`).
+
+    Raises TypeError for dtypes, ValueError for shapes, devices, an `impl` that cannot run, and labels out of range.
+    """
+    return _token_stats("linear_token_logps", **locals(), outputs=()).logps
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    outputs=STATS,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    tile_mib: int = DEFAULT_TILE_MIB,
+    impl: str = "auto",
+) -> TokenStats:
+    """As `linear_token_logps`, and from the same tiles the statistics named in `outputs` (see `TokenStats`)."""
+    return _token_stats("linear_token_stats", **locals())
+
+
+def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int) -> None:
+    """Shapes, dtypes and devices of level 2 and 3."""
+    check_tensor(op, "hidden", hidden, ("N", "H"), FLOATS)
+    N, H = hidden.shape
+    check_tensor(op, "weight", weight, ("V", H), FLOATS, hidden.device)
+    V = weight.shape[0]
+    if V < 1 or H < 1:
+        raise ValueError(f"{op}: weight must have shape (V, H) with V, H >= 1, got {tuple(weight.shape)}")
+    check_tensor(op, "labels", labels, (N,), INTEGERS, hidden.device)
+    if bias is not None:
+        check_tensor(op, "bias", bias, (V,), FLOATS, hidden.device)
+    if low_rank is not None:
+        if len(low_rank) != 2:
+            raise ValueError(f"{op}: low_rank must be a pair (down, up), got {len(low_rank)} elements")
+        check_tensor(op, "low_rank[0]", low_rank[0], (N, "r"), FLOATS, hidden.device)
+        check_tensor(op, "low_rank[1]", low_rank[1], (V, low_rank[0].shape[1]), FLOATS, hidden.device)
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}; cast one, or enable autocast")
+    if tile_mib < 1:
+        raise ValueError(f"{op}: tile_mib must be at least 1, got {tile_mib}")
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What the GEMMs take: autocast's dtype inside autocast, else the dtype of hidden."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _token_stats(
+    op,
+    hidden,
+    weight,
+    labels,
+    bias,
+    low_rank,
+    ignore_index,
+    logit_softcap,
+    logit_scale,
+    temperature,
+    tile_mib,
+    impl,
+    outputs,
+) -> TokenStats:
+    outputs = check_outputs(op, outputs)
+    check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
+    check_transform(op, logit_softcap, temperature, logit_scale)
+    impl = choose_impl(op, impl, hidden.device, hidden.dtype)
+    if impl == "reference":
+        check_head_values(op, hidden, weight, labels, ignore_index)
+        logits = reference_logits(hidden, weight, bias, low_rank)
+        knobs = dict(logit_softcap=logit_softcap, temperature=temperature, logit_scale=logit_scale)
+        stats = logits_token_stats_reference(logits, labels, ignore_index=ignore_index, **knobs)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        found = {name: getattr(stats, name) for name in ("logps", *outputs)}
+        return TokenStats(**{k: v if v.dtype == torch.bool else v.to(dtype) for k, v in found.items()})
+
+    down, up = low_rank or (None, None)
+    grad = torch.is_grad_enabled()
+    hidden_grad = grad and (hidden.requires_grad or (down is not None and down.requires_grad))
+    head_grad = grad and any(x is not None and x.requires_grad for x in (weight, bias, up))
+    plan = "recompute" if head_grad else "frozen" if hidden_grad else "score"
+    dtype = str(compute_dtype(hidden)).removeprefix("torch.")
+    logps, _, extras, *_ = _forward(
+        hidden,
+        weight,
+        bias,
+        down,
+        up,
+        labels,
+        ignore_index,
+        logit_softcap,
+        logit_scale,
+        temperature,
+        " ".join(outputs),
+        plan,
+        tile_mib,
+        dtype,
+        impl,
+    )
+    found = dict(zip(outputs, extras.unbind(0), strict=True))
+    if "is_top1" in found:
+        found["is_top1"] = found["is_top1"] != 0
+    return TokenStats(logps=logps, **found)
+
+
+def reference_logits(hidden, weight, bias, low_rank) -> Tensor:
+    """(N, V) fp64, the oracle's."""
+    logits = hidden.double() @ weight.double().T
+    if low_rank is not None:
+        logits = logits + low_rank[0].double() @ low_rank[1].double().T
+    return logits if bias is None else logits + bias.double()
+
+
+def check_head_values(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> None:
+    if labels.device.type == "cpu" or checking():
+        check_labels(op, labels, weight.shape[0], ignore_index)
+    if checking():
+        check_finite(op, hidden=hidden, weight=weight)
+
+
+def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the tokens that are scored, None for all. On CPU, where counting them costs no sync, an ignored token
+    costs nothing; elsewhere it is computed and its row zeroed."""
+    if labels.device.type != "cpu" or not (labels == ignore_index).any():
+        return None
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
+def usable_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Labels that are safe to use as addresses, and where they were ignored or out of range: None on CPU, where
+    `scored_rows` and `check_labels` have left neither."""
+    if labels.device.type == "cpu":
+        return labels.long(), None, None
+    ignored = labels == ignore_index
+    invalid = ~ignored & ((labels < 0) | (labels >= vocab))
+    return labels.long().clamp(0, vocab - 1), ignored, invalid
+
+
+class Factors:
+    """The head's factors in the dtype of the GEMMs: (hidden, weight), and (down, up) for a low-rank update."""
+
+    def __init__(self, hidden, weight, bias, down, up, dtype: torch.dtype):
+        self.lefts = [hidden] if down is None else [hidden, down]
+        # One conversion of the whole head on an accelerator, as autocast itself does; on CPU 16-bit weights are
+        # converted slice by slice (head.py), never as a whole.
+        rights = [weight] if up is None else [weight, up]
+        self.rights = [right.to(dtype) for right in rights]
+        self.bias = bias
+        self.dtype = dtype
+
+    def rows(self, index) -> list[tuple[Tensor, Tensor]]:
+        """The factors of some tokens: a slice or an index tensor."""
+        return [(left[index].to(self.dtype), right) for left, right in zip(self.lefts, self.rights, strict=True)]
+
+    def columns(self, part: slice) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """The factors of all tokens and some vocabulary entries."""
+        pairs = [(left.to(self.dtype), right[part]) for left, right in zip(self.lefts, self.rights, strict=True)]
+        return pairs, None if self.bias is None else self.bias[part]
+
+
+def _plan(hidden, weight, name: str, tile_mib: int, dtype: torch.dtype) -> HeadPlan:
+    return plan_head(
+        hidden.shape[0],
+        hidden.shape[1],
+        weight.shape[0],
+        dtype,
+        hidden_grad=name != "score",
+        head_grad=name == "recompute",
+        separable=False,
+        tile_mib=tile_mib,
+        device_type=hidden.device.type,
+    )
+
+
+@torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    stats: str,
+    plan: str,
+    tile_mib: int,
+    dtype: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> logps (N,), [row_max, log_sum] (2, N), statistics (len(stats), N), and the directions d logp / d hidden and
+    d logp / d down where the plan is `frozen`, else empty."""
+    check_head_values("linear_token_logps", hidden, weight, labels, ignore_index)
+    results = _empty_results(hidden, down, stats, plan)
+    logps, partition, extras, *directions = (x.zero_() for x in results)
+    rows = scored_rows(labels, ignore_index)
+    N = hidden.shape[0] if rows is None else rows.numel()
+    if N == 0:
+        return results
+    transform, names = Transform(scale, softcap, temperature), stats.split()
+    sizes = _plan(hidden, weight, plan, tile_mib, getattr(torch, dtype))
+    tile = None
+    with torch.autocast(hidden.device.type, enabled=False):
+        factors = Factors(hidden, weight, bias, down, up, getattr(torch, dtype))
+        for start in range(0, N, sizes.chunk_rows):
+            part = slice(start, min(start + sizes.chunk_rows, N))
+            index = part if rows is None else rows[part]
+            chunk = factors.rows(index)
+            tile = tile or make_tile(impl, min(N, sizes.chunk_rows), weight.shape[0], chunk[0][0])
+            label, ignored, invalid = usable_labels(labels[index], ignore_index, weight.shape[0])
+            out = tile.fold(chunk, bias, label, transform, names, gradient=plan == "frozen")
+            if ignored is not None:
+                out["logps"].masked_fill_(invalid, torch.nan)
+                for value in out.values():
+                    value.masked_fill_(ignored, 0)
+            logps[index] = out["logps"]
+            partition[0, index], partition[1, index] = out["row_max"], out["log_sum"]
+            for k, name in enumerate(names):
+                extras[k, index] = out[name]
+            if plan == "frozen":
+                coefficient = logps.new_ones((label.numel(), 1))
+                if ignored is not None:
+                    coefficient.masked_fill_(ignored[:, None], 0)
+                for k, direction in enumerate(directions[: len(chunk)]):
+                    direction[index] = tile.d_left(k, coefficient)
+    return results
+
+
+def _empty_results(hidden, down, stats: str, plan: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    N, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    keep = plan == "frozen"
+    return (
+        hidden.new_empty((N,), dtype=dtype),
+        hidden.new_empty((2, N), dtype=dtype),
+        hidden.new_empty((len(stats.split()), N), dtype=dtype),
+        # In fp32: rounded here and again when scaled, a 16-bit direction would err more than eager does
+        hidden.new_empty(hidden.shape if keep else (0,), dtype=dtype),
+        hidden.new_empty((0,) if down is None or not keep else down.shape, dtype=dtype),
+    )
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, down, up, labels, ignore_index, softcap, scale, temperature, stats, plan, *_):
+    return _empty_results(hidden, down, stats, plan)
+
+
+@torch.library.custom_op("dpo_fast::linear_token_logps_bwd", mutates_args=())
+def _recompute(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    labels: Tensor,
+    partition: Tensor,
+    d_logps: Tensor,
+    needs: list[bool],
+    ignore_index: int,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    tile_mib: int,
+    dtype: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, weight, bias, down, up); those that `needs` does not ask for are empty.
+
+    Vocabulary slice by slice, all tokens at once: a slice's d_weight is one GEMM with one rounding."""
+    inputs = (hidden, weight, bias, down, up)
+    results = tuple(x.zero_() for x in _empty_gradients(inputs, needs))
+    rows = scored_rows(labels, ignore_index)
+    transform = Transform(scale, softcap, temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        factors = Factors(hidden, weight, bias, down, up, getattr(torch, dtype))
+        if rows is not None:
+            factors.lefts = [left[rows] for left in factors.lefts]
+            labels, partition, d_logps = labels[rows], partition[:, rows], d_logps[rows]
+        N, V = labels.numel(), weight.shape[0]
+        if N == 0:
+            return results
+        wide = partition.dtype
+        d_lefts = [left.new_zeros(left.shape, dtype=wide) for left in factors.lefts]
+        sizes = _plan(hidden, weight, "recompute", tile_mib, getattr(torch, dtype))
+        step = max(1, min(V, sizes.slice_columns * max(1, hidden.shape[0] // N)))
+        buffer = torch.empty(N * step, dtype=wide, device=hidden.device)
+        coefficient = d_logps.to(wide).masked_fill(labels == ignore_index, 0)
+        for start in range(0, V, step):
+            part = slice(start, min(start + step, V))
+            chunk, part_bias = factors.columns(part)
+            tile = logits_into(buffer[: N * (part.stop - start)].view(N, -1), chunk, part_bias)
+            d = _slice_direction_(tile, labels.long() - start, partition, coefficient, transform)
+            d = d.to(gemm_operand(chunk[0][0][:0]).dtype)
+            for k, (left, right) in enumerate(chunk):
+                if needs[0 if k == 0 else 3]:
+                    times_right(d, right, d_lefts[k], accumulate=True)
+                if needs[1 if k == 0 else 4]:
+                    target = results[1 if k == 0 else 4][part]
+                    product = torch.empty(target.shape, dtype=wide, device=target.device)
+                    mm_into(product, d.T, gemm_operand(left).to(d.dtype))
+                    target.copy_(product)
+            if needs[2]:
+                results[2][part] = tile.sum(0).to(results[2].dtype)
+    for k, d_left in zip((0, 3), d_lefts, strict=False):
+        if needs[k]:
+            results[k][slice(None) if rows is None else rows] = d_left.to(results[k].dtype)
+    return results
+
+
+def _slice_direction_(tile, local_labels, partition, coefficient, transform: Transform) -> Tensor:
+    """Turn raw logits (N, V') of a slice into diag(c) D in place; labels count from the slice's first column."""
+    N, width = tile.shape
+    inside = (local_labels >= 0) & (local_labels < width)
+    target = local_labels.clamp(0, width - 1)
+    log_sum = partition[1].masked_fill(partition[1] == -torch.inf, 0)
+    rows_per_block = max(1, (1 << 20) // (width * tile.element_size()))
+    if tile.device.type != "cpu":
+        rows_per_block = N
+    for start in range(0, N, rows_per_block):
+        rows = slice(start, start + rows_per_block)
+        z = tile[rows]
+        t = transform_(z, transform.scale, transform.softcap, transform.temperature)
+        z.sub_(partition[0, rows, None]).sub_(log_sum[rows, None]).exp_()
+        z.scatter_add_(1, target[rows, None], -inside[rows, None].to(z.dtype))
+        z.mul_(coefficient[rows, None] * -transform.slope)
+        if t is not None:
+            z.addcmul_(z, t.square_(), value=-1)
+    return tile
+
+
+def _empty_gradients(inputs, needs):
+    hidden = inputs[0]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else hidden.new_empty((0,))
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+@_recompute.register_fake
+def _(hidden, weight, bias, down, up, labels, partition, d_logps, needs, *_):
+    return _empty_gradients((hidden, weight, bias, down, up), needs)
+
+
+def _save(ctx, inputs, output):
+    tensors, knobs = inputs[:6], inputs[6:]
+    ignore_index, softcap, scale, temperature, _, ctx.plan, tile_mib, dtype, _ = knobs
+    ctx.knobs = (ignore_index, softcap, scale, temperature, tile_mib, dtype)
+    _, partition, extras, d_hidden, d_down = output
+    ctx.mark_non_differentiable(partition, extras, d_hidden, d_down)
+    ctx.set_materialize_grads(False)
+    if ctx.plan == "frozen":  # hidden is not kept
+        ctx.save_for_backward(d_hidden, d_down)
+        ctx.dtypes = (tensors[0].dtype, tensors[0].dtype if tensors[3] is None else tensors[3].dtype)
+    elif ctx.plan == "recompute":
+        ctx.save_for_backward(*tensors, partition)
+
+
+def _differentiate(ctx, d_logps, *_):
+    gradients = [None] * 15
+    if d_logps is None:
+        return tuple(gradients)
+    needs = list(ctx.needs_input_grad[:5])
+    if ctx.plan == "frozen":
+        for k, direction, dtype in zip((0, 3), ctx.saved_tensors, ctx.dtypes, strict=True):
+            if needs[k]:
+                gradients[k] = (direction * d_logps.unsqueeze(1)).to(dtype)
+    elif ctx.plan == "recompute":
+        *tensors, partition = ctx.saved_tensors
+        found = _recompute(*tensors, partition, d_logps.contiguous(), needs, *ctx.knobs)
+        gradients[:5] = [d if need else None for d, need in zip(found, needs, strict=True)]
+    return tuple(gradients)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
