@@ -7,6 +7,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
 from .dispatch import choose_impl
@@ -421,3 +422,23 @@ def _differentiate(ctx, d_logps, *_):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+# A counter sees a registered op as one piece. What it holds is counted in tests/test_ops_linear.py.
+
+
+def _gemm_flops(hidden, weight, down, gemms: float) -> int:
+    (N, H), V = hidden, weight[0]
+    return int(gemms * 2 * N * V * (H + (down[1] if down is not None else 0)))
+
+
+@register_flop_formula(torch.ops.dpo_fast.linear_token_logps_fwd)
+def _(hidden, weight, bias, down, up, labels, ignore_index, softcap, scale, temperature, stats, plan, *_, **__) -> int:
+    return _gemm_flops(hidden, weight, down, 2 if plan == "frozen" else 1)
+
+
+@register_flop_formula(torch.ops.dpo_fast.linear_token_logps_bwd)
+def _(hidden, weight, bias, down, up, labels, partition, d_logps, needs, *_, **__) -> int:
+    return _gemm_flops(hidden, weight, None, 1 + needs[0] + needs[1]) + (
+        0 if down is None else _gemm_flops((hidden[0], 0), weight, down, 1 + needs[3] + needs[4])
+    )

@@ -1,0 +1,229 @@
+"""Level 3's core: hidden states to the loss of P pairs and every gradient, in the forward, with three GEMMs.
+
+The tile of a chunk of whole pairs is scored; the pairs' losses give g = d loss / d sequence log-prob on the spot; the
+same tile then yields d_hidden and its share of d_weight. What a loss is, this file does not know: it is handed a
+function of sequence log-probs.
+
+    pairwise  chunks of whole pairs
+    pending   a pair longer than a tile: D^T (w hidden) of each of its two sequences is summed over its chunks without
+              g, which is applied once, when both are scored
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .head import Transform, make_tile
+from .linear import Factors, scored_rows, usable_labels
+from .plan import HeadPlan
+from .sequence import sequence_logps
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """N tokens and where they belong, sorted by pair and within a pair by sequence.
+
+    order: (N,) int64 positions in the caller's order, or None where that is sorted already.
+    sizes: host-side token counts, (chosen, rejected) of each pair.
+    """
+
+    labels: Tensor  # (N,) int64, in the caller's order as everything else here
+    sequence_ids: Tensor  # (N,) int64, pair i's sequences are i and P + i
+    weights: Tensor | None  # (N,) fp32 token weights: sequence log-prob = sum of weight x token log-prob
+    order: Tensor | None
+    sizes: tuple[tuple[int, int], ...]
+    ignore_index: int
+
+    @property
+    def longest_pair(self) -> int:
+        return max((sum(size) for size in self.sizes), default=0)
+
+
+# (sequence log-probs (2p,), token values by name (n,), local sequence ids (n,), token index, pairs) -> losses (p,)
+PairLosses = Callable[[Tensor, dict[str, Tensor], Tensor, "Tensor | slice", slice], Tensor]
+
+
+def group_tokens(
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_pairs: int,
+    weights: Tensor | None,
+    ignore_index: int,
+    lengths: Sequence[int] | None = None,
+) -> Tokens:
+    """Sort tokens by pair. Counting them reads the ids on the host: free on CPU, one synchronisation elsewhere, none
+    where `lengths`, the token count of each of the 2P sequences (ignored tokens included), is given."""
+    key = (sequence_ids % num_pairs) * 2 + sequence_ids // num_pairs
+    rows = scored_rows(labels, ignore_index)
+    if rows is not None:
+        key = key[rows]
+    counts = list(lengths) if lengths is not None and rows is None else None
+    if counts is None:
+        flat = torch.bincount(key, minlength=2 * num_pairs).tolist()
+        counts = flat[0::2] + flat[1::2]
+    sizes = tuple(zip(counts[:num_pairs], counts[num_pairs:], strict=True))
+    in_order = key.device.type == "cpu" and bool((key.diff() >= 0).all())
+    order = rows if in_order else key.argsort(stable=True) if rows is None else rows[key.argsort(stable=True)]
+    return Tokens(labels, sequence_ids, weights, order, sizes, ignore_index)
+
+
+def chunks_of_pairs(sizes: Sequence[tuple[int, int]], rows: int) -> Iterator[tuple[slice, slice]]:
+    """Consecutive pairs whose tokens fit `rows`, as (pairs, tokens); a longer pair comes alone."""
+    first = start = taken = 0
+    for pair, size in enumerate(map(sum, sizes)):
+        if taken and taken + size > rows:
+            yield slice(first, pair), slice(start, start + taken)
+            first, start, taken = pair, start + taken, 0
+        taken += size
+    if taken:
+        yield slice(first, len(sizes)), slice(start, start + taken)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is fixed for a call: the plan and how logits are made."""
+
+    plan: HeadPlan
+    transform: Transform
+    stats: tuple[str, ...]
+    dtype: torch.dtype
+    impl: str
+
+
+class PairwiseLossFunction(torch.autograd.Function):
+    """(hidden, weight, bias, down, up) -> loss (), losses (P,), token log-probs (N,), statistics (len(stats), N).
+
+    Only the loss, the mean of the losses, is differentiable. Its gradients are computed in the forward, in fp32, and
+    handed over by the first backward, which scales and rounds them once; a second one raises.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, head: Head, pair_losses: PairLosses):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        N, P = hidden.shape[0], len(tokens.sizes)
+        inputs = (hidden, weight, bias, down, up)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        gradients = [
+            torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
+            for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)
+        ]
+        run = _Run(inputs, gradients, tokens, head, pair_losses, hidden.new_zeros((1 + len(head.stats), N), dtype=wide))
+        losses = hidden.new_zeros((P,), dtype=wide)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for pairs, part in chunks_of_pairs(tokens.sizes, head.plan.chunk_rows):
+                long = part.stop - part.start > head.plan.chunk_rows
+                losses[pairs] = (run.long_pair if long else run.chunk)(pairs, part)
+        ctx.gradients = gradients
+        loss = (losses.double() if wide == torch.float64 or hidden.device.type != "mps" else losses).mean().to(wide)
+        logps, extras = run.values[0], run.values[1:]
+        ctx.mark_non_differentiable(losses, logps, extras)
+        return loss, losses, logps, extras
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_preference_loss: a second backward. Its gradients are computed in the forward and handed over "
+                "by the first backward; call the function again, or compose linear_token_logps and preference_loss"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        handed = [
+            None if d is None else d.mul_(d_loss).to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return *handed, None, None, None
+
+
+class _Run:
+    """One forward pass: the buffers that its chunks share."""
+
+    def __init__(self, inputs, gradients, tokens: Tokens, head: Head, pair_losses: PairLosses, values: Tensor):
+        hidden, weight, bias, down, up = inputs
+        self.factors = Factors(hidden, weight, bias, down, up, head.dtype)
+        self.bias, self.vocab = bias, weight.shape[0]
+        self.tokens, self.head, self.pair_losses, self.values = tokens, head, pair_losses, values
+        d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
+        self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
+        rows = min(head.plan.chunk_rows, sum(map(sum, tokens.sizes)))
+        self.tile = make_tile(head.impl, max(1, rows), self.vocab, self.factors.rows(slice(0, 0))[0][0])
+
+    def index(self, part: slice) -> "Tensor | slice":
+        return part if self.tokens.order is None else self.tokens.order[part]
+
+    def score(self, index) -> tuple[list, Tensor | None]:
+        """Fill the tile with the tokens at `index` and note their values; returns their factors and who is ignored."""
+        chunk = self.factors.rows(index)
+        labels, ignored, invalid = usable_labels(self.tokens.labels[index], self.tokens.ignore_index, self.vocab)
+        out = self.tile.fold(chunk, self.bias, labels, self.head.transform, self.head.stats)
+        if ignored is not None:
+            out["logps"].masked_fill_(invalid, torch.nan)
+        for row, name in enumerate(("logps", *self.head.stats)):
+            value = out[name] if ignored is None else out[name].masked_fill(ignored, 0)
+            self.values[row, index] = value
+        return chunk, ignored
+
+    def losses_and_slopes(self, pairs: slice, index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses (p,), d mean loss / d sequence log-prob (2p,), the tokens' local sequence ids and weights (n,)."""
+        P, p = len(self.tokens.sizes), pairs.stop - pairs.start
+        ids = self.tokens.sequence_ids[index]
+        local = ids % P - pairs.start + p * (ids // P)
+        values = dict(zip(("logps", *self.head.stats), self.values[:, index].unbind(0), strict=True))
+        weights = None if self.tokens.weights is None else self.tokens.weights[index]
+        sums = sequence_logps(values["logps"], local, 2 * p, weights=weights, impl=self.head.impl)
+        with torch.enable_grad():
+            leaf = sums.detach().requires_grad_()
+            losses = self.pair_losses(leaf, values, local, index, pairs)
+            (slopes,) = torch.autograd.grad(losses.sum() / P, leaf)
+        return losses.detach(), slopes, local, weights
+
+    def chunk(self, pairs: slice, part: slice) -> Tensor:
+        """Whole pairs that fit the tile."""
+        index = self.index(part)
+        chunk, ignored = self.score(index)
+        losses, slopes, local, weights = self.losses_and_slopes(pairs, index)
+        # A pair beyond a hinge's margin owes nothing; looking is free on CPU only
+        if slopes.device.type == "cpu" and not slopes.any():
+            return losses
+        coefficient = slopes[local] if weights is None else slopes[local] * weights
+        self.add_gradients(index, chunk, ignored, coefficient, self.d_rights, self.d_bias)
+        return losses
+
+    def add_gradients(self, index, chunk, ignored, coefficient: Tensor, d_rights, d_bias) -> None:
+        if ignored is not None:
+            coefficient = coefficient.masked_fill(ignored, 0)
+        coefficient = coefficient.unsqueeze(1)
+        for k, (left, _) in enumerate(chunk):
+            if self.d_lefts[k] is not None:
+                self.d_lefts[k][index] = self.tile.d_left(k, coefficient)
+            if d_rights[k] is not None:
+                self.tile.add_d_right(left, coefficient, d_rights[k])
+        if d_bias is not None:
+            self.tile.add_d_right(coefficient.new_ones(coefficient.shape), coefficient, d_bias.unsqueeze(1))
+
+    def long_pair(self, pairs: slice, part: slice) -> Tensor:
+        """One pair over several tiles: unit coefficients first, g at its end."""
+        rows, start, totals = self.head.plan.chunk_rows, part.start, []
+        for size in self.tokens.sizes[pairs.start]:
+            d_rights = [None if d is None else torch.zeros_like(d) for d in self.d_rights]
+            d_bias = None if self.d_bias is None else torch.zeros_like(self.d_bias)
+            for first in range(start, start + size, rows):
+                index = self.index(slice(first, min(first + rows, start + size)))
+                chunk, ignored = self.score(index)
+                weights = self.tokens.weights
+                unit = self.values.new_ones(chunk[0][0].shape[0]) if weights is None else weights[index]
+                self.add_gradients(index, chunk, ignored, unit, d_rights, d_bias)
+            totals.append([*d_rights, d_bias])
+            start += size
+        index = self.index(part)
+        losses, slopes, local, _ = self.losses_and_slopes(pairs, index)
+        for d_left in self.d_lefts:
+            if d_left is not None:
+                d_left[index] = d_left[index] * slopes[local].unsqueeze(1)
+        for sequence, parts in enumerate(totals):
+            for total, d in zip([*self.d_rights, self.d_bias], parts, strict=True):
+                if d is not None:
+                    total.addcmul_(d, slopes[sequence])
+        return losses

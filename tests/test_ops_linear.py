@@ -1,0 +1,274 @@
+"""Level 2 against the fp64 oracle: values, statistics, and gradients for each subset of inputs that can require one."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
+from dpo_fast.ops.plan import plan_head
+from dpo_fast.ops.stats import STATS
+from dpo_fast.testing import assert_within_budget
+
+IMPLS = ["torch", "triton"]
+NAMES = ("hidden", "weight", "bias", "down", "up")
+TRANSFORM = dict(logit_softcap=5.0, logit_scale=0.7, temperature=1.3)
+
+
+def make(N=23, H=32, V=1001, dtype=torch.float32, rank=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    tensors = dict(
+        hidden=normal(N, H),
+        weight=normal(V, H, std=2 / math.sqrt(H)),
+        bias=normal(V),
+        down=normal(N, rank),
+        up=normal(V, rank, std=0.5),
+    )
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[1::7] = -100
+    return tensors, labels
+
+
+def eager(hidden, weight, bias, down, up, labels, logit_softcap=None, logit_scale=1.0, temperature=1.0):
+    """Full logits in the dtype of the model, then fp32: what a model's forward and a plain loss do."""
+    z = (hidden @ weight.T + down @ up.T + bias).float() * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    log_p = torch.log_softmax(z / temperature, -1)
+    ignored = labels == -100
+    return log_p.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0)
+
+
+def ours(impl, tile_mib=1, **knobs):
+    def run(hidden, weight, bias, down, up, labels):
+        return linear_token_logps(
+            hidden, weight, labels, bias=bias, low_rank=(down, up), impl=impl, tile_mib=tile_mib, **knobs
+        )
+
+    return run
+
+
+def run(function, tensors, labels, needs, coefficient):
+    leaves = {k: v.clone().requires_grad_(k in needs) for k, v in tensors.items()}
+    logps = function(**leaves, labels=labels)
+    loss = (logps * coefficient.to(logps.dtype)).sum()
+    gradients = torch.autograd.grad(loss, [leaves[k] for k in needs]) if needs else ()
+    return logps.detach(), dict(zip(needs, gradients, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("knobs", [{}, TRANSFORM], ids=["plain", "transformed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("needs", [NAMES, ("hidden", "down"), ()], ids=["recompute", "frozen", "score"])
+def test_values_and_gradients_are_within_the_budget(impl, knobs, dtype, needs):
+    tensors, labels = make(dtype=dtype)
+    coefficient = torch.randn(23, generator=torch.Generator().manual_seed(1))
+    logps, gradients = run(ours(impl, **knobs), tensors, labels, needs, coefficient)
+    eager_logps, eager_gradients = run(
+        lambda **x: eager(**x, **knobs), tensors, labels, needs, coefficient
+    )
+    wide = {k: v.double() for k, v in tensors.items()}
+    true_logps, true_gradients = run(ours("reference", **knobs), wide, labels, needs, coefficient)
+    assert logps.dtype == torch.float32 and (logps[labels == -100] == 0).all()
+    assert_within_budget(logps, eager_logps, true_logps, factor=1.5 if dtype == torch.float32 else 0.01, what="logps")
+    for name in needs:
+        assert gradients[name].dtype == dtype
+        factor = 2.0 if dtype == torch.float32 else 1.0
+        assert_within_budget(gradients[name], eager_gradients[name], true_gradients[name], factor=factor, what=name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needs", [c for n in range(1, 6) for c in itertools.combinations(NAMES, n)], ids=" ".join)
+def test_each_subset_of_inputs_that_require_a_gradient(impl, needs):
+    tensors, labels = make(N=9, H=8, V=77)
+    coefficient = torch.linspace(-1, 1, 9)
+    _, gradients = run(ours(impl), tensors, labels, needs, coefficient)
+    wide = {k: v.double() for k, v in tensors.items()}
+    _, true = run(ours("reference"), wide, labels, needs, coefficient)
+    for name in needs:
+        torch.testing.assert_close(gradients[name].double(), true[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 127), (5, 16, 5003)], ids=str)
+def test_ragged_sizes_and_many_tiles(impl, shape):
+    N, H, V = shape
+    tensors, labels = make(N=N, H=H, V=V)
+    labels[labels == -100] = 0
+    hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
+    logps = linear_token_logps(hidden, weight, labels, impl=impl, tile_mib=1)
+    logps.sum().backward()
+    z = torch.log_softmax(hidden.double() @ weight.double().T, -1)
+    expected = z.gather(1, labels[:, None])[:, 0]
+    d_hidden, d_weight = torch.autograd.grad(expected.sum(), (hidden, weight))
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_statistics(impl):
+    tensors, labels = make()
+    arguments = (tensors["hidden"], tensors["weight"], labels)
+    stats = linear_token_stats(*arguments, impl=impl, tile_mib=1, **TRANSFORM)
+    oracle = linear_token_stats(*arguments, impl="reference", **TRANSFORM)
+    for name in ("logps", *STATS):
+        torch.testing.assert_close(getattr(stats, name), getattr(oracle, name), rtol=2e-6, atol=2e-6)
+    few = linear_token_stats(*arguments, outputs=("entropy",), impl=impl)
+    assert few.mean_logits is None and few.entropy is not None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sequence_sums_of_2000_bf16_tokens_stay_within_a_millinat(impl):
+    N = 2000 if impl == "torch" else 200
+    tensors, labels = make(N=N, H=64, V=501, dtype=torch.bfloat16)
+    logps = linear_token_logps(tensors["hidden"], tensors["weight"], labels, impl=impl)
+    oracle = linear_token_logps(tensors["hidden"].double(), tensors["weight"].double(), labels, impl="reference")
+    assert abs(logps.double().sum() - oracle.sum()) < 1e-3
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_no_tokens_and_all_ignored_still_give_zero_gradients(impl):
+    for labels in (torch.zeros(0, dtype=torch.int64), torch.full((3,), -100)):
+        hidden = torch.randn(len(labels), 4, requires_grad=True)
+        weight = torch.randn(7, 4, requires_grad=True)
+        linear_token_logps(hidden, weight, labels, impl=impl).sum().backward()
+        assert (hidden.grad == 0).all() and (weight.grad == 0).all() and weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")])
+def test_double_use_and_second_backward(needs):
+    tensors, labels = make(N=5, H=8, V=33)
+    leaves = [tensors[k].requires_grad_() for k in needs]
+    logps = linear_token_logps(tensors["hidden"], tensors["weight"], labels)
+    (logps.sum() + 2 * logps.sum()).backward(retain_graph=True)
+    thrice = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    logps.sum().backward()
+    for leaf, expected in zip(leaves, thrice, strict=True):
+        torch.testing.assert_close(3 * leaf.grad, expected)
+
+
+def test_no_grad_inference_mode_and_checkpointing():
+    tensors, labels = make(N=5, H=8, V=33)
+    hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
+    expected = linear_token_logps(hidden, weight, labels)
+    with torch.no_grad():
+        scored = linear_token_logps(hidden, weight, labels)
+        assert torch.equal(scored, expected) and not scored.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(linear_token_logps(hidden, weight, labels), expected)
+    again = torch.utils.checkpoint.checkpoint(
+        lambda h, w: linear_token_logps(h, w, labels), hidden, weight, use_reentrant=False
+    )
+    first = torch.autograd.grad(expected.sum(), (hidden, weight))
+    second = torch.autograd.grad(again.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_takes_its_dtype_and_returns_gradients_in_the_parameters():
+    tensors, labels = make(N=5, H=8, V=33)
+    hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = linear_token_logps(hidden, weight, labels)
+    rounded = linear_token_logps(hidden.bfloat16(), weight.bfloat16(), labels)
+    assert logps.dtype == torch.float32 and torch.equal(logps, rounded)
+    logps.sum().backward()
+    assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.float32
+
+
+def test_tied_weights_get_both_gradients():
+    _, labels = make(N=5, H=8, V=33)
+    table = torch.randn(33, 8, requires_grad=True)
+    tokens = torch.arange(5)
+    linear_token_logps(table[tokens], table, labels).sum().backward()
+    twin = table.detach().double().requires_grad_()
+    linear_token_logps(twin[tokens], twin, labels, impl="reference").sum().backward()
+    torch.testing.assert_close(table.grad.double(), twin.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("needs, gemms", [((), 1), (("hidden",), 2), (("hidden", "weight"), 4), (("weight",), 3)])
+def test_flops_are_the_plans(needs, gemms, monkeypatch):
+    """Counted twice: by the formulas that counters see, and inside the ops, product by product."""
+    N, H, V = 300, 64, 2000
+    tensors, _ = make(N=N, H=H, V=V)
+    labels = torch.arange(N)
+    leaves = {k: tensors[k].requires_grad_(k in needs) for k in ("hidden", "weight")}
+
+    def count() -> int:
+        with FlopCounterMode(display=False) as counter:
+            logps = linear_token_logps(leaves["hidden"], leaves["weight"], labels, tile_mib=1)
+            if needs:
+                logps.sum().backward()
+        return counter.get_total_flops()
+
+    plan = plan_head(N, H, V, hidden_grad="hidden" in needs, head_grad="weight" in needs, separable=False)
+    assert plan.gemms == gemms and count() == plan.flops
+
+    products = []
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name), products))
+    monkeypatch.setattr(torch.Tensor, "addmm_", counted(torch.Tensor.addmm_, products))
+    count()
+    assert abs(sum(products) / plan.flops - 1) < 0.02
+
+
+def counted(function, products):
+    def call(*arguments, **keywords):
+        a, b = arguments[-2:]
+        products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return function(*arguments, **keywords)
+
+    return call
+
+
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")], ids=["score", "frozen", "recompute"])
+def test_opcheck_and_compile(needs):
+    tensors, labels = make(N=6, H=8, V=33)
+    tensors = {k: v.requires_grad_(k in needs) for k, v in tensors.items() if k in ("hidden", "weight")}
+
+    def loss(hidden, weight):
+        return linear_token_logps(hidden, weight, labels, tile_mib=1).sum() * 2
+
+    plan = ["score", "frozen", "recompute"][len(needs)]
+    knobs = (-100, None, 1.0, 1.0, "entropy", plan, 1, "float32", "torch")
+    arguments = (*tensors.values(), None, None, None, labels, *knobs)
+    torch.library.opcheck(torch.ops.dpo_fast.linear_token_logps_fwd.default, arguments)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, found = loss(**tensors), compiled(**tensors)
+    assert torch.equal(expected, found)
+    if needs:
+        leaves = [tensors[k] for k in needs]
+        for a, b in zip(torch.autograd.grad(expected, leaves), torch.autograd.grad(found, leaves), strict=True):
+            assert torch.equal(a, b)
+
+
+BAD = {
+    "labels too large": (lambda t, y: dict(labels=y.clamp(min=0) + 77), ValueError, "outside"),
+    "float labels": (lambda t, y: dict(labels=y.float()), TypeError, "labels must have one of the dtypes"),
+    "weight shape": (lambda t, y: dict(weight=t["weight"][:, 1:]), ValueError, r"weight must have shape \(V, 8\)"),
+    "weight dtype": (lambda t, y: dict(weight=t["weight"].bfloat16()), TypeError, "cast one, or enable autocast"),
+    "integer hidden": (lambda t, y: dict(hidden=t["hidden"].long()), TypeError, "hidden must have one of"),
+    "hidden 3d": (lambda t, y: dict(hidden=t["hidden"][None]), ValueError, r"hidden must have shape \(N, H\)"),
+    "bias": (lambda t, y: dict(bias=t["bias"][1:]), ValueError, r"bias must have shape \(77\)"),
+    "low rank": (lambda t, y: dict(low_rank=(t["down"], t["up"][:, 1:])), ValueError, r"low_rank\[1\] must have"),
+    "tile": (lambda t, y: dict(tile_mib=0), ValueError, "tile_mib must be at least 1"),
+    "scale": (lambda t, y: dict(logit_scale=float("inf")), ValueError, "logit_scale must be finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_bad_input_is_named(case, impl):
+    tensors, labels = make(N=5, H=8, V=77)
+    change, error, message = BAD[case]
+    arguments = dict(hidden=tensors["hidden"], weight=tensors["weight"], labels=labels, impl=impl)
+    with pytest.raises(error, match=message):
+        linear_token_logps(**{**arguments, **change(tensors, labels)})
