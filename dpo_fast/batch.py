@@ -33,7 +33,8 @@ class PreferenceBatch(dict):
     A dict of tensors (so that data loaders, Trainers and wrappers move and split it as usual) with attribute access:
 
     rows for the model, B x T:
-      input_ids (B, T) int64; attention_mask (B, T) int64 or None (packed rows: nothing to mask); position_ids (B, T)
+      input_ids (B, T) int64; attention_mask (B, T) int64, None for packed rows: nothing to mask;
+      position_ids (B, T) int64, None for padded rows: they are 0..T-1, which models assume by themselves
     scored tokens, N:
       targets (N,) int64 token ids; sequence_ids (N,) int64, chosen of pair i is i, rejected is P + i;
       predictors (N,) int64 index into the B*T flattened positions: where the hidden state that predicts the token is
@@ -89,7 +90,7 @@ def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_
     return PreferenceBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
+        position_ids=None,
         targets=torch.tensor(targets, dtype=torch.int64),
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
         predictors=torch.tensor(predictors, dtype=torch.int64),

@@ -1,0 +1,214 @@
+"""Stage 3: model + batch -> token log-probs, inside `model.forward`.
+
+`attach(model)` gives a Hugging Face causal language model one more way to be called:
+
+    scores = model(batch)                        # a PreferenceBatch first: TokenScores, no padded logits anywhere
+    scores = model(batch, outputs=("entropy",))  # statistics by name, see `dpo_fast.ops.stats.STATS`
+    model(input_ids=...), model.generate(...)    # anything else: the forward that the model came with
+
+Everything happens inside `model.forward`, so what wrappers hang on it (DDP, FSDP, ZeRO, autocast, PEFT) stays armed,
+and the backbone and the head are looked up at each call, because such wrappers replace them.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .batch import PreferenceBatch
+from .ops.logits import logits_token_stats
+from .ops.stats import TokenStats
+
+_ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
+_STATE = "_dpo_fast"
+
+
+class TokenScores(NamedTuple):
+    """What `model(batch)` returns: one value per scored token, (N,), None where not asked for.
+
+    A named tuple, because wrappers look for tensors in the outputs they know: tuples, lists and dicts.
+    """
+
+    logps: Tensor  # fp32 log-prob of the target, in nats; the only one with a gradient
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What a model does to its head's output: logits = softcap * tanh(scale * head(hidden) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config) -> "HeadTransform":
+        """Read the transform that the config declares, under any of the names that transformers' models use."""
+        text = config.get_text_config()
+        declared = [getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+        scaling = getattr(text, "logits_scaling", None)
+        if scaling is not None:  # a divisor (Granite, MiniCPM3), but a factor in HyperCLOVA X
+            declared.append(scaling if text.model_type == "hyperclovax" else 1 / scaling)
+        scale = next((value for value in declared if value is not None), 1.0)
+        return cls(float(scale), getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, head_output: Tensor) -> Tensor:
+        logits = head_output.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass
+class _Attachment:
+    """State of an attached model. Holds no reference but through `original`, so that a deep copy is attached too."""
+
+    original: Callable  # the forward that the model had
+    transform: HeadTransform
+    impl: str
+    checked: bool = False
+
+
+def attach(model: nn.Module, *, impl: str = "auto") -> nn.Module:
+    """Install the forward on `model` (a causal LM, or a PEFT model around one), in place; returns `model`.
+
+    Repeating it only sets `impl`; `detach` undoes it. The head is checked once against the model's own logits on four
+    tokens, here or, if the weights are not materialised yet, at the first call.
+
+    Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
+    transform of its head's output that its config declares.
+    """
+    base = _causal_lm(model)
+    state = getattr(base, _STATE, None)
+    if state is not None:
+        state.impl = impl
+        return model
+    state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl)
+    if all(p.numel() and not p.is_meta for p in base.parameters()):
+        check_head(base, state)
+    setattr(base, _STATE, state)
+    base.forward = types.MethodType(_forward_of(type(base)), base)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: give the model its own forward back. Returns `model`."""
+    base = _causal_lm(model)
+    state = getattr(base, _STATE, None)
+    if state is None:
+        return model
+    if getattr(base.forward, "__func__", None) is not _forward_of(type(base)):
+        raise RuntimeError(
+            "detach: the model's forward was wrapped again after attach (by accelerate, for instance); undo that first"
+        )
+    del base.forward
+    if base.forward != state.original:  # it was an instance's own, not its class's
+        base.forward = state.original
+    delattr(base, _STATE)
+    return model
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    """The Hugging Face model itself, below a PEFT wrapper if there is one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None or getattr(base, "base_model", base) is base:
+        raise TypeError(
+            f"attach: expected a Hugging Face causal language model with a backbone (base_model) and an output head "
+            f"(get_output_embeddings), got {type(base).__name__}"
+        )
+    return base
+
+
+@functools.cache
+def _forward_of(model_class: type) -> Callable:
+    """The forward for models of this class; wraps the class's own for its signature, which `generate` reads."""
+
+    @functools.wraps(model_class.forward)
+    def forward(self, *args, **kwargs):
+        batch = args[0] if args else kwargs.get("input_ids")
+        if not (isinstance(batch, dict) and "predictors" in batch):
+            return getattr(self, _STATE).original(*args, **kwargs)
+        kwargs.pop("input_ids", None)
+        outputs = kwargs.pop("outputs", ())
+        unexpected = [name for name, value in kwargs.items() if value is not None]  # PEFT passes its Nones along
+        if len(args) > 1 or unexpected:
+            raise TypeError(f"model(batch) takes nothing but outputs=, got {unexpected or args[1:]}")
+        return score_batch(self, PreferenceBatch(batch), outputs)  # FSDP turns subclasses of dict into dicts
+
+    return forward
+
+
+def score_batch(model: nn.Module, batch: PreferenceBatch, outputs: Sequence[str] = ()) -> TokenScores:
+    """Backbone -> hidden states at the scored positions -> head. Call `model(batch)`, which ends up here."""
+    state = getattr(model, _STATE)
+    if not state.checked:
+        check_head(model, state)
+    rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None}
+    hidden = model.base_model(**rows, use_cache=False)[0]  # (B, T, H)
+    # A position may predict two tokens (the first ones of chosen and rejected): its gradient is the sum of two terms,
+    # which no order of addition changes, so this is reproducible
+    hidden = hidden.flatten(0, 1).index_select(0, batch.predictors.to(hidden.device))  # (N, H)
+    stats = score_hidden(model.get_output_embeddings(), hidden, batch.targets, state.transform, outputs, state.impl)
+    return TokenScores(
+        stats.logps, *(getattr(stats, name) if name in outputs else None for name in TokenScores._fields[1:])
+    )
+
+
+def score_hidden(
+    head: nn.Module, hidden: Tensor, targets: Tensor, transform: HeadTransform, outputs: Sequence[str], impl: str
+) -> TokenStats:
+    """(N, H) hidden states -> statistics of the N targets. The only place that knows how the head is computed.
+
+    The head is called as the module it is: an adapter on it, its bias, a quantised weight, a wrapper's hooks all count.
+    """
+    logits = head(hidden)  # (N, V)
+    if transform.scale != 1.0:
+        logits = logits * transform.scale
+    return logits_token_stats(
+        logits,
+        targets.to(logits.device),
+        outputs=outputs,
+        logit_softcap=transform.softcap,
+        inplace_backward=True,  # nothing else holds these logits
+        impl=impl,
+    )
+
+
+def check_head(model: nn.Module, state: _Attachment) -> None:
+    """Compare what `score_hidden` computes with the model's own logits on four tokens, once.
+
+    One pass of the model's own forward suffices: hooks note what leaves the backbone and what enters and leaves the
+    head. Raises `ValueError` with the name of the model's class.
+    """
+    name = type(model).__name__
+    seen = {}
+    hooks = [
+        model.base_model.register_forward_hook(lambda _module, _args, out: seen.update(hidden=out[0])),
+        model.get_output_embeddings().register_forward_hook(
+            lambda _module, args, out: seen.update(head_input=args[0], head_output=out)
+        ),
+    ]
+    try:
+        with torch.no_grad():
+            ids = torch.arange(4, device=model.device).remainder_(model.get_input_embeddings().num_embeddings)
+            logits = state.original(input_ids=ids.unsqueeze(0), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if "head_output" not in seen:
+        raise ValueError(f"attach: {name} does not call its output head as a module, so it cannot be scored")
+    if not torch.equal(seen["hidden"], seen["head_input"].to(seen["hidden"].device)):
+        raise ValueError(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
+    ours, theirs = state.transform(seen["head_output"]), logits.float()
+    tolerance = 8 * torch.finfo(logits.dtype).eps * theirs.abs().max()
+    if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= tolerance:
+        raise ValueError(
+            f"attach: {name} transforms the output of its head in a way that its config does not declare: its logits "
+            f"are not {state.transform} of it (maximum {theirs.abs().max():.4g}, expected {ours.abs().max():.4g})"
+        )
+    state.checked = True
