@@ -5,7 +5,7 @@
       2  attention.py      attention over a shared-prefix row
       3  forward.py     -> hidden states at the scored positions -> token log-probs, inside model.forward
       4  logps.py       -> sequence log-probs, PairLogps
-      5  losses.py      -> loss per pair
+      5  losses.py      -> loss per pair; objective.py combines and checks
       6  metrics.py     -> metrics as device scalars
 
 `functional.py` composes 2 to 6 and is the file to read first. Importing this package needs torch alone: triton,
@@ -23,7 +23,8 @@ _PUBLIC = {
     "TokenStats": "dpo_fast.ops.stats",
     "sequence_logps": "dpo_fast.ops.sequence",
     "PairLogps": "dpo_fast.logps",
-    "preference_loss": "dpo_fast.losses",
+    "preference_loss": "dpo_fast.objective",
+    "Objective": "dpo_fast.objective",
     "LOSSES": "dpo_fast.losses",
     "PreferenceBatch": "dpo_fast.batch",
     "attach": "dpo_fast.forward",

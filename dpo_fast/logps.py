@@ -44,6 +44,11 @@ class PairLogps:
         """(P,) chosen minus rejected log-ratio: what DPO pushes up."""
         return self.chosen_log_ratio - self.rejected_log_ratio
 
+    @property
+    def reference_margin(self) -> Tensor:
+        """(P,) chosen minus rejected log-prob under the reference."""
+        return self._reference("ref_chosen") - self._reference("ref_rejected")
+
     def _reference(self, name: str) -> Tensor:
         value = getattr(self, name)
         if value is None:

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "dpo_fast"
 
 # who may import whom inside the package; training, trl, cli and the demo may import everything
 OPS = {"ops"}
-STAGE = {"ops", "batch", "layout", "attention", "forward", "logps", "losses", "metrics", "reference", "functional"}
+STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics"}
+STAGE |= {"preference", "reference", "functional"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels"}, "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
 MAY_BE_HEAVY = {"training", "trl", "cli", "demo", "data"}

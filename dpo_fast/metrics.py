@@ -1,0 +1,71 @@
+"""Stage 6: `PairLogps` -> metrics as device scalars, one packed reduction and one host sync per logging step.
+
+A metric is a mean, kept as (sum, weight): micro-steps and ranks add up, whatever number of pairs or tokens each holds.
+Names are TRL's.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .logps import PairLogps
+from .objective import Objective
+from .ops.stats import TokenStats
+
+Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), both () on the device
+
+
+def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
+    """Means over pairs: rewards, their accuracy (strictly greater: 0 at step 0, where they are equal), log-probs."""
+    chosen, rejected = objective.rewards(pairs)
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": pairs.chosen.detach(),
+        "logps/rejected": pairs.rejected.detach(),
+    }
+    return {name: (value.sum(), value.new_full((), value.numel())) for name, value in values.items()}
+
+
+def token_metrics(stats: TokenStats, sequence_ids: Tensor, num_pairs: int) -> Metrics:
+    """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
+    top-1 accuracy of chosen."""
+    chosen = (sequence_ids < num_pairs).to(stats.logps.dtype)
+    everything, rejected = torch.ones_like(chosen), 1 - chosen
+    found = {
+        "entropy": (stats.entropy, everything),
+        "logits/chosen": (stats.mean_logits, chosen),
+        "logits/rejected": (stats.mean_logits, rejected),
+        "mean_token_accuracy": (stats.is_top1, chosen),
+    }
+    return {name: ((value * who).sum(), who.sum()) for name, (value, who) in found.items() if value is not None}
+
+
+class MetricSums:
+    """Adds metrics up on the device. `add` never synchronises; `means` does, once, and starts over."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.sums: Tensor | None = None  # (2, number of names): sums and weights; fp64 where the device has it
+
+    def add(self, metrics: Metrics) -> None:
+        names = list(metrics)
+        packed = torch.stack([torch.stack([part.float() for part in pair]) for pair in metrics.values()], dim=1)
+        packed = packed if packed.device.type == "mps" else packed.double()
+        if self.sums is None:
+            self.names, self.sums = names, packed
+        elif names == self.names:
+            self.sums += packed
+        else:
+            raise ValueError(f"metrics must keep their names between two logs: had {self.names}, got {names}")
+
+    def means(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda packed: packed) -> dict[str, float]:
+        """Name -> mean. `sum_over_ranks` is called once, with the packed tensor; a mean of nothing is 0, as in TRL."""
+        if self.sums is None:
+            return {}
+        sums, weights = sum_over_ranks(self.sums).tolist()
+        self.sums = None
+        return {n: s / w if w else 0.0 for n, s, w in zip(self.names, sums, weights, strict=True)}

@@ -1,0 +1,190 @@
+"""Which losses are trained, together and with what knobs: checked once, then called with `PairLogps`.
+
+Also the two weightings that papers put on top of any loss: of tokens (LD-DPO) and of pairs (WPO).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .logps import PairLogps
+from .losses import LOSSES, LossParams, lengths
+
+
+class Objective:
+    """A checked combination of losses: called with `PairLogps`, gives (P,) losses, whose mean is what is trained.
+
+    loss: a name from `LOSSES`, a function of `PairLogps` that returns (P,), or a sequence of these.
+    weights: one number per loss, 1 where None (MPO, arXiv:2411.10442). use_weighting: `PairLogps.weights` will be set
+      (WPO). Further keywords are `LossParams`. A function counts as independent across pairs and as in need of a
+      reference and of lengths, unless its attributes `couples_pairs`, `needs_reference`, `needs_lengths` say otherwise.
+    """
+
+    def __init__(self, loss="sigmoid", *, weights: Sequence[float] | None = None, use_weighting=False, **params):
+        self.params = LossParams(**params)
+        parts = [loss] if isinstance(loss, str) or callable(loss) else list(loss)
+        if not parts:
+            raise ValueError("loss must be a name, a function or a non-empty sequence of them, got an empty sequence")
+        self.parts = [_resolve(part) for part in parts]
+        self.loss_weights = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
+        if len(self.loss_weights) != len(parts) or not all(math.isfinite(w) for w in self.loss_weights):
+            raise ValueError(f"loss weights must be {len(parts)} finite numbers, one per loss, got {weights!r}")
+        self.names = tuple(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
+        self.use_weighting = use_weighting
+        self.couples_pairs = any(getattr(part, "couples_pairs", False) for part in self.parts)
+        self.needs_reference = any(getattr(part, "needs_reference", True) for part in self.parts)
+        self.needs_lengths = any(getattr(part, "needs_lengths", True) for part in self.parts)
+        self.averages = all(getattr(part, "averages", False) for part in self.parts)
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        params = self.params
+        if params.f_divergence_type != "reverse_kl":
+            unfit = [n for n, part in zip(self.names, self.parts, strict=True) if not getattr(part, "f_divergence", 0)]
+            if unfit:
+                fit = ", ".join(name for name, function in LOSSES.items() if function.f_divergence)
+                raise ValueError(
+                    f"f_divergence_type={params.f_divergence_type!r} does not fit loss {', '.join(unfit)}, whose "
+                    f"log Z would not cancel; it fits {fit}"
+                )
+        if "exo_pair" in self.names and params.label_smoothing == 0:
+            raise ValueError("label_smoothing must be above 0 for loss 'exo_pair' (its paper suggests 1e-3), got 0")
+        if "robust" in self.names and params.label_smoothing >= 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5) for loss 'robust', got {params.label_smoothing}")
+        if self.use_weighting and self.couples_pairs:
+            raise ValueError(f"use_weighting weighs each pair, but loss {', '.join(self.names)} sorts across pairs")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        total = None
+        for part, weight in zip(self.parts, self.loss_weights, strict=True):
+            registered = LOSSES.get(getattr(part, "__name__", "")) is part
+            value = part(pairs, self.params) if registered else part(pairs)
+            value = value if weight == 1.0 else value * weight
+            total = value if total is None else total + value
+        if total.shape != pairs.chosen.shape:
+            raise ValueError(
+                f"loss {', '.join(self.names)} must return one value per pair, {tuple(pairs.chosen.shape)}, "
+                f"got {tuple(total.shape)}"
+            )
+        return total if pairs.weights is None else total * pairs.weights
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Implicit rewards (P,) of both completions: beta x log-ratio, or beta x (mean) log-prob without reference."""
+        chosen, rejected = pairs.chosen.detach(), pairs.rejected.detach()
+        if self.needs_reference or pairs.ref_chosen is not None:
+            chosen, rejected = pairs.chosen_log_ratio.detach(), pairs.rejected_log_ratio.detach()
+        elif self.averages:
+            chosen_length, rejected_length = lengths(pairs)
+            chosen, rejected = chosen / chosen_length, rejected / rejected_length
+        return self.params.beta * chosen, self.params.beta * rejected
+
+    def __repr__(self) -> str:
+        return f"Objective({list(self.names)}, weights={self.loss_weights}, {self.params})"
+
+
+def _resolve(part) -> Callable:
+    if callable(part):
+        return part
+    if part not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function of PairLogps, got {part!r}")
+    return LOSSES[part]
+
+
+def preference_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    loss="sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "none",
+    **params,
+) -> Tensor:
+    """Loss per pair from sequence log-probs, in plain PyTorch, for your own training loop.
+
+    *_logps: (P,) floating, summed over the completion's tokens, in nats; those of the reference may be None where no
+      loss needs them. 16-bit input is computed in fp32.
+    loss, loss_weights: as in `Objective`; params: those of `LossParams` (beta, label_smoothing, f_divergence_type ...).
+    chosen_lengths, rejected_lengths: (P,) numbers of completion tokens, for losses that average over tokens.
+    weights: (P,) factor on each pair's loss, not differentiated.
+
+    Returns (P,), or () for reduction "mean" or "sum". Raises ValueError or TypeError for wrong shapes, dtypes and
+    devices, unknown names, values out of range, and what a loss needs but did not get.
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    objective = Objective(loss, weights=loss_weights, use_weighting=weights is not None, **params)
+    given = dict(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        weights=weights,
+    )
+    needed = {"chosen_logps", "rejected_logps"}
+    if objective.needs_reference and not callable(loss):
+        needed |= {"ref_chosen_logps", "ref_rejected_logps"}
+    if objective.needs_lengths and not callable(loss):
+        needed |= {"chosen_lengths", "rejected_lengths"}
+    for name, value in given.items():
+        if value is None:
+            if name in needed:
+                raise ValueError(f"preference_loss: loss {', '.join(objective.names)} needs {name}, got None")
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"preference_loss: {name} must be a tensor, got {type(value).__name__}")
+        if value.ndim != 1 or value.shape != chosen_logps.shape:
+            expected = f"({chosen_logps.shape[0]},)" if chosen_logps.ndim == 1 else "(P,)"
+            raise ValueError(f"preference_loss: {name} must have shape {expected}, got {tuple(value.shape)}")
+        if not value.is_floating_point() and not name.endswith("lengths"):
+            raise TypeError(f"preference_loss: {name} must be floating, got {value.dtype}")
+        if value.device != chosen_logps.device:
+            raise ValueError(f"preference_loss: {name} is on {value.device}, chosen_logps on {chosen_logps.device}")
+        if value.dtype in (torch.float16, torch.bfloat16):
+            given[name] = value.float()
+    pairs = PairLogps(
+        given["chosen_logps"],
+        given["rejected_logps"],
+        None if ref_chosen_logps is None else given["ref_chosen_logps"].detach(),
+        None if ref_rejected_logps is None else given["ref_rejected_logps"].detach(),
+        chosen_lengths,
+        rejected_lengths,
+        None if weights is None else given["weights"].detach(),
+    )
+    losses = objective(pairs)
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+# --- weights from tokens -------------------------------------------------------------------------------------------
+
+
+def ld_dpo_token_weights(sequence_ids: Tensor, sequence_lengths: Tensor, alpha: float) -> Tensor:
+    """(N,) fp32: 1 up to the shorter completion's length, alpha beyond it: LD-DPO, arXiv:2409.06411, equation 9.
+
+    sequence_ids: (N,) in [0, 2P), tokens of a sequence in order; sequence_lengths: (2P,) their numbers of tokens."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], got {alpha}")
+    num_pairs = sequence_lengths.shape[0] // 2
+    order = sequence_ids.argsort(stable=True)
+    starts = sequence_lengths.cumsum(0) - sequence_lengths
+    position = torch.empty_like(sequence_ids)
+    position[order] = torch.arange(sequence_ids.shape[0], device=sequence_ids.device) - starts[sequence_ids[order]]
+    shared = torch.minimum(sequence_lengths[:num_pairs], sequence_lengths[num_pairs:])
+    return torch.where(position < shared[sequence_ids % num_pairs], 1.0, alpha)
+
+
+def wpo_weights(log_weights: Tensor, sequence_lengths: Tensor) -> Tensor:
+    """(P,) detached weights of pairs: WPO, arXiv:2406.11827, equation 2, with its alignment of on-policy weights.
+
+    log_weights: (2P,) sums over a sequence's tokens of log p(token) - log sum_v p(v)^2; sequence_lengths: (2P,)."""
+    weights = torch.exp(log_weights.detach() / sequence_lengths.clamp(min=1))
+    chosen, rejected = weights.tensor_split(2)
+    return chosen * rejected
