@@ -1,0 +1,70 @@
+"""Metrics: TRL's numbers, exact sums over micro-steps and ranks, one reduction."""
+
+import pytest
+import torch
+
+from dpo_fast.metrics import MetricSums, pair_metrics, token_metrics
+from dpo_fast.objective import Objective
+from dpo_fast.ops.stats import TokenStats
+from tests.test_losses import make_pairs, our_loss, trl_loss
+
+
+def test_pair_metrics_are_trls():
+    _, _, theirs = trl_loss(["sigmoid"], beta=0.5)
+    _, _, pairs, objective = our_loss(["sigmoid"], beta=0.5)
+    sums = MetricSums()
+    sums.add(pair_metrics(pairs, objective))
+    ours = sums.means()
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name][0], rel=1e-5), name
+
+
+def test_accuracy_is_strict():
+    pairs = make_pairs()
+    same = type(pairs)(pairs.ref_chosen, pairs.ref_rejected, pairs.ref_chosen, pairs.ref_rejected)
+    assert pair_metrics(same, Objective())["rewards/accuracies"][0] == 0
+
+
+def test_token_metrics_are_means_over_tokens():
+    ids = torch.tensor([0, 0, 2, 1, 3])
+    stats = TokenStats(
+        logps=torch.zeros(5),
+        entropy=torch.arange(5.0),
+        mean_logits=torch.arange(5.0),
+        is_top1=torch.tensor([True, False, True, True, True]),
+    )
+    sums = MetricSums()
+    sums.add(token_metrics(stats, ids, 2))
+    assert sums.means() == {
+        "entropy": 2.0,
+        "logits/chosen": pytest.approx(4 / 3),
+        "logits/rejected": 3.0,
+        "mean_token_accuracy": pytest.approx(2 / 3),
+    }
+    assert list(token_metrics(TokenStats(torch.zeros(5), entropy=torch.zeros(5)), ids, 2)) == ["entropy"]
+
+
+def test_uneven_steps_and_ranks_weigh_by_pairs_with_one_reduction():
+    objective, parts = Objective(), [make_pairs(P=5, seed=1), make_pairs(P=2, seed=2), make_pairs(P=1, seed=3)]
+    ranks = [MetricSums(), MetricSums()]
+    for rank, part in zip((0, 0, 1), parts, strict=True):
+        ranks[rank].add(pair_metrics(part, objective))
+    calls = []
+
+    def all_reduce(packed):
+        calls.append(packed.shape)
+        return packed + ranks[1].sums
+
+    means = ranks[0].means(all_reduce)
+    assert len(calls) == 1
+    everything = torch.cat([part.chosen.double() for part in parts])
+    assert means["logps/chosen"] == pytest.approx(everything.mean().item(), rel=1e-6)
+    assert ranks[0].means() == {}, "starts over"
+
+
+def test_a_mean_of_nothing_is_zero_and_names_must_not_change():
+    sums = MetricSums()
+    sums.add({"entropy": (torch.tensor(0.0), torch.tensor(0.0))})
+    with pytest.raises(ValueError, match="must keep their names"):
+        sums.add({"other": (torch.tensor(0.0), torch.tensor(0.0))})
+    assert sums.means() == {"entropy": 0.0}
