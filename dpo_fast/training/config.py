@@ -1,0 +1,116 @@
+"""`FastDPOConfig`: every knob of `FastDPOTrainer`, declared once. Names are TRL's where TRL has the same one."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dpo_fast.functional import EXTRA_METRICS
+from dpo_fast.losses import F_DIVERGENCES, LOSSES
+from dpo_fast.objective import Objective
+from dpo_fast.ops.dispatch import IMPLS
+
+from .data import TRUNCATION_MODES, Truncation
+
+
+def _option(default, help: str, **metadata):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class FastDPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what DPO needs on top.
+
+    Defaults that differ from transformers': learning_rate 1e-6, logging_steps 10, remove_unused_columns False (the
+    trainer keeps only its own columns anyway), logging_nan_inf_filter False (it waits for the device in each
+    micro-step, and hides a diverging run).
+
+    Raises ValueError for values out of range and combinations that do not fit, before any model is loaded.
+    """
+
+    learning_rate: float = _option(1e-6, "Initial learning rate.")
+    logging_steps: float = _option(10, "Log every that many steps; below 1, that share of all steps.")
+    remove_unused_columns: bool = _option(False, "Must stay False: the trainer keeps only the columns it needs.")
+    logging_nan_inf_filter: bool = _option(False, "Leave NaN and infinite losses out of the logs, at a sync per step.")
+
+    # the objective
+    loss_type: list[str] = _option(["sigmoid"], f"One loss or several to add up: {', '.join(LOSSES)}.")
+    loss_weights: list[float] | None = _option(None, "One weight per loss; 1 where not given.")
+    beta: float = _option(0.1, "Strength of the pull towards the reference.")
+    label_smoothing: float = _option(0.0, "Probability that a preference label is wrong (sigmoid, robust, exo_pair).")
+    f_divergence_type: str = _option("reverse_kl", "Divergence from the reference.", choices=list(F_DIVERGENCES))
+    f_alpha_divergence_coef: float = _option(0.5, "Alpha of alpha_divergence.")
+    discopop_tau: float = _option(0.05, "Temperature of discopop.")
+    simpo_gamma: float = _option(0.5, "Target margin of simpo.")
+    cpo_alpha: float = _option(1.0, "Weight of the negative log-likelihood in cpo.")
+    ld_alpha: float | None = _option(None, "LD-DPO: weight of the tokens beyond the shorter completion's length.")
+    use_weighting: bool = _option(False, "WPO: weigh each pair by how likely the policy is to produce it.")
+
+    # the data
+    max_length: int | None = _option(1024, "Longest prompt + completion, in tokens; None: no limit.")
+    max_prompt_length: int | None = _option(None, "Longest prompt; its end is kept. None: no limit of its own.")
+    max_completion_length: int | None = _option(None, "Longest completion; its start is kept. None: no limit.")
+    truncation_mode: str = _option(
+        "keep_start", "Which part of prompt + completion max_length keeps.", choices=list(TRUNCATION_MODES)
+    )
+    pad_to_multiple_of: int | None = _option(None, "Pad rows to a multiple of this length.")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+    print_example: bool = _option(False, "Print the first pair as the model sees it.")
+
+    # the models
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keywords (or JSON) for from_pretrained, where a model is given as a path; dtype is float32 if not in it."
+    )
+    trust_remote_code: bool = _option(False, "Allow models and tokenizers that come with code of their own.")
+    disable_dropout: bool = _option(True, "No dropout in the policy; the reference never has any.")
+    precompute_ref_log_probs: bool = _option(
+        False, "Score the data with the reference before training, then free it. Recomputed at each start, never stale."
+    )
+    precompute_ref_batch_size: int | None = _option(None, "Pairs per batch while precomputing; None: as in training.")
+    impl: str = _option("auto", "Implementation of the kernels; see dpo-fast env.", choices=["auto", *IMPLS])
+    extra_metrics: list[str] = _option([], f"Metrics that cost extra passes: {', '.join(EXTRA_METRICS)}.")
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        self.objective(), self.truncation()
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be in [0, 1] or None, got {self.ld_alpha}")
+        for name in ("pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if self.impl not in ("auto", *IMPLS):
+            raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {self.impl!r}")
+        unknown = set(self.extra_metrics) - set(EXTRA_METRICS)
+        if isinstance(self.extra_metrics, str) or unknown:
+            raise ValueError(f"extra_metrics must be a list of {', '.join(EXTRA_METRICS)}, got {self.extra_metrics!r}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the trainer keeps only the columns it needs itself")
+
+    def objective(self) -> Objective:
+        """The checked combination of losses that these arguments ask for."""
+        return Objective(
+            self.loss_type,
+            weights=self.loss_weights,
+            use_weighting=self.use_weighting,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+            simpo_gamma=self.simpo_gamma,
+            cpo_alpha=self.cpo_alpha,
+        )
+
+    def truncation(self) -> Truncation:
+        return Truncation(self.max_length, self.max_prompt_length, self.max_completion_length, self.truncation_mode)

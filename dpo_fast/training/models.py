@@ -1,0 +1,119 @@
+"""Policy and reference: from paths, models and adapters to what the trainer calls."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import transformers
+from torch import nn
+
+from dpo_fast import reference
+from dpo_fast.forward import attach
+
+from .config import FastDPOConfig
+
+REFERENCE_ADAPTER = "reference"  # the name of a frozen copy of the policy's adapter
+
+
+def load_model(model, config: FastDPOConfig) -> nn.Module:
+    """A model as it is, or loaded from a path, in float32 unless `model_init_kwargs` says otherwise."""
+    if not isinstance(model, str):
+        return model
+    options = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
+    return transformers.AutoModelForCausalLM.from_pretrained(model, **{**options, **(config.model_init_kwargs or {})})
+
+
+def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
+    """The given tokenizer, or the one that lies with the model."""
+    if isinstance(processing_class, transformers.ProcessorMixin):
+        raise TypeError(
+            f"processing_class must be a tokenizer, got {type(processing_class).__name__}; only text can be trained on"
+        )
+    if processing_class is not None:
+        return processing_class
+    path = getattr(model.config, "_name_or_path", "")
+    if not path:
+        raise ValueError("processing_class is needed: the model was not loaded from a path that may hold a tokenizer")
+    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "peft_config", None), Mapping) and hasattr(model, "disable_adapter")
+
+
+def add_adapter(model: nn.Module, peft_config) -> nn.Module:
+    """The model with a new adapter, as `peft_config` says."""
+    import peft
+
+    if is_peft_model(model):
+        raise ValueError(
+            "got a PEFT model and a peft_config: pass the model alone to train its adapter, or merge the adapter first "
+            "(merge_and_unload) to train a new one"
+        )
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(peft_config).__name__}")
+    return peft.get_peft_model(model, peft_config)
+
+
+def check_adapter(model: nn.Module, new: bool, has_reference_model: bool) -> None:
+    """Refuse adapters that the forward cannot score or that cannot be switched off for the reference."""
+    for name, config in model.peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(f"adapter {name!r} is {config.peft_type}: prompt learning changes positions, use LoRA")
+        if new and not has_reference_model and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"adapter {name!r} trains biases of the base model (bias={config.bias!r}), which switching the adapter "
+                "off does not restore: pass ref_model, or use bias='none'"
+            )
+
+
+def check_reference(model, ref_model) -> None:
+    """Raise for a reference that is the policy."""
+    same = ref_model is model or (is_peft_model(model) and ref_model is model.get_base_model())
+    if ref_model is not None and not isinstance(ref_model, str) and same:
+        raise ValueError(
+            "ref_model is the same object as model: it would move with the policy. Omit it to use a frozen copy of the "
+            "policy (or the policy without its adapter), or load it a second time"
+        )
+
+
+def copy_adapter(model: nn.Module) -> str:
+    """Add a frozen copy of the active adapter; returns its name."""
+    import peft
+
+    active = model.active_adapter
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
+    weights = peft.get_peft_model_state_dict(model, adapter_name=active)
+    peft.set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE_ADAPTER}." in name or name.endswith(f".{REFERENCE_ADAPTER}"):
+            parameter.requires_grad_(False)
+    return REFERENCE_ADAPTER
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A frozen copy of the policy, on its device."""
+    if any(getattr(p, "ds_id", None) is not None for p in model.parameters()):
+        raise ValueError(
+            "the policy is sharded by DeepSpeed ZeRO-3 and cannot be copied: pass ref_model= (a path will do)"
+        )
+    return reference.freeze(copy.deepcopy(model))
+
+
+def prepare_reference_model(model: nn.Module, accelerator, impl: str) -> nn.Module:
+    """A reference model, frozen, attached, and placed as the accelerator places models for evaluation."""
+    if str(accelerator.distributed_type).split(".")[-1] in ("DEEPSPEED", "FSDP"):
+        raise ValueError(
+            f"a separate reference model under {accelerator.distributed_type} is not supported yet: use "
+            "precompute_ref_log_probs=True, or a PEFT adapter, whose reference is the policy without it"
+        )
+    return attach(accelerator.prepare_model(reference.freeze(model), evaluation_mode=True), impl=impl)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, attention's included, which is an attribute and not a module."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

@@ -1,0 +1,257 @@
+"""`FastDPOTrainer`: transformers' `Trainer` around `dpo_fast.functional`."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from dpo_fast import reference
+from dpo_fast.batch import PreferenceBatch
+from dpo_fast.forward import attach
+from dpo_fast.functional import PreferenceStep, preference_step, step_metrics
+from dpo_fast.metrics import MetricSums
+
+from . import models
+from .config import FastDPOConfig
+from .data import REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
+
+logger = logging.getLogger("dpo_fast")
+
+
+class FastDPOTrainer(transformers.Trainer):
+    """Trains a causal language model on preference pairs.
+
+    model: a Hugging Face causal LM, a PEFT model around one, or a path to load one from.
+    ref_model: a model or a path. Omitted: a frozen copy of the policy; with `peft_config`, the policy with its adapter
+      off; for a PEFT model, the policy with a frozen copy of the adapter that came with it.
+    train_dataset, eval_dataset: see `dpo_fast.training.data.prepare_dataset`; eval_dataset may be a dict of data sets.
+    processing_class: the tokenizer; omitted: the one that lies with the model.
+    The other arguments are those of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: str | torch.nn.Module,
+        ref_model: str | torch.nn.Module | None = None,
+        args: FastDPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: list[transformers.TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config=None,
+    ):
+        args = FastDPOConfig() if args is None else args
+        if not isinstance(args, FastDPOConfig):
+            raise TypeError(f"args must be a FastDPOConfig, got {type(args).__name__}")
+        models.check_reference(model, ref_model)
+        if args.n_gpu > 1 and not getattr(model, "hf_device_map", None):
+            raise ValueError(
+                f"{args.n_gpu} devices are visible to one process, which transformers serves with nn.DataParallel, and "
+                "that copies the model in each step; start with torchrun or accelerate launch, or make one visible"
+            )
+        self.objective = args.objective()
+
+        transformers.set_seed(args.seed)  # a new adapter is initialised at random
+        model = models.load_model(model, args)
+        tokenizer = models.load_tokenizer(processing_class, model, args)
+        if peft_config is not None:
+            model = models.add_adapter(model, peft_config)
+        if models.is_peft_model(model):
+            models.check_adapter(model, new=peft_config is not None, has_reference_model=ref_model is not None)
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()  # a reentrant checkpoint without it passes no gradient on
+        if args.disable_dropout:
+            models.disable_dropout(model)
+
+        self.args, self.processing_class = args, tokenizer  # what _prepare needs
+        train_dataset = self._prepare(train_dataset, "train")
+        eval_dataset = self._prepare(eval_dataset, "eval")
+        if isinstance(train_dataset, datasets.IterableDataset):
+            # Otherwise one process reads batches and cuts them up for the others, and a PreferenceBatch has no rows
+            args.accelerator_config.dispatch_batches = False
+        if data_collator is None:
+            pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is a mean over pairs, which compute_loss takes care of; nothing depends on a count of labels
+        self.model_accepts_loss_kwargs = False
+        attach(self.model, impl=args.impl)
+        self.reference = self._make_reference(ref_model, new_adapter=peft_config is not None)
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        if args.precompute_ref_log_probs:
+            self._precompute_reference()
+        if args.print_example and train_dataset is not None and self.is_world_process_zero():
+            pair = args.truncation()(next(iter(train_dataset)))
+            print(format_example(pair, tokenizer, colour=False))
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, dataset, name: str):
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict) and name != "train":  # DatasetDict included
+            return {key: self._prepare(part, f"{name} {key}") for key, part in dataset.items()}
+        args = self.args
+        with args.main_process_first(desc=f"tokenising the {name} dataset"):
+            return prepare_dataset(
+                dataset, self.processing_class, args.truncation(), name=name, num_proc=args.dataset_num_proc
+            )
+
+    def _precompute_reference(self) -> None:
+        """Score the data with the reference, add the results as columns, and let the reference go."""
+        args = self.args
+        self.train_dataset = self._with_reference_logps(self.train_dataset, "train", args.per_device_train_batch_size)
+        self.eval_dataset = self._with_reference_logps(self.eval_dataset, "eval", args.per_device_eval_batch_size)
+        if isinstance(self.reference, reference.FrozenModel):
+            self.reference = reference.Precomputed()
+
+    def _with_reference_logps(self, dataset, name: str, batch_size: int):
+        if dataset is None or self.reference is None:
+            return dataset
+        if isinstance(dataset, dict):
+            return {key: self._with_reference_logps(part, key, batch_size) for key, part in dataset.items()}
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(f"precompute_ref_log_probs needs data of known length, the {name} dataset is a stream")
+        loader = DataLoader(
+            dataset, batch_size=self.args.precompute_ref_batch_size or batch_size, collate_fn=self.data_collator
+        )
+        found = []
+        for batch in self.accelerator.prepare(loader):
+            with self.accelerator.autocast():
+                logps = self.reference(self.model, batch, self.args.ld_alpha)
+            found.append(self.accelerator.gather_for_metrics(torch.stack(logps.tensor_split(2), dim=1)))
+        columns = torch.cat(found).tolist()  # (pairs, 2)
+        for index, column in enumerate(REFERENCE_COLUMNS):
+            dataset = dataset.add_column(column, [row[index] for row in columns])
+        return dataset
+
+    # --- reference -------------------------------------------------------------------------------------------------
+
+    def _make_reference(self, ref_model, new_adapter: bool):
+        """What gives the reference log-probs, None where no loss needs them."""
+        if not self.objective.needs_reference:
+            return None
+        if ref_model is not None:
+            ref_model = models.load_model(ref_model, self.args)
+        elif models.is_peft_model(self.model):
+            if new_adapter:
+                return reference.AdapterOff(self.model)
+            return reference.FrozenAdapter(self.model, models.copy_adapter(self.model))
+        elif self.args.precompute_ref_log_probs:
+            return reference.FrozenModel(self.model)  # before training the policy is the reference
+        else:
+            ref_model = models.frozen_copy(self.model)
+        return reference.FrozenModel(models.prepare_reference_model(ref_model, self.accelerator, self.args.impl))
+
+    def reference_logps(self, model, batch: PreferenceBatch) -> Tensor | None:
+        """(2P,) fp32 reference log-probs of a batch, without gradients; None where no loss needs them."""
+        if self.reference is None or batch.reference_logps is not None:
+            return batch.reference_logps
+        return self.reference(model, batch, self.args.ld_alpha)
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, and how many pairs they hold."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(batch.num_pairs for batch in batches)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the pairs of the batch, or, in training, the batch's share of the mean over the optimizer step:
+        micro-batches of different sizes then weigh as much as they hold."""
+        step = self.run_step(model, inputs)
+        loss = step.loss
+        if num_items_in_batch:
+            # training_step divides by the number of micro-batches
+            loss = step.losses.sum() * (self.current_gradient_accumulation_steps / num_items_in_batch)
+        return (loss, step) if return_outputs else loss
+
+    def run_step(self, model, batch: PreferenceBatch) -> PreferenceStep:
+        """Reference, then policy, then loss; metrics are added up on the device."""
+        ref = self.reference_logps(model, batch)
+        step = preference_step(
+            model, batch, self.objective, ref, ld_alpha=self.args.ld_alpha, extra_metrics=self.args.extra_metrics
+        )
+        metrics = step_metrics(step, batch, self.objective)
+        losses = step.losses.detach()
+        if not model.training:
+            metrics["loss"] = (losses.sum(), losses.new_full((), losses.numel()))
+        self._sums["train" if model.training else "eval"].add(metrics)
+        return step
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, None, None): there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # --- loops -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; raises ValueError for a directory that is not a checkpoint of such a model."""
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            check_checkpoint(Path(resume_from_checkpoint), self.model)
+        self._sums["train"] = MetricSums()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As `Trainer.evaluate`; takes data sets as they come, too. Returns eval_loss, eval_rewards/chosen, ..."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
+            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Adds the metrics to what `Trainer` returns, each a mean over all pairs or tokens; one sync at the end."""
+        self._sums["eval"] = MetricSums()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        means = self._sums["eval"].means(self._sum_over_ranks)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics since the last log of training steps: one reduction, one sync."""
+        if "loss" in logs:
+            logs.update(self._sums["train"].means(self._sum_over_ranks))
+        super().log(logs, start_time)
+
+    def _sum_over_ranks(self, packed: Tensor) -> Tensor:
+        return self.accelerator.reduce(packed, reduction="sum")
+
+
+def check_checkpoint(path: Path, model: torch.nn.Module) -> None:
+    """Raise ValueError unless `path` holds a Trainer's checkpoint of a model like this one."""
+    needed = ["trainer_state.json", "adapter_config.json" if models.is_peft_model(model) else "config.json"]
+    missing = [name for name in needed if not (path / name).is_file()]
+    if missing:
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else "no such directory"
+        raise ValueError(
+            f"resume_from_checkpoint={str(path)!r} is not a checkpoint of this training: it has no "
+            f"{' and no '.join(missing)} (there: {found or 'nothing'})"
+        )
+    if not models.is_peft_model(model):
+        saved = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if saved != model.config.model_type:
+            raise ValueError(
+                f"resume_from_checkpoint={str(path)!r} holds a {saved!r} model, the trainer a {model.config.model_type!r}"
+            )
