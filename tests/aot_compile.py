@@ -111,10 +111,10 @@ def fused_head(target: str, dtype: str, *, softcap=False, stats=False, bias=Fals
 
 
 def fused_heads(target: str):
-    for dtype in ("bf16", "fp16"):
-        for bias in (False, True):
-            yield from fused_head(target, dtype, bias=bias)
-            yield from fused_head(target, dtype, bias=bias, softcap=True)
+    yield from fused_head(target, "fp16")
+    for bias in (False, True):
+        yield from fused_head(target, "bf16", bias=bias)
+        yield from fused_head(target, "bf16", bias=bias, softcap=True)
     yield from fused_head(target, "bf16", stats=True)
     yield from fused_head(target, "bf16", stats=True, softcap=True, bias=True)
     for tf32 in (False, True):

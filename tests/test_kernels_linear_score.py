@@ -164,10 +164,11 @@ def test_results_are_those_of_the_kernel_from_logits():
 def test_labels_out_of_range_give_nan_and_harm_nobody():
     hidden, weight, _, _ = make_head(5, 16, 20)
     labels = torch.tensor([3, 20, -1, 2**40, -100], device=DEVICE)
-    found = score(hidden, weight, labels)
+    below_zero = torch.full((20,), -50.0, device=DEVICE)  # a target that was never found must not look like the best
+    found = score(hidden, weight, labels, below_zero)
     assert found["logps"].isnan().tolist() == [False, True, True, True, False]
     assert found["is_top1"].tolist()[1:] == [0, 0, 0, 0]
-    narrow = score(hidden, weight, labels.clamp(max=2**31 - 1).int())
+    narrow = score(hidden, weight, labels.clamp(max=2**31 - 1).int(), below_zero)
     assert torch.equal(narrow["logps"].nan_to_num(7.0), found["logps"].nan_to_num(7.0))
     torch.testing.assert_close(found["logps"][:1], oracle_of(hidden[:1], weight, labels[:1]).logps.float())
 
