@@ -20,6 +20,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "logits_token_logps": "dpo_fast.ops.logits",
     "logits_token_stats": "dpo_fast.ops.logits",
+    "linear_token_logps": "dpo_fast.ops.linear",
+    "linear_token_stats": "dpo_fast.ops.linear",
+    "linear_preference_loss": "dpo_fast.preference",
+    "PreferenceOutput": "dpo_fast.preference",
     "TokenStats": "dpo_fast.ops.stats",
     "sequence_logps": "dpo_fast.ops.sequence",
     "PairLogps": "dpo_fast.logps",

@@ -21,6 +21,9 @@ class PairLogps:
     chosen_lengths: Tensor | None = None  # (P,) number of scored tokens
     rejected_lengths: Tensor | None = None  # (P,)
     weights: Tensor | None = None  # (P,) detached factor on each pair's loss (WPO), 1 where None
+    # (P,) each: the log-ratios themselves, where they were summed token by token; chosen - ref_chosen would round them
+    # to the digits of two long sums. Their gradient is that of `chosen` and `rejected`
+    exact_log_ratios: tuple[Tensor, Tensor] | None = None
     # () mean of `chosen_lengths` over the whole batch, for losses normalised by its token count (sft) when this object
     # holds only some of the batch's pairs; None: these pairs are the whole batch
     mean_chosen_length: Tensor | None = None
@@ -32,11 +35,15 @@ class PairLogps:
     @property
     def chosen_log_ratio(self) -> Tensor:
         """(P,) log(policy / reference) of the chosen completion."""
+        if self.exact_log_ratios is not None:
+            return self.exact_log_ratios[0] + (self.chosen - self.chosen.detach())
         return self.chosen - self._reference("ref_chosen")
 
     @property
     def rejected_log_ratio(self) -> Tensor:
         """(P,) log(policy / reference) of the rejected completion."""
+        if self.exact_log_ratios is not None:
+            return self.exact_log_ratios[1] + (self.rejected - self.rejected.detach())
         return self.rejected - self._reference("ref_rejected")
 
     @property

@@ -36,6 +36,9 @@ class Objective:
         self.couples_pairs = any(getattr(part, "couples_pairs", False) for part in self.parts)
         self.needs_reference = any(getattr(part, "needs_reference", True) for part in self.parts)
         self.needs_lengths = any(getattr(part, "needs_lengths", True) for part in self.parts)
+        # What a registered loss cannot do without; a function may look at less than it is given
+        self.must_have_reference = any(getattr(part, "needs_reference", False) for part in self.parts)
+        self.must_have_lengths = any(getattr(part, "needs_lengths", False) for part in self.parts)
         self.averages = all(getattr(part, "averages", False) for part in self.parts)
         self._check_combination()
 
@@ -73,7 +76,7 @@ class Objective:
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards (P,) of both completions: beta x log-ratio, or beta x (mean) log-prob without reference."""
         chosen, rejected = pairs.chosen.detach(), pairs.rejected.detach()
-        if self.needs_reference or pairs.ref_chosen is not None:
+        if pairs.ref_chosen is not None:
             chosen, rejected = pairs.chosen_log_ratio.detach(), pairs.rejected_log_ratio.detach()
         elif self.averages:
             chosen_length, rejected_length = lengths(pairs)
@@ -130,9 +133,9 @@ def preference_loss(
         weights=weights,
     )
     needed = {"chosen_logps", "rejected_logps"}
-    if objective.needs_reference and not callable(loss):
+    if objective.must_have_reference:
         needed |= {"ref_chosen_logps", "ref_rejected_logps"}
-    if objective.needs_lengths and not callable(loss):
+    if objective.must_have_lengths:
         needed |= {"chosen_lengths", "rejected_lengths"}
     for name, value in given.items():
         if value is None:

@@ -60,7 +60,7 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
     elif accumulate:
-        out.addmm_(a, b)
+        torch.addmm(out, a, b, out=out)
     else:
         torch.mm(a, b, out=out)
 
@@ -153,7 +153,7 @@ class EagerTile:
     def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor) -> None:
         """total (V, K) fp32 += the gradient of a factor's right side whose left is (n, K)."""
         left, coefficient = left.to(self.tile.dtype), coefficient * self.transform.slope
-        total.addmm_(self.tile.T, left * (coefficient / -self.sum_exp))
+        mm_into(total, self.tile.T, left * (coefficient / -self.sum_exp), accumulate=True)
         target = coefficient if self.target_slope is None else coefficient * self.target_slope
         total.index_add_(0, self.labels, left * target)
 

@@ -74,12 +74,11 @@ def chunks_of_pairs(sizes: Sequence[tuple[int, int]], rows: int) -> Iterator[tup
     """Consecutive pairs whose tokens fit `rows`, as (pairs, tokens); a longer pair comes alone."""
     first = start = taken = 0
     for pair, size in enumerate(map(sum, sizes)):
-        if taken and taken + size > rows:
+        if pair > first and taken + size > rows:
             yield slice(first, pair), slice(start, start + taken)
             first, start, taken = pair, start + taken, 0
         taken += size
-    if taken:
-        yield slice(first, len(sizes)), slice(start, start + taken)
+    yield slice(first, len(sizes)), slice(start, start + taken)
 
 
 @dataclass(frozen=True)
@@ -182,6 +181,8 @@ class _Run:
     def chunk(self, pairs: slice, part: slice) -> Tensor:
         """Whole pairs that fit the tile."""
         index = self.index(part)
+        if part.start == part.stop:
+            return self.losses_and_slopes(pairs, index)[0]
         chunk, ignored = self.score(index)
         losses, slopes, local, weights = self.losses_and_slopes(pairs, index)
         # A pair beyond a hinge's margin owes nothing; looking is free on CPU only

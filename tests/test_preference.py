@@ -1,0 +1,340 @@
+"""Level 3: loss and gradients of each plan against the fp64 oracle; any order of tokens; what it costs."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_fast import LOSSES, Objective, linear_preference_loss
+from dpo_fast.ops.pairwise import chunks_of_pairs, group_tokens
+from dpo_fast.ops.plan import plan_head
+from dpo_fast.testing import assert_within_budget
+
+SMOOTHING = {"exo_pair": 1e-3, "robust": 0.1}
+NAMES = ("hidden", "weight", "bias", "down", "up")
+
+
+def make(lengths=(5, 3, 7, 4, 6, 2), H=16, V=301, dtype=torch.float32, seed=0, shuffled=True):
+    """P = len(lengths) / 2 pairs; lengths are [chosen ..., rejected ...]."""
+    generator = torch.Generator().manual_seed(seed)
+    N = sum(lengths)
+
+    def normal(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+
+    tensors = dict(
+        hidden=normal(N, H),
+        weight=normal(V, H, std=2 / math.sqrt(H)),
+        bias=normal(V),
+        down=normal(N, 3),
+        up=normal(V, 3, std=0.3),
+    )
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    if shuffled:
+        ids = ids[torch.randperm(N, generator=generator)]
+    labels = torch.randint(V, (N,), generator=generator)
+    reference = torch.randn(len(lengths), generator=generator) * 3 - 5 * torch.tensor(lengths)
+    return tensors, labels, ids, reference
+
+
+def run(tensors, labels, ids, needs=NAMES, loss="sigmoid", scale=1.0, **knobs):
+    leaves = {k: v.clone().requires_grad_(k in needs) for k, v in tensors.items()}
+    knobs = {"label_smoothing": SMOOTHING.get(loss, 0.0) if isinstance(loss, str) else 0.0, **knobs}
+    out = linear_preference_loss(
+        leaves["hidden"],
+        leaves["weight"],
+        labels,
+        ids,
+        knobs.pop("num_pairs", (int(ids.max()) + 2) // 2),
+        bias=leaves["bias"],
+        low_rank=(leaves["down"], leaves["up"]),
+        loss=loss,
+        **knobs,
+    )
+    gradients = torch.autograd.grad(out.loss * scale, [leaves[k] for k in needs], allow_unused=True) if needs else ()
+    return out, dict(zip(needs, gradients, strict=True))
+
+
+def wide(tensors):
+    return {k: v.double() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_and_gradient(impl, loss):
+    tensors, labels, ids, reference = make()
+    knobs = dict(loss=loss, reference_logps=reference, beta=0.3, tile_mib=1)
+    out, gradients = run(tensors, labels, ids, impl=impl, **knobs)
+    truth, true = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    assert out.plan.name == ("recompute" if LOSSES[loss].couples_pairs else "pairwise")
+    torch.testing.assert_close(out.losses.double(), truth.losses, rtol=2e-5, atol=2e-6)
+    assert out.loss.dtype == torch.float32
+    for name in ("chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards"):
+        torch.testing.assert_close(getattr(out, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
+    for name in NAMES:
+        torch.testing.assert_close(gradients[name].double(), true[name], rtol=2e-4, atol=2e-6)
+
+
+PLANS = {
+    "score": dict(needs=()),
+    "frozen": dict(needs=("hidden", "down")),
+    "pairwise": dict(needs=NAMES),
+    "pending": dict(needs=NAMES, lengths=(2, 40, 3, 3, 50, 1), V=5003),
+    "recompute": dict(needs=NAMES, loss="aot"),
+}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_within_the_budget(impl, dtype, plan):
+    case = {"loss": "sigmoid", "lengths": (5, 3, 7, 4, 6, 2), **PLANS[plan]}
+    lengths, needs, loss = case["lengths"], case["needs"], case["loss"]
+    tensors, labels, ids, reference = make(lengths=lengths, V=case.get("V", 1001), dtype=dtype)
+    knobs = dict(needs=needs, loss=loss, reference_logps=reference, tile_mib=1, logit_softcap=20.0)
+    out, gradients = run(tensors, labels, ids, impl=impl, **knobs)
+    assert out.plan.name == plan, out.plan
+    truth, true = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    _, eager = run_eager(tensors, labels, ids, reference, needs, loss)
+    for name in needs:
+        assert gradients[name].dtype == dtype
+        factor = 2.0 if dtype == torch.float32 else 1.0
+        assert_within_budget(gradients[name], eager[name], true[name], factor=factor, what=name)
+    assert abs(out.loss.item() - truth.loss.item()) <= 3e-6 * max(1, truth.loss.item())
+
+
+def run_eager(tensors, labels, ids, reference, needs, loss):
+    """Full logits in the model's dtype, as a plain training loop does."""
+    leaves = {k: v.clone().requires_grad_(k in needs) for k, v in tensors.items()}
+    z = leaves["hidden"] @ leaves["weight"].T + leaves["down"] @ leaves["up"].T + leaves["bias"]
+    z = 20.0 * torch.tanh(z.float() / 20.0)
+    logps = torch.log_softmax(z, -1).gather(1, labels[:, None])[:, 0]
+    sums = torch.zeros(len(reference)).index_add(0, ids, logps)
+    from dpo_fast.logps import pair_logps
+
+    value = Objective(loss)(pair_logps(sums, reference)).mean()
+    gradients = torch.autograd.grad(value, [leaves[k] for k in needs]) if needs else ()
+    return value, dict(zip(needs, gradients, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_order_of_tokens_does_not_matter(impl):
+    tensors, labels, ids, reference = make(shuffled=False)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))
+    moved = {k: v[order] if k in ("hidden", "down") else v for k, v in tensors.items()}
+    a, da = run(tensors, labels, ids, reference_logps=reference, impl=impl)
+    b, db = run(moved, labels[order], ids[order], reference_logps=reference, impl=impl)
+    torch.testing.assert_close(a.losses, b.losses)
+    torch.testing.assert_close(da["hidden"][order], db["hidden"])
+    torch.testing.assert_close(da["weight"], db["weight"])
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "aot"])
+def test_ignored_tokens_and_empty_sequences(loss):
+    tensors, labels, ids, reference = make(lengths=(5, 0, 7, 4, 6, 0), shuffled=True)
+    labels[::3] = -100
+    knobs = dict(reference_logps=reference, loss=loss, num_pairs=3)
+    out, gradients = run(tensors, labels, ids, **knobs)
+    truth, true = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    torch.testing.assert_close(out.losses.double(), truth.losses, rtol=1e-5, atol=1e-6)
+    for name in NAMES:
+        torch.testing.assert_close(gradients[name].double(), true[name], rtol=1e-4, atol=1e-6)
+    assert (gradients["hidden"][::3] == 0).all() and out.rejected_logps[2] == 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_no_tokens_and_all_ignored(impl):
+    for labels in (torch.zeros(0, dtype=torch.int64), torch.full((4,), -100)):
+        n = len(labels)
+        hidden, weight = torch.randn(n, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+        ids = torch.arange(4)[:n]
+        out = linear_preference_loss(hidden, weight, labels, ids, 2, reference_logps=torch.zeros(4), impl=impl)
+        assert out.loss.item() == pytest.approx(math.log(2))
+        out.loss.backward()
+        assert (weight.grad == 0).all() and (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("knobs", [dict(ld_alpha=0.3), dict(use_weighting=True)], ids=str)
+@pytest.mark.parametrize("plan", ["pairwise", "pending"])
+def test_weightings(knobs, plan):
+    case = {"lengths": (5, 3, 7, 4, 6, 2), **PLANS[plan]}
+    tensors, labels, ids, reference = make(lengths=case["lengths"], V=case.get("V", 301))
+    knobs = dict(reference_logps=reference, tile_mib=1, **knobs)
+    out, gradients = run(tensors, labels, ids, **knobs)
+    truth, true = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    assert out.plan.name == plan
+    torch.testing.assert_close(out.losses.double(), truth.losses, rtol=1e-5, atol=1e-6)
+    for name in NAMES:
+        torch.testing.assert_close(gradients[name].double(), true[name], rtol=2e-4, atol=2e-6)
+
+
+def test_token_references_keep_the_digits_of_small_log_ratios():
+    """The same model as policy and reference: ln 2 exactly, though each sum is thousands of nats."""
+    tensors, labels, ids, _ = make(lengths=(900, 800, 950, 700), V=101)
+    scored, _ = run(tensors, labels, ids, needs=(), reference_logps=torch.zeros(4))
+    knobs = dict(reference_token_logps=scored.stats.logps + 1e-7)
+    out, _ = run(tensors, labels, ids, **knobs)
+    truth, _ = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    assert abs(out.chosen_logps).max() > 2000
+    assert abs(out.loss.item() - math.log(2)) < 1e-5
+    torch.testing.assert_close(out.chosen_rewards.double(), truth.chosen_rewards, rtol=0.2, atol=1e-4)
+
+
+def test_functions_and_combinations_as_losses():
+    tensors, labels, ids, reference = make()
+
+    def square(pairs):
+        return pairs.margin**2
+
+    knobs = dict(reference_logps=reference, loss=["sigmoid", square], loss_weights=[1.0, 0.01])
+    out, gradients = run(tensors, labels, ids, **knobs)
+    truth, true = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    assert out.plan.name == "pairwise"
+    torch.testing.assert_close(out.loss.double(), truth.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients["weight"].double(), true["weight"], rtol=1e-4, atol=1e-6)
+    free, _ = run(tensors, labels, ids, loss=lambda pairs: pairs.chosen)
+    assert free.loss.requires_grad
+
+
+def test_statistics_come_along():
+    tensors, labels, ids, reference = make()
+    knobs = dict(reference_logps=reference, outputs=("entropy", "is_top1"))
+    out, _ = run(tensors, labels, ids, **knobs)
+    truth, _ = run(wide(tensors), labels, ids, impl="reference", **knobs)
+    torch.testing.assert_close(out.stats.entropy.double(), truth.stats.entropy, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.stats.is_top1, truth.stats.is_top1) and out.stats.mean_logits is None
+
+
+def test_what_carries_gradients():
+    tensors, labels, ids, reference = make()
+    pairwise, _ = run(tensors, labels, ids, reference_logps=reference)
+    frozen, _ = run(tensors, labels, ids, needs=("hidden",), reference_logps=reference)
+    for out, differentiable in ((pairwise, False), (frozen, True)):
+        assert out.chosen_logps.requires_grad is differentiable
+        assert not out.losses.requires_grad and not out.chosen_rewards.requires_grad and out.loss.requires_grad
+
+
+def test_scaled_loss_double_use_and_second_backward():
+    tensors, labels, ids, reference = make()
+    _, once = run(tensors, labels, ids, reference_logps=reference)
+    _, thrice = run(tensors, labels, ids, reference_logps=reference, scale=3.0)
+    torch.testing.assert_close(thrice["weight"], 3 * once["weight"])
+    hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"]
+    weight.requires_grad_()
+    out = linear_preference_loss(hidden, weight, labels, ids, 3, reference_logps=reference)
+    (out.loss + out.loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward.*call the function again"):
+        out.loss.backward()
+
+
+def test_a_frozen_backbone():
+    tensors, labels, ids, reference = make()
+    out, gradients = run(tensors, labels, ids, needs=("weight",), reference_logps=reference)
+    _, everything = run(tensors, labels, ids, reference_logps=reference)
+    assert out.plan.gemms == 2
+    torch.testing.assert_close(gradients["weight"], everything["weight"])
+
+
+def test_pairs_beyond_the_hinge_cost_no_backward_gemm():
+    tensors, labels, ids, reference = make()
+    pushed = reference.clone()
+    pushed[:3] -= 1e4  # chosen far above the reference: margin far beyond 1 / beta
+    for reference_logps, gemms in ((reference, 3), (pushed, 1)):
+        with FlopCounterMode(display=False) as counter:
+            hidden, weight = (tensors[k].clone().requires_grad_() for k in ("hidden", "weight"))
+            linear_preference_loss(hidden, weight, labels, ids, 3, reference_logps=reference_logps, loss="hinge")
+        assert counter.get_total_flops() == gemms * 2 * len(labels) * 16 * 301
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_flops_are_the_plans(plan):
+    case = {"loss": "sigmoid", "lengths": (50, 30, 70, 40, 60, 20), **PLANS[plan]}
+    tensors, labels, ids, reference = make(lengths=case["lengths"], H=32, V=case.get("V", 301))
+    needs = [k for k in case["needs"] if k in ("hidden", "weight")]
+    leaves = {k: tensors[k].requires_grad_(k in needs) for k in ("hidden", "weight")}
+    with FlopCounterMode(display=False) as counter:
+        out = linear_preference_loss(
+            *leaves.values(), labels, ids, 3, reference_logps=reference, loss=case["loss"], tile_mib=1
+        )
+        if needs:
+            out.loss.backward()
+    assert out.plan.name == plan
+    assert abs(counter.get_total_flops() / out.plan.flops - 1) < 0.02
+
+
+def test_work_space_is_one_tile():
+    """Beyond inputs and returned gradients nothing of the size of (N, V) or a second (V, H) is ever allocated."""
+    from torch.profiler import ProfilerActivity, profile
+
+    tensors, labels, ids, reference = make(lengths=(100,) * 20, H=64, V=4000)
+    hidden, weight = (tensors[k].requires_grad_() for k in ("hidden", "weight"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        out = linear_preference_loss(hidden, weight, labels, ids, 10, reference_logps=reference, tile_mib=4)
+        out.loss.backward()
+    sizes = sorted((e.cpu_memory_usage for e in trace.events() if e.cpu_memory_usage > 0), reverse=True)
+    assert max(sizes) <= 4.4 * 2**20
+    plan = plan_head(2000, 64, 4000, longest_pair=200, tile_mib=4, device_type="cpu")
+    assert plan.workspace_bytes <= 4 << 20
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "recompute"])
+def test_compile_has_no_graph_break(needs):
+    tensors, labels, ids, reference = make()
+    leaves = {k: tensors[k].requires_grad_(k in needs) for k in ("hidden", "weight")}
+
+    def loss(hidden, weight):
+        return linear_preference_loss(hidden, weight, labels, ids, 3, reference_logps=reference).loss
+
+    expected = loss(**leaves)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(**leaves)
+    torch.testing.assert_close(found, expected)
+    pair = [torch.autograd.grad(x, [leaves[k] for k in needs]) for x in (expected, found)]
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast():
+    tensors, labels, ids, reference = make()
+    hidden, weight = (tensors[k].requires_grad_() for k in ("hidden", "weight"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_preference_loss(hidden, weight, labels, ids, 3, reference_logps=reference)
+    rounded = hidden.detach().bfloat16(), weight.detach().bfloat16().requires_grad_()
+    half = linear_preference_loss(*rounded, labels, ids, 3, reference_logps=reference)
+    assert torch.equal(out.losses, half.losses)
+    out.loss.backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_grouping_and_chunks():
+    ids = torch.tensor([3, 0, 1, 1, 2, 0])  # pairs (0, 2) and (1, 3)
+    tokens = group_tokens(torch.zeros(6, dtype=torch.int64), ids, 2, None, -100)
+    assert tokens.sizes == ((2, 1), (2, 1)) and ids[tokens.order].tolist() == [0, 0, 2, 1, 1, 3]
+    assert group_tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2, 3]), 2, None, -100).order is None
+    sizes = [(2, 1), (0, 0), (3, 3), (9, 9), (1, 1)]
+    found = [(p.start, p.stop, t.start, t.stop) for p, t in chunks_of_pairs(sizes, 9)]
+    assert found == [(0, 3, 0, 9), (3, 4, 9, 27), (4, 5, 27, 29)]
+
+
+BAD = {
+    "pairs": (dict(num_pairs=0), "num_pairs must be a positive int"),
+    "ids": (dict(num_pairs=2), r"sequence_ids must be in \[0, 4\) for num_pairs=2, got 0 to 5"),
+    "reference shape": (dict(reference_logps=torch.zeros(3)), r"reference_logps must have shape \(6\), got \(3,\)"),
+    "reference missing": (dict(reference_logps=None), "loss sigmoid needs reference_logps, got None"),
+    "both": (dict(reference_token_logps=torch.zeros(27)), "not both"),
+    "lengths": (dict(sequence_lengths=[1] * 6), "sequence_lengths must be 6 counts that sum to N=27"),
+    "loss": (dict(loss="dpo"), "loss must be one of"),
+    "outputs": (dict(outputs=("entropi",)), "outputs must be"),
+    "labels": (dict(labels=torch.full((27,), 301)), "outside"),
+    "knob": (dict(ld_alpha=2.0), "ld_alpha must be in"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    tensors, labels, ids, reference = make()
+    tensors["weight"].requires_grad_()
+    wrong, message = BAD[case]
+    arguments = dict(labels=labels, sequence_ids=ids, num_pairs=3, reference_logps=reference)
+    with pytest.raises(ValueError, match=message):
+        linear_preference_loss(tensors["hidden"], tensors["weight"], **{**arguments, **wrong})
