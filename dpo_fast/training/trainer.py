@@ -252,6 +252,5 @@ def check_checkpoint(path: Path, model: torch.nn.Module) -> None:
     if not models.is_peft_model(model):
         saved = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
         if saved != model.config.model_type:
-            raise ValueError(
-                f"resume_from_checkpoint={str(path)!r} holds a {saved!r} model, the trainer a {model.config.model_type!r}"
-            )
+            ours = model.config.model_type
+            raise ValueError(f"resume_from_checkpoint={str(path)!r} holds a {saved!r} model, this trainer a {ours!r}")
