@@ -1,7 +1,8 @@
 """dpo_fast: Direct Preference Optimization, exact and fast.
 
     tokenised pairs
-      1  batch.py       -> PreferenceBatch: rows for the model, one-dimensional scored tokens
+      1  batch.py       -> PreferenceBatch: rows for the model, one-dimensional scored tokens; layout.py packs them,
+                           each prompt once
       2  attention.py      attention over a shared-prefix row
       3  forward.py     -> hidden states at the scored positions -> token log-probs, inside model.forward
       4  logps.py       -> sequence log-probs, PairLogps

@@ -1,0 +1,129 @@
+"""Attention over a packed row against one sequence at a time, in fp64, values and gradients."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from dpo_fast import attention
+from dpo_fast.attention import shared_prefix_attention
+from dpo_fast.layout import make_layout
+
+PAIRS = [(5, 3, 4), (0, 2, 3), (7, 0, 2), (1, 1, 1)]
+KINDS = {
+    "plain": {},
+    "window": dict(window=3),
+    "soft-cap": dict(softcap=2.0),
+    "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "all": dict(window=4, softcap=2.0, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+}
+
+
+def make(kv_heads=2, dtype=torch.float64, requires_grad=True):
+    generator = torch.Generator().manual_seed(0)
+    layout = make_layout(PAIRS)
+    shapes = [(1, heads, layout.length, 8) for heads in (4, kv_heads, kv_heads)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return layout, [x.requires_grad_(requires_grad) for x in tensors]
+
+
+def oracle(query, key, value, layout, scaling, window=None, softcap=None, sinks=None):
+    """Each query by itself: which keys it sees follows from pair, branch and position."""
+    pair, branch, position = layout.pair_ids, layout.branches, layout.positions
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    out = torch.empty_like(query)
+    for q in range(layout.length):
+        sees = (pair == pair[q]) & ((branch == branch[q]) | (branch == 0)) & (position <= position[q])
+        if window is not None:
+            sees &= position > position[q] - window
+        keys = sees.nonzero().squeeze(1)
+        scores = (query[:, :, q : q + 1] * key[:, :, keys]).sum(-1) * scaling  # (1, heads, keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        extra = [] if sinks is None else [sinks.to(scores).view(1, -1, 1)]
+        weights = torch.cat([scores, *extra], -1).softmax(-1)[..., : len(keys)]
+        out[:, :, q] = (weights.unsqueeze(-1) * value[:, :, keys]).sum(2)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager(kind, kv_heads):
+    layout, inputs = make(kv_heads)
+    out = shared_prefix_attention(*inputs, layout, scaling=0.3, **KINDS[kind])
+    expected = oracle(*inputs, layout, 0.3, **KINDS[kind])
+    tolerance = dict(rtol=1e-6, atol=1e-7) if "softcap" in KINDS[kind] or "sinks" in KINDS[kind] else {}
+    torch.testing.assert_close(out, expected, **tolerance)  # where softmax is in fp32, as models have it
+    cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    found, true = (torch.autograd.grad((x * cotangent).sum(), inputs) for x in (out, expected))
+    for a, b in zip(found, true, strict=True):
+        torch.testing.assert_close(a, b, **(tolerance and dict(rtol=1e-5, atol=1e-6)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "window", "soft-cap"])
+def test_flex_forward(kind):
+    """It has no backward on CPU; that is left to a GPU."""
+    layout, inputs = make(dtype=torch.float32, requires_grad=False)
+    out = shared_prefix_attention(*inputs, layout, scaling=0.3, implementation="flex", **KINDS[kind])
+    torch.testing.assert_close(out, oracle(*inputs, layout, 0.3, **KINDS[kind]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "window"])
+def test_varlen_arguments(kind, monkeypatch):
+    """What torch's kernel is handed, computed by the book: bottom-right causal runs of queries and keys."""
+
+    def by_the_book(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, **more):
+        out = torch.empty_like(query)
+        groups = query.shape[1] // key.shape[1]
+        assert more == {"enable_gqa": groups > 1}
+        for (q0, q1), (k0, k1) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+            n, m = q1 - q0, k1 - k0
+            assert n <= longest_query and m <= longest_key
+            k, v = (x[k0:k1].repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
+            back = torch.arange(n)[:, None] + (m - n) - torch.arange(m)
+            left, right = window_size
+            hidden = (back < -right) | ((back > left) if left >= 0 else False)
+            scores = (query[q0:q1].transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+            out[q0:q1] = (scores.softmax(-1) @ v).transpose(0, 1)
+        return out
+
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: by_the_book)
+    layout, inputs = make(requires_grad=False)
+    out = shared_prefix_attention(*inputs, layout, scaling=0.3, implementation="varlen", **KINDS[kind])
+    torch.testing.assert_close(out, oracle(*inputs, layout, 0.3, **KINDS[kind]))
+
+
+def test_torch_has_a_varlen_attention_that_fits():
+    assert attention._varlen_attn() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["varlen", "flex"])
+@pytest.mark.parametrize("kind", ["plain", "window", "soft-cap"])
+def test_cuda(implementation, kind):
+    if implementation == "varlen" and kind == "soft-cap":
+        pytest.skip("flash attention has no soft-cap")
+    layout = make_layout([(300, 200, 100), (0, 50, 70), (513, 1, 0)]).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, heads, layout.length, 64) for heads in (8, 2, 2)]
+    inputs = [torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes]
+    inputs = [x.requires_grad_() for x in inputs]
+    knobs = {**KINDS[kind], **({"window": 64} if kind == "window" else {})}
+    results = []
+    for name, tensors in ((implementation, inputs), ("eager", [x.detach().double().requires_grad_() for x in inputs])):
+        out = shared_prefix_attention(*tensors, layout, scaling=0.125, implementation=name, **knobs)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
+    for ours, true in zip(*results, strict=True):
+        assert (ours.double() - true).norm() / true.norm() < 1e-2
+
+
+def test_choice_and_errors(monkeypatch):
+    layout, inputs = make(requires_grad=False)
+    assert attention.choose_implementation(inputs[0], None, None) == "eager"
+    with pytest.raises(ValueError, match="the layout is of one row of"):
+        shared_prefix_attention(inputs[0][:, :, 1:], *inputs[1:], layout, scaling=1.0)
+    with pytest.raises(ValueError, match="takes neither a soft-cap nor sinks"):
+        shared_prefix_attention(*inputs, layout, scaling=1.0, softcap=1.0, implementation="varlen")
+    monkeypatch.setenv("DPO_FAST_ATTENTION", "fast")
+    with pytest.raises(ValueError, match="DPO_FAST_ATTENTION must be one of eager, varlen, flex, got 'fast'"):
+        attention.choose_implementation(inputs[0], None, None)

@@ -1,0 +1,78 @@
+"""The packed row: what lies where, what is scored, and that it is the same as in padded rows."""
+
+import pytest
+import torch
+
+from dpo_fast.batch import TokenPair, padded_batch
+from dpo_fast.layout import common_prefix, make_layout, shared_prefix_batch
+
+
+def pair(prompt, chosen, rejected, rejected_prompt=None, **more):
+    return TokenPair(prompt, chosen, prompt if rejected_prompt is None else rejected_prompt, rejected, **more)
+
+
+CASES = {
+    "plain": [pair([1, 2, 3], [4, 5], [6, 7, 8])],
+    "two pairs": [pair([1, 2, 3], [4, 5], [6]), pair([9], [8], [7, 6, 5])],
+    "completions share a beginning": [pair([1, 2], [3, 4, 5], [3, 4, 6, 7])],
+    "one is the beginning of the other": [pair([1, 2], [3, 4], [3, 4, 5])],
+    "empty prompt": [pair([], [1, 2, 3], [4, 5])],
+    "empty prompt, shared beginning": [pair([], [1, 2, 3], [1, 5])],
+    "empty completion": [pair([1, 2], [3, 4], [])],
+    "prompts cut differently": [pair([2, 3], [4, 5], [6], rejected_prompt=[1, 2, 3])],
+    "prompts that differ and agree at first": [pair([2, 3], [4, 5], [6], rejected_prompt=[2, 9, 3])],
+}
+
+
+def sequences(batch):
+    """What a model that sees only a token's own sequence is asked, as a set: (sequence, context, target)."""
+    found = []
+    ids, positions = batch.input_ids, batch.position_ids
+    if positions is None:  # padded rows: the model's own
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    ids, positions = ids.flatten().tolist(), positions.flatten().tolist()
+    for target, sequence, predictor in zip(
+        batch.targets.tolist(), batch.sequence_ids.tolist(), batch.predictors.tolist(), strict=True
+    ):
+        found.append((sequence, positions[predictor], ids[predictor], target))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_the_same_tokens_as_padded_rows(name):
+    packed, padded = shared_prefix_batch(CASES[name]), padded_batch(CASES[name], pad_token_id=0)
+    assert sequences(packed) == sequences(padded)
+    assert torch.equal(packed.lengths, padded.lengths) and packed.num_pairs == padded.num_pairs
+    assert packed.input_ids.shape == (1, packed.layout.length) and packed.attention_mask is None
+    assert packed.input_ids.shape[1] <= int(padded.attention_mask.sum())
+
+
+def test_rows_positions_and_lengths():
+    batch = shared_prefix_batch([pair([1, 2, 3], [4, 5], [6, 7, 8]), pair([9], [8, 1], [8, 6])])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 1, 6]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 2]]
+    assert batch.layout.pairs == ((3, 2, 3), (2, 1, 1))
+    assert batch.predictors.tolist() == [2, 3, 2, 5, 6, 8, 9, 8, 9]
+    assert batch.sequence_ids.tolist() == [0, 0, 2, 2, 2, 1, 1, 3, 3]
+
+
+def test_keys_of_variable_length_attention():
+    layout = make_layout([(3, 2, 1), (0, 1, 2)])
+    assert layout.query_ends.tolist() == [0, 5, 6, 7, 9]
+    assert layout.key_ends.tolist() == [0, 5, 9, 10, 12]
+    assert layout.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8]
+    assert layout.longest == (5, 5) and layout.length == 9
+
+
+def test_moves_between_devices_with_its_batch():
+    batch = shared_prefix_batch([pair([1], [2], [3])])
+    moved = batch.to("meta")
+    assert moved.layout.key_index.device.type == "meta" and moved.layout.pairs == batch.layout.pairs
+
+
+def test_precomputed_reference_and_errors():
+    batch = shared_prefix_batch([pair([1], [2], [3], ref_chosen_logps=-1.0, ref_rejected_logps=-2.0)])
+    assert batch.reference_logps.tolist() == [-1, -2]
+    with pytest.raises(ValueError, match="got no pairs"):
+        shared_prefix_batch([])
+    assert common_prefix([1, 2, 3], [1, 2]) == 2 and common_prefix([], [1]) == 0
