@@ -82,9 +82,8 @@ class FastDPOConfig(TrainingArguments):
         super().__post_init__()
 
     def _check(self) -> None:
-        self.objective(), self.truncation()
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha must be in [0, 1] or None, got {self.ld_alpha}")
+        self.objective().check_ld_alpha(self.ld_alpha)
+        self.truncation()
         for name in ("pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -75,9 +75,9 @@ class FastDPOTrainer(transformers.Trainer):
         self.args, self.processing_class = args, tokenizer  # what _prepare needs
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
-        if isinstance(train_dataset, datasets.IterableDataset):
-            # Otherwise one process reads batches and cuts them up for the others, and a PreferenceBatch has no rows
-            args.accelerator_config.dispatch_batches = False
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches must not be True: one process would cut batches up by rows for the others")
+        args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if data_collator is None:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)

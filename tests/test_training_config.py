@@ -1,0 +1,85 @@
+"""Every option is checked before any work, and can be given on a command line."""
+
+import pytest
+import transformers
+
+from dpo_fast import FastDPOConfig
+from dpo_fast.training.data import Truncation
+
+
+def config(tmp_path, **options):
+    return FastDPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+
+
+def test_defaults(tmp_path):
+    args = config(tmp_path)
+    assert args.learning_rate == 1e-6 and args.beta == 0.1 and args.loss_type == ["sigmoid"]
+    assert args.remove_unused_columns is False
+    assert args.truncation() == Truncation(max_length=1024)
+    assert args.objective().names == ("sigmoid",)
+
+
+def test_objective_gets_every_knob(tmp_path):
+    knobs = dict(
+        beta=0.3,
+        label_smoothing=0.1,
+        f_divergence_type="alpha_divergence",
+        f_alpha_divergence_coef=0.7,
+        discopop_tau=0.2,
+        simpo_gamma=0.9,
+        cpo_alpha=0.4,
+    )
+    objective = config(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **knobs).objective()
+    assert objective.loss_weights == [1.0, 0.5]
+    assert {name: getattr(objective.params, name) for name in vars(objective.params)} == knobs
+    assert config(tmp_path, loss_type="ipo", use_weighting=True).objective().use_weighting
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(loss_type="dpo"), "loss must be one of sigmoid, .* got 'dpo'"),
+        (dict(loss_type=["sigmoid", "ipo"], loss_weights=[1.0]), "loss weights must be 2 finite numbers"),
+        (dict(beta=0.0), "beta must be positive, got 0.0"),
+        (dict(label_smoothing=1.5), "label_smoothing must be in"),
+        (dict(loss_type="nca_pair", f_divergence_type="forward_kl"), "does not fit loss nca_pair"),
+        (dict(loss_type="aot", use_weighting=True), "sorts across pairs"),
+        (dict(ld_alpha=2.0), r"ld_alpha must be in \[0, 1\] or None, got 2.0"),
+        (dict(max_length=0), "max_length must be at least 1"),
+        (dict(truncation_mode="left"), "truncation_mode must be one of keep_start, keep_end"),
+        (dict(extra_metrics=["perplexity"]), "extra_metrics must be a list of entropy, logits, mean_token_accuracy"),
+        (dict(extra_metrics="entropy"), "extra_metrics must be a list"),
+        (dict(impl="cuda"), "impl must be one of auto, triton"),
+        (dict(pad_to_multiple_of=0), "pad_to_multiple_of must be at least 1 or None, got 0"),
+        (dict(remove_unused_columns=True), "remove_unused_columns must be False"),
+    ],
+)
+def test_bad_values(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_command_line(tmp_path):
+    parser = transformers.HfArgumentParser(FastDPOConfig)
+    line = f"--output_dir {tmp_path} --loss_type sigmoid sft --loss_weights 1 0.5 --max_length 77 --use_cpu True "
+    line += '--extra_metrics entropy --model_init_kwargs {"dtype":"bfloat16"} --report_to none'
+    (args,) = parser.parse_args_into_dataclasses(line.split())
+    assert args.loss_type == ["sigmoid", "sft"] and args.loss_weights == [1.0, 0.5] and args.max_length == 77
+    assert args.extra_metrics == ["entropy"] and args.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+def test_names_of_trl(tmp_path):
+    """What both have is called the same, so that a DPOConfig's arguments can be carried over."""
+    trl = pytest.importorskip("trl")
+    base = set(transformers.TrainingArguments.__dataclass_fields__)
+    theirs = set(trl.DPOConfig.__dataclass_fields__) - base
+    elsewhere = {  # TRL's own concerns
+        "router_aux_loss_coef",
+        "padding_free",
+        "activation_offloading",
+        "sync_ref_model",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "pad_token",
+    }
+    assert theirs - elsewhere <= set(FastDPOConfig.__dataclass_fields__)

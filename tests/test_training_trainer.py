@@ -1,0 +1,358 @@
+"""`FastDPOTrainer`: what it trains, what it reports, and what it refuses."""
+
+import logging
+import math
+
+import datasets
+import pytest
+import torch
+import transformers
+from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+
+from dpo_fast import FastDPOConfig, FastDPOTrainer, preference_loss
+from dpo_fast.metrics import MetricSums
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture
+def build(tmp_path):
+    """build(model=..., args={...}, ...) -> a trainer on tiny data that writes nowhere else."""
+
+    def make(model=None, train_dataset=None, args=(), **options):
+        options = {"processing_class": TOKENIZER, **options}
+        settings = dict(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            max_steps=2,
+        )
+        return FastDPOTrainer(
+            model if model is not None else tiny_model(),
+            args=FastDPOConfig(**{**settings, **dict(args)}),
+            train_dataset=tiny_rows(8) if train_dataset is None else train_dataset,
+            **options,
+        )
+
+    return make
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss(build):
+    trainer = build(args=dict(max_steps=12))
+    reference = weights(trainer.reference.model)
+    trainer.train()
+    found = losses(trainer)
+    assert abs(found[0] - math.log(2)) < 1e-6 and found[-1] < 0.6
+    assert torch.equal(weights(trainer.reference.model), reference)
+    assert not torch.equal(weights(trainer.model), reference)
+
+
+def test_logs_have_trl_names(build):
+    trainer = build(args=dict(extra_metrics=["entropy", "logits", "mean_token_accuracy"]))
+    trainer.train()
+    first = trainer.state.log_history[0]
+    expected = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
+    expected |= {"logps/chosen", "logps/rejected", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}
+    assert expected <= first.keys()
+    assert first["rewards/accuracies"] == 0.0 and first["rewards/margins"] == 0.0
+
+
+def test_one_reduction_and_one_sync_per_log(build, monkeypatch):
+    trainer = build(args=dict(max_steps=4, logging_steps=2, gradient_accumulation_steps=2))
+    calls = {"reduce": 0, "add": 0}
+    reduce, add = trainer.accelerator.reduce, MetricSums.add
+
+    def count_reduce(*args, **kwargs):
+        calls["reduce"] += 1
+        return reduce(*args, **kwargs)
+
+    def count_add(*args):
+        calls["add"] += 1
+        return add(*args)
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", count_reduce)
+    monkeypatch.setattr(MetricSums, "add", count_add)
+    trainer.train()
+    assert calls == {"reduce": 2, "add": 8}
+
+
+@pytest.mark.parametrize("rows", [8, 7])
+def test_accumulation_equals_one_batch(build, rows):
+    """4 micro-batches of 2 pairs, and 2 + 2 + 2 + 1: each pair weighs the same."""
+    args = dict(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0)
+    whole = build(train_dataset=tiny_rows(rows), args=dict(per_device_train_batch_size=8, **args))
+    parts = build(
+        train_dataset=tiny_rows(rows),
+        args=dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, **args),
+    )
+    start = weights(whole.model)
+    whole.train()
+    parts.train()
+    moved = (weights(whole.model) - start).norm()
+    assert moved > 0.05
+    assert (weights(whole.model) - weights(parts.model)).norm() < 1e-5 * moved
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
+        dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+        dict(dataloader_num_workers=1),
+        dict(dataloader_drop_last=True),
+        dict(precompute_ref_log_probs=True, precompute_ref_batch_size=3),
+        dict(pad_to_multiple_of=32),
+        dict(include_num_input_tokens_seen="non_padding"),
+    ],
+    ids=lambda args: "-".join(map(str, args)),
+)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_options_that_do_not_change_the_numbers(build, args, adapter):
+    options = {"peft_config": lora(init_lora_weights=False)} if adapter else {}
+    expected, other = build(**options), build(args=args, **options)
+    expected.train()
+    other.train()
+    assert losses(other) == pytest.approx(losses(expected), abs=2e-6)
+    assert losses(expected)[0] != losses(expected)[1]
+
+
+def test_bf16_autocast(build):
+    exact, rough = build(), build(args=dict(bf16=True))
+    exact.train()
+    rough.train()
+    assert losses(rough) != losses(exact)
+    assert losses(rough) == pytest.approx(losses(exact), abs=0.02)
+    assert abs(losses(rough)[0] - math.log(2)) < 1e-6
+    assert rough.model.dtype == torch.float32
+
+
+def test_streaming(build):
+    rows = tiny_rows(8)
+    table, stream = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()
+    args = dict(max_steps=2, train_sampling_strategy="sequential")
+    if "train_sampling_strategy" not in FastDPOConfig.__dataclass_fields__:
+        pytest.skip("transformers shuffles map-style data here")
+    one, other = build(train_dataset=table, args=args), build(train_dataset=stream, args=dict(max_steps=2))
+    one.train()
+    other.train()
+    assert losses(other) == losses(one)
+
+
+def test_losses_without_reference_have_none(build):
+    trainer = build(args=dict(loss_type="simpo"))
+    assert trainer.reference is None
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+def test_reports_reach_callbacks(build):
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    build(callbacks=[Reporter()]).train()
+    assert "rewards/margins" in seen[0] and "train_loss" in seen[-1]
+
+
+def test_model_from_a_path(build, tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    trainer = build(str(tmp_path / "model"), processing_class=None, ref_model=str(tmp_path / "model"))
+    assert trainer.model.dtype == torch.float32
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    trainer = build(str(tmp_path / "model"), args=dict(model_init_kwargs={"dtype": "bfloat16"}))
+    assert trainer.model.dtype == torch.bfloat16
+
+
+def test_dropout_is_off_unless_asked_for(build):
+    def model():
+        return tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+
+    trainer = build(model())
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    trainer = build(model(), args=dict(disable_dropout=False))
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
+
+
+def test_an_example_is_printed_on_request(build, capsys):
+    build(args=dict(print_example=True))
+    assert "chosen (" in capsys.readouterr().out
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+def test_new_adapter_has_the_base_model_as_reference(build):
+    trainer = build(peft_config=lora(), args=dict(max_steps=6))
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if "lora" not in name}
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6 and losses(trainer)[-1] < losses(trainer)[0]
+    assert all(torch.equal(p, base[name]) for name, p in trainer.model.named_parameters() if name in base)
+
+
+def test_trained_adapter_has_its_own_copy_as_reference(build, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), lora(init_lora_weights=False, modules_to_save=["lm_head"]))
+    trainer = build(model, args=dict(max_steps=3))
+    copies = {name: p.clone() for name, p in trainer.model.named_parameters() if ".reference." in name}
+    assert copies and not any(p.requires_grad for name, p in model.named_parameters() if ".reference." in name)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6 and losses(trainer)[-1] < losses(trainer)[0]
+    assert all(torch.equal(p, copies[name]) for name, p in model.named_parameters() if name in copies)
+
+
+def test_explicit_reference_for_an_adapter(build):
+    trainer = build(peft_config=lora(), ref_model=tiny_model(seed=5))
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_evaluation_weighs_pairs_equally(build, streaming):
+    rows = datasets.Dataset.from_list(tiny_rows(7, seed=3))
+    trainer = build(
+        eval_dataset=rows.to_iterable_dataset() if streaming else rows,
+        ref_model=tiny_model(seed=7),
+        args=dict(per_device_eval_batch_size=3),
+    )
+    found = trainer.evaluate()
+    whole = trainer.data_collator(list(trainer.eval_dataset))
+    with torch.no_grad():
+        step = trainer.run_step(trainer.model, whole)
+    pairs = step.pairs
+    expected = preference_loss(pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected)
+    assert found["eval_loss"] == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert found["eval_rewards/margins"] == pytest.approx(0.1 * pairs.margin.mean().item(), rel=1e-4)
+    assert found["eval_logps/chosen"] == pytest.approx(pairs.chosen.mean().item(), rel=1e-6)
+
+
+def test_evaluation_during_training_and_of_other_data(build):
+    trainer = build(
+        eval_dataset={"text": tiny_rows(3), "chat": tiny_chat_rows(3)}, args=dict(eval_strategy="steps", eval_steps=1)
+    )
+    trainer.train()
+    assert any("eval_chat_rewards/margins" in log for log in trainer.state.log_history)
+    assert all("eval" not in key for log in trainer.state.log_history if "loss" in log for key in log)
+    found = trainer.evaluate(tiny_rows(5, seed=9))
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_runtime"} <= found.keys()
+    assert "test_loss" in trainer.evaluate(trainer.eval_dataset["chat"], metric_key_prefix="test")
+    assert {"eval_a_loss", "eval_b_loss"} <= trainer.evaluate({"a": tiny_rows(2), "b": tiny_rows(2)}).keys()
+
+
+def test_there_are_no_logits(build):
+    trainer = build()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss, logits, labels = trainer.prediction_step(trainer.model.eval(), batch, prediction_loss_only=False)
+    assert loss.shape == () and not loss.requires_grad and logits is None and labels is None
+    assert trainer.predict(trainer.train_dataset).predictions is None
+
+
+def test_precomputed_reference(build):
+    eval_rows = tiny_rows(4, seed=2)
+    plain = build(eval_dataset=eval_rows)
+    ahead = build(eval_dataset=eval_rows, args=dict(precompute_ref_log_probs=True))
+    plain.train()
+    ahead.train()
+    assert losses(ahead) == pytest.approx(losses(plain), abs=1e-6)
+    assert ahead.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
+    with pytest.raises(ValueError, match="reference model is gone"):
+        ahead.evaluate(tiny_rows(2))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_same_object_as_policy_and_reference(build):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="ref_model is the same object as model"):
+        build(model, ref_model=model)
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, lora())
+    with pytest.raises(ValueError, match="ref_model is the same object as model"):
+        build(adapted, ref_model=model)
+
+
+def test_bad_arguments(build, monkeypatch):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(TypeError, match="args must be a FastDPOConfig, got TrainingArguments"):
+        FastDPOTrainer(tiny_model(), args=transformers.TrainingArguments(use_cpu=True, report_to="none"))
+    with pytest.raises(ValueError, match="processing_class is needed"):
+        build(processing_class=None)
+    with pytest.raises(TypeError, match="peft_config must be a peft.PeftConfig"):
+        build(peft_config={"r": 4})
+    with pytest.raises(ValueError, match="got a PEFT model and a peft_config"):
+        build(peft.get_peft_model(tiny_model(), lora()), peft_config=lora())
+    with pytest.raises(ValueError, match="trains biases of the base model"):
+        build(peft_config=lora(bias="all"))
+    with pytest.raises(ValueError, match="prompt learning"):
+        build(peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(TypeError, match="expected a Hugging Face causal language model"):
+        build(tiny_model().model)
+    with pytest.raises(ValueError, match="dataset is a stream"):
+        rows = datasets.Dataset.from_list(tiny_rows(4)).to_iterable_dataset()
+        build(train_dataset=rows, args=dict(precompute_ref_log_probs=True))
+    with pytest.raises(ValueError, match="dispatch_batches must not be True"):
+        build(args=dict(accelerator_config={"dispatch_batches": True}))
+    monkeypatch.setattr(FastDPOConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 devices are visible to one process"):
+        build()
+
+
+def test_triton_is_not_replaced_in_silence(build, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    trainer = build(args=dict(impl="triton"))
+    with pytest.raises(ValueError, match="impl='triton' cannot run: .*'cpu'"):
+        trainer.train()
+
+
+def test_resuming_from_something_else(build, tmp_path):
+    trainer = build()
+    with pytest.raises(ValueError, match="not a checkpoint of this training: .*no such directory"):
+        trainer.train(resume_from_checkpoint=tmp_path / "nowhere")
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has no trainer_state.json \(there: config.json"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "model"))
+    other = build(tiny_model("gpt2"), args=dict(save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "gpt2")))
+    other.train()
+    with pytest.raises(ValueError, match="holds a 'gpt2' model, this trainer a 'llama'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "gpt2" / "checkpoint-2"))
+    with pytest.raises(ValueError, match="has no adapter_config.json"):
+        build(peft_config=lora()).train(resume_from_checkpoint=str(tmp_path / "gpt2" / "checkpoint-2"))
+
+
+def test_dropped_pairs_are_said(build, caplog):
+    with caplog.at_level(logging.WARNING, logger="dpo_fast"):
+        build(train_dataset=[*tiny_rows(4), {"prompt": "a", "chosen": "b", "rejected": "b"}])
+    assert any("train dataset: 1 of 5 pairs dropped" in message for message in caplog.messages)
