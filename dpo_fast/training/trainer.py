@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.forward import attach
-from dpo_fast.functional import PreferenceStep, preference_step, step_metrics
+from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums
 
 from . import models
@@ -76,7 +76,7 @@ class FastDPOTrainer(transformers.Trainer):
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
         if args.accelerator_config.dispatch_batches:
-            raise ValueError("dispatch_batches must not be True: one process would cut batches up by rows for the others")
+            raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if data_collator is None:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -136,7 +136,7 @@ class FastDPOTrainer(transformers.Trainer):
         found = []
         for batch in self.accelerator.prepare(loader):
             with self.accelerator.autocast():
-                logps = self.reference(self.model, batch, self.args.ld_alpha)
+                logps = self.reference(self.model, batch, self.args.ld_alpha).logps
             found.append(self.accelerator.gather_for_metrics(torch.stack(logps.tensor_split(2), dim=1)))
         columns = torch.cat(found).tolist()  # (pairs, 2)
         for index, column in enumerate(REFERENCE_COLUMNS):
@@ -161,11 +161,11 @@ class FastDPOTrainer(transformers.Trainer):
             ref_model = models.frozen_copy(self.model)
         return reference.FrozenModel(models.prepare_reference_model(ref_model, self.accelerator, self.args.impl))
 
-    def reference_logps(self, model, batch: PreferenceBatch) -> Tensor | None:
-        """(2P,) fp32 reference log-probs of a batch, without gradients; None where no loss needs them."""
-        if self.reference is None or batch.reference_logps is not None:
-            return batch.reference_logps
-        return self.reference(model, batch, self.args.ld_alpha)
+    def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
+        """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
+        if batch.reference_logps is not None:
+            return SequenceScores(batch.reference_logps)
+        return None if self.reference is None else self.reference(model, batch, self.args.ld_alpha)
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -181,19 +181,18 @@ class FastDPOTrainer(transformers.Trainer):
         loss = step.loss
         if num_items_in_batch:
             # training_step divides by the number of micro-batches
-            loss = step.losses.sum() * (self.current_gradient_accumulation_steps / num_items_in_batch)
+            loss = loss * (inputs.num_pairs * self.current_gradient_accumulation_steps / num_items_in_batch)
         return (loss, step) if return_outputs else loss
 
     def run_step(self, model, batch: PreferenceBatch) -> PreferenceStep:
         """Reference, then policy, then loss; metrics are added up on the device."""
-        ref = self.reference_logps(model, batch)
+        ref = self.reference_scores(model, batch)
         step = preference_step(
             model, batch, self.objective, ref, ld_alpha=self.args.ld_alpha, extra_metrics=self.args.extra_metrics
         )
         metrics = step_metrics(step, batch, self.objective)
-        losses = step.losses.detach()
         if not model.training:
-            metrics["loss"] = (losses.sum(), losses.new_full((), losses.numel()))
+            metrics["loss"] = (step.losses.sum(), step.losses.new_full((), batch.num_pairs))
         self._sums["train" if model.training else "eval"].add(metrics)
         return step
 
