@@ -4,7 +4,7 @@
     objective = Objective("sigmoid", beta=0.1)
 
     with torch.no_grad():
-        ref = score(reference, batch).logps                      # (2P,)
+        ref = score(reference, batch)                     # log-probs of 2P sequences and their N tokens
     step = preference_step(policy, batch, objective, ref)
     step.loss.backward()
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from .batch import PreferenceBatch
 from .forward import TokenScores
-from .logps import PairLogps, pair_logps
+from .logps import PairLogps
 from .metrics import Metrics, pair_metrics, token_metrics
-from .objective import Objective, ld_dpo_token_weights, wpo_weights
+from .objective import Objective, ld_dpo_token_weights
 from .ops.sequence import sequence_logps
 
 # metrics that cost an extra statistic of each row of logits: name -> what `model(batch)` must put out for it
@@ -33,20 +33,17 @@ class SequenceScores:
     """A model's view of a batch."""
 
     logps: Tensor  # (2P,) fp32, in nats
-    tokens: TokenScores  # (N,) each
+    tokens: TokenScores | None = None  # (N,) each; None where only the sums were kept
 
 
 @dataclass(frozen=True)
 class PreferenceStep:
     """What one batch yields."""
 
-    losses: Tensor  # (P,) with gradients
+    loss: Tensor  # () mean over the pairs, with gradients
+    losses: Tensor  # (P,) detached
     pairs: PairLogps
     tokens: TokenScores
-
-    @property
-    def loss(self) -> Tensor:
-        return self.losses.mean()
 
 
 def score(
@@ -64,28 +61,23 @@ def preference_step(
     model: nn.Module,
     batch: PreferenceBatch,
     objective: Objective,
-    reference_logps: Tensor | None = None,
+    reference: SequenceScores | Tensor | None = None,
     *,
     ld_alpha: float | None = None,
     extra_metrics: Sequence[str] = (),
 ) -> PreferenceStep:
-    """Score the batch with the policy and apply the objective.
+    """Score the batch with the policy and apply the objective, both inside the model's forward.
 
-    reference_logps: (2P,) from `score` of the reference, under the same `ld_alpha`; None for losses without reference.
+    reference: `score` of the reference model, or (2P,) log-probs under the same `ld_alpha`; None for losses without
+      one. Where token log-probs are at hand, log-ratios are summed token by token, which keeps more digits.
     """
-    outputs = [EXTRA_METRICS[name] for name in extra_metrics]
-    if objective.use_weighting:
-        outputs.append("log_sum_sq_probs")
-    scores = score(model, batch, outputs=outputs, ld_alpha=ld_alpha)
-    weights = on_policy_weights(scores.tokens, batch) if objective.use_weighting else None
-    pairs = pair_logps(scores.logps, reference_logps, batch.lengths, weights)
-    return PreferenceStep(objective(pairs), pairs, scores.tokens)
-
-
-def on_policy_weights(tokens: TokenScores, batch: PreferenceBatch) -> Tensor:
-    """(P,) weights of pairs by how likely the policy is to produce them (WPO)."""
-    aligned = tokens.logps.detach() - tokens.log_sum_sq_probs  # (N,)
-    return wpo_weights(sequence_logps(aligned, batch.sequence_ids, len(batch.lengths)), batch.lengths)
+    knobs = {"ld_alpha": ld_alpha}
+    if isinstance(reference, Tensor) or (reference is not None and reference.tokens is None):
+        knobs["reference_logps"] = reference if isinstance(reference, Tensor) else reference.logps
+    elif reference is not None:
+        knobs["reference_token_logps"] = reference.tokens.logps
+    outputs = tuple(EXTRA_METRICS[name] for name in extra_metrics)
+    return PreferenceStep(*model(batch, outputs=outputs, objective=objective, **knobs))
 
 
 def step_metrics(step: PreferenceStep, batch: PreferenceBatch, objective: Objective) -> Metrics:

@@ -8,6 +8,7 @@ recorded on the function by `@loss`. `objective.py` combines losses and checks t
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -20,6 +21,7 @@ from .logps import PairLogps
 LOSSES: dict[str, "Callable[[PairLogps, LossParams], Tensor]"] = {}
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _EXP_LIMIT = 80.0  # exp(80) = 5.5e34: its products with beta and small integers stay finite in fp32
+_SQUARE_LIMIT = 1e18  # likewise for what is squared
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class LossParams:
     """Every knob of every loss; names are TRL's where TRL has the same one."""
 
     beta: float = 0.1  # strength of the pull towards the reference (tau in IPO, lambda in ORPO)
-    label_smoothing: float = 0.0  # probability that a label is flipped (cDPO, robust, EXO's epsilon)
+    # probability that a label is flipped; read by sigmoid (then cDPO), robust, exo_pair, aot, aot_unpaired, simpo, cpo
+    label_smoothing: float = 0.0
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
@@ -37,7 +40,7 @@ class LossParams:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            if field.type is float and not (isinstance(value, numbers.Real) and math.isfinite(value)):
                 raise ValueError(f"{field.name} must be a finite number, got {value!r}")
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
@@ -51,11 +54,20 @@ class LossParams:
             raise ValueError(f"discopop_tau must be positive, got {self.discopop_tau}")
 
 
-def loss(*, couples_pairs=False, needs_reference=True, needs_lengths=False, f_divergence=False, averages=False):
+def loss(
+    *,
+    couples_pairs=False,
+    needs_reference=True,
+    needs_lengths=False,
+    f_divergence=False,
+    averages=False,
+    likelihood=False,
+):
     """Register a loss under its function's name, with what others must know about it.
 
     couples_pairs: a pair's loss depends on other pairs. f_divergence: other divergences than reverse KL are valid,
     because log Z cancels in the margin (arXiv:2309.16240). averages: its rewards are means over tokens.
+    likelihood: a term of it is the likelihood of the chosen tokens, which all count the same.
     """
 
     def register(function):
@@ -64,6 +76,7 @@ def loss(*, couples_pairs=False, needs_reference=True, needs_lengths=False, f_di
         function.needs_lengths = needs_lengths
         function.f_divergence = f_divergence
         function.averages = averages
+        function.likelihood = likelihood
         LOSSES[function.__name__] = function
         return function
 
@@ -104,19 +117,31 @@ def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
     return (1 - label_smoothing) * F.softplus(-x) + label_smoothing * F.softplus(x)
 
 
+def token_counts(pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """Numbers of scored tokens, (P,) each."""
+    for name in ("chosen_lengths", "rejected_lengths"):
+        if getattr(pairs, name) is None:
+            raise ValueError(f"this loss needs the completions' lengths, but PairLogps.{name} is None")
+    return pairs.chosen_lengths, pairs.rejected_lengths
+
+
 def lengths(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """Numbers of scored tokens, (P,) each, at least 1."""
-    if pairs.chosen_lengths is None or pairs.rejected_lengths is None:
-        raise ValueError("this loss needs the completions' lengths, but PairLogps.chosen_lengths is None")
-    return pairs.chosen_lengths.clamp(min=1), pairs.rejected_lengths.clamp(min=1)
+    """What a sum over tokens is divided by, (P,) each: the number of scored tokens, 1 where there is none."""
+    chosen, rejected = token_counts(pairs)
+    return chosen.clamp(min=1), rejected.clamp(min=1)
 
 
 def negative_log_likelihood(pairs: PairLogps) -> Tensor:
     """(P,), its mean over the batch is the mean over all chosen tokens."""
     mean_length = pairs.mean_chosen_length
     if mean_length is None:
-        mean_length = lengths(pairs)[0].to(pairs.chosen.dtype).mean()
-    return -pairs.chosen / mean_length
+        mean_length = token_counts(pairs)[0].to(pairs.chosen.dtype).mean()
+    return -pairs.chosen / mean_length.clamp(min=1e-6)  # all completions empty: 0, not NaN
+
+
+def squared(x: Tensor) -> Tensor:
+    """x^2; beyond the limit its value is finite and its gradient 0."""
+    return x.clamp(-_SQUARE_LIMIT, _SQUARE_LIMIT) ** 2
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -137,7 +162,7 @@ def sigmoid(pairs: PairLogps, params: LossParams) -> Tensor:
 
 @loss(f_divergence=True)
 def hinge(pairs: PairLogps, params: LossParams) -> Tensor:
-    """max(0, 1 - beta m): RSO, arXiv:2309.06657, equation 11; SLiC, arXiv:2305.10425."""
+    """max(0, 1 - beta m): SLiC, arXiv:2305.10425, on log-ratios as in RSO, arXiv:2309.06657."""
     return torch.relu(1 - params.beta * margin(pairs, params))
 
 
@@ -145,7 +170,7 @@ def hinge(pairs: PairLogps, params: LossParams) -> Tensor:
 def ipo(pairs: PairLogps, params: LossParams) -> Tensor:
     """(c/|c| - r/|r| - 1/(2 beta))^2: IPO, arXiv:2310.12036, equation 17, with log-ratios averaged over tokens."""
     (chosen, rejected), (chosen_length, rejected_length) = scores(pairs, params), lengths(pairs)
-    return (chosen / chosen_length - rejected / rejected_length - 1 / (2 * params.beta)) ** 2
+    return squared(chosen / chosen_length - rejected / rejected_length - 1 / (2 * params.beta))
 
 
 @loss(f_divergence=True)
@@ -158,7 +183,7 @@ def exo_pair(pairs: PairLogps, params: LossParams) -> Tensor:
 
 @loss(f_divergence=True)
 def robust(pairs: PairLogps, params: LossParams) -> Tensor:
-    """(-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e): rDPO, arXiv:2403.00409, equation 12."""
+    """(-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e): rDPO, arXiv:2403.00409, section 3.1."""
     x, e = params.beta * margin(pairs, params), params.label_smoothing
     return ((1 - e) * F.softplus(-x) - e * F.softplus(x)) / (1 - 2 * e)
 
@@ -176,7 +201,7 @@ def discopop(pairs: PairLogps, params: LossParams) -> Tensor:
 
 @loss(f_divergence=True, needs_lengths=True)
 def sigmoid_norm(pairs: PairLogps, params: LossParams) -> Tensor:
-    """-log s(beta (c/|c| - r/|r|)): length-normalised DPO, Tulu 3, arXiv:2411.15124, equation 6."""
+    """-log s(beta (c/|c| - r/|r|)): length-normalised DPO, as in Tulu 3, arXiv:2411.15124."""
     (chosen, rejected), (chosen_length, rejected_length) = scores(pairs, params), lengths(pairs)
     return F.softplus(-params.beta * (chosen / chosen_length - rejected / rejected_length))
 
@@ -186,14 +211,14 @@ def sigmoid_norm(pairs: PairLogps, params: LossParams) -> Tensor:
 
 @loss()
 def nca_pair(pairs: PairLogps, params: LossParams) -> Tensor:
-    """-log s(beta c) - (log s(-beta c) + log s(-beta r)) / 2: NCA, arXiv:2402.05369, equation 11, K = 2."""
+    """-log s(beta c) - (log s(-beta c) + log s(-beta r)) / 2: NCA, arXiv:2402.05369, section 4.1, K = 2."""
     chosen, rejected = params.beta * pairs.chosen_log_ratio, params.beta * pairs.rejected_log_ratio
     return F.softplus(-chosen) + 0.5 * F.softplus(chosen) + 0.5 * F.softplus(rejected)
 
 
 @loss()
 def bco_pair(pairs: PairLogps, params: LossParams) -> Tensor:
-    """-log s(beta c) - log s(-beta r): BCO, arXiv:2404.04656, equation 8, without the reward shift."""
+    """-log s(beta c) - log s(-beta r): BCO, arXiv:2404.04656, section 4, without the reward shift."""
     return F.softplus(-params.beta * pairs.chosen_log_ratio) + F.softplus(params.beta * pairs.rejected_log_ratio)
 
 
@@ -237,7 +262,7 @@ def aot_unpaired(pairs: PairLogps, params: LossParams) -> Tensor:
 # --- losses without a reference ------------------------------------------------------------------------------------
 
 
-@loss(needs_reference=False, needs_lengths=True, f_divergence=True)
+@loss(needs_reference=False, needs_lengths=True, f_divergence=True, likelihood=True)
 def sft(pairs: PairLogps, params: LossParams) -> Tensor:
     """Negative log-likelihood of the chosen completion; the batch's mean is the mean over its chosen tokens."""
     return negative_log_likelihood(pairs)
@@ -251,16 +276,18 @@ def simpo(pairs: PairLogps, params: LossParams) -> Tensor:
     return smoothed(x - params.simpo_gamma, params.label_smoothing)
 
 
-@loss(needs_reference=False, needs_lengths=True)
+@loss(needs_reference=False, needs_lengths=True, likelihood=True)
 def cpo(pairs: PairLogps, params: LossParams) -> Tensor:
     """-log s(beta (log p_c - log p_r)) + alpha NLL(chosen): CPO, arXiv:2401.08417, equation 3."""
     preferred = smoothed(params.beta * (pairs.chosen - pairs.rejected), params.label_smoothing)
     return preferred + params.cpo_alpha * negative_log_likelihood(pairs)
 
 
-@loss(needs_reference=False, needs_lengths=True, averages=True)
+@loss(needs_reference=False, needs_lengths=True, averages=True, likelihood=True)
 def orpo(pairs: PairLogps, params: LossParams) -> Tensor:
-    """NLL(chosen) - beta log s(log odds_c - log odds_r), odds of the mean token: ORPO, arXiv:2403.07691, eq. 6, 7."""
+    """NLL(chosen) - beta log s(log odds_c - log odds_r), odds of the mean token: ORPO, arXiv:2403.07691, eq. 6, 7.
+
+    The likelihood is that of the completion, as in the paper; TRL's counts the prompt's tokens, too."""
     chosen_length, rejected_length = lengths(pairs)
     chosen, rejected = pairs.chosen / chosen_length, pairs.rejected / rejected_length
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))

@@ -4,6 +4,7 @@ Also the two weightings that papers put on top of any loss: of tokens (LD-DPO) a
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from .logps import PairLogps
 from .losses import LOSSES, LossParams, lengths
+
+_COUNTS = (torch.int64, torch.int32, torch.float32, torch.float64)  # 16-bit floats cannot count to 300
 
 
 class Objective:
@@ -24,13 +27,14 @@ class Objective:
 
     def __init__(self, loss="sigmoid", *, weights: Sequence[float] | None = None, use_weighting=False, **params):
         self.params = LossParams(**params)
-        parts = [loss] if isinstance(loss, str) or callable(loss) else list(loss)
-        if not parts:
-            raise ValueError("loss must be a name, a function or a non-empty sequence of them, got an empty sequence")
+        parts = [loss] if isinstance(loss, str) or callable(loss) else loss
+        if not (isinstance(parts, Sequence) and len(parts)):
+            raise ValueError(f"loss must be a name, a function or a non-empty sequence of them, got {loss!r}")
         self.parts = [_resolve(part) for part in parts]
-        self.loss_weights = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
-        if len(self.loss_weights) != len(parts) or not all(math.isfinite(w) for w in self.loss_weights):
+        weights = [1.0] * len(parts) if weights is None else weights
+        if not (isinstance(weights, Sequence) and len(weights) == len(parts) and all(map(_is_finite, weights))):
             raise ValueError(f"loss weights must be {len(parts)} finite numbers, one per loss, got {weights!r}")
+        self.loss_weights = list(weights)
         self.names = tuple(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
         self.use_weighting = use_weighting
         self.couples_pairs = any(getattr(part, "couples_pairs", False) for part in self.parts)
@@ -52,25 +56,37 @@ class Objective:
                     f"f_divergence_type={params.f_divergence_type!r} does not fit loss {', '.join(unfit)}, whose "
                     f"log Z would not cancel; it fits {fit}"
                 )
-        if "exo_pair" in self.names and params.label_smoothing == 0:
+        if LOSSES["exo_pair"] in self.parts and params.label_smoothing == 0:
             raise ValueError("label_smoothing must be above 0 for loss 'exo_pair' (its paper suggests 1e-3), got 0")
-        if "robust" in self.names and params.label_smoothing >= 0.5:
+        if LOSSES["robust"] in self.parts and params.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5) for loss 'robust', got {params.label_smoothing}")
         if self.use_weighting and self.couples_pairs:
             raise ValueError(f"use_weighting weighs each pair, but loss {', '.join(self.names)} sorts across pairs")
 
+    def check_ld_alpha(self, alpha: float | None) -> None:
+        """Raise ValueError where LD-DPO's token weights are out of range or do not fit a loss."""
+        if alpha is None:
+            return
+        if not (_is_finite(alpha) and 0 <= alpha <= 1):
+            raise ValueError(f"ld_alpha must be in [0, 1] or None, got {alpha!r}")
+        unfit = [n for n, part in zip(self.names, self.parts, strict=True) if getattr(part, "likelihood", False)]
+        if unfit and alpha != 1:
+            raise ValueError(
+                f"ld_alpha={alpha} does not fit loss {', '.join(unfit)}: it would weigh down the end of long chosen "
+                "completions in their likelihood; leave out one of the two"
+            )
+
     def __call__(self, pairs: PairLogps) -> Tensor:
         total = None
-        for part, weight in zip(self.parts, self.loss_weights, strict=True):
+        for name, part, weight in zip(self.names, self.parts, self.loss_weights, strict=True):
             registered = LOSSES.get(getattr(part, "__name__", "")) is part
             value = part(pairs, self.params) if registered else part(pairs)
+            if value.shape != pairs.chosen.shape:
+                raise ValueError(
+                    f"loss {name} must return one value per pair, {tuple(pairs.chosen.shape)}, got {tuple(value.shape)}"
+                )
             value = value if weight == 1.0 else value * weight
             total = value if total is None else total + value
-        if total.shape != pairs.chosen.shape:
-            raise ValueError(
-                f"loss {', '.join(self.names)} must return one value per pair, {tuple(pairs.chosen.shape)}, "
-                f"got {tuple(total.shape)}"
-            )
         return total if pairs.weights is None else total * pairs.weights
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -87,10 +103,14 @@ class Objective:
         return f"Objective({list(self.names)}, weights={self.loss_weights}, {self.params})"
 
 
+def _is_finite(value) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
 def _resolve(part) -> Callable:
     if callable(part):
         return part
-    if part not in LOSSES:
+    if not isinstance(part, str) or part not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function of PairLogps, got {part!r}")
     return LOSSES[part]
 
@@ -147,7 +167,9 @@ def preference_loss(
         if value.ndim != 1 or value.shape != chosen_logps.shape:
             expected = f"({chosen_logps.shape[0]},)" if chosen_logps.ndim == 1 else "(P,)"
             raise ValueError(f"preference_loss: {name} must have shape {expected}, got {tuple(value.shape)}")
-        if not value.is_floating_point() and not name.endswith("lengths"):
+        if name.endswith("lengths") and value.dtype not in _COUNTS:
+            raise TypeError(f"preference_loss: {name} must be int64, int32 or fp32, got {value.dtype}")
+        if not name.endswith("lengths") and not value.is_floating_point():
             raise TypeError(f"preference_loss: {name} must be floating, got {value.dtype}")
         if value.device != chosen_logps.device:
             raise ValueError(f"preference_loss: {name} is on {value.device}, chosen_logps on {chosen_logps.device}")
@@ -169,23 +191,28 @@ def preference_loss(
 # --- weights from tokens -------------------------------------------------------------------------------------------
 
 
-def ld_dpo_token_weights(sequence_ids: Tensor, sequence_lengths: Tensor, alpha: float) -> Tensor:
-    """(N,) fp32: 1 up to the shorter completion's length, alpha beyond it: LD-DPO, arXiv:2409.06411, equation 9.
+def ld_dpo_token_weights(
+    sequence_ids: Tensor, sequence_lengths: Tensor, alpha: float, scored: Tensor | None = None
+) -> Tensor:
+    """(N,) fp32: 1 up to the shorter completion's length, alpha beyond it: LD-DPO, arXiv:2409.06411.
 
-    sequence_ids: (N,) in [0, 2P), tokens of a sequence in order; sequence_lengths: (2P,) their numbers of tokens."""
+    sequence_ids: (N,) in [0, 2P), tokens of a sequence in order, sequences in any; sequence_lengths: (2P,) their
+    numbers of scored tokens; scored: (N,) bool, which tokens count, all where None."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {alpha}")
     num_pairs = sequence_lengths.shape[0] // 2
     order = sequence_ids.argsort(stable=True)
+    counts = torch.ones_like(sequence_ids) if scored is None else scored[order].to(sequence_ids.dtype)
     starts = sequence_lengths.cumsum(0) - sequence_lengths
-    position = torch.empty_like(sequence_ids)
-    position[order] = torch.arange(sequence_ids.shape[0], device=sequence_ids.device) - starts[sequence_ids[order]]
+    position = torch.empty_like(sequence_ids)  # number of scored tokens before this one in its sequence
+    position[order] = counts.cumsum(0) - counts - starts[sequence_ids[order]]
     shared = torch.minimum(sequence_lengths[:num_pairs], sequence_lengths[num_pairs:])
-    return torch.where(position < shared[sequence_ids % num_pairs], 1.0, alpha)
+    weights = torch.ones_like(sequence_ids, dtype=torch.float32)
+    return weights.masked_fill_(position >= shared[sequence_ids % num_pairs], alpha)
 
 
 def wpo_weights(log_weights: Tensor, sequence_lengths: Tensor) -> Tensor:
-    """(P,) detached weights of pairs: WPO, arXiv:2406.11827, equation 2, with its alignment of on-policy weights.
+    """(P,) detached weights of pairs: WPO, arXiv:2406.11827, equation 2, and its alignment of weights.
 
     log_weights: (2P,) sums over a sequence's tokens of log p(token) - log sum_v p(v)^2; sequence_lengths: (2P,)."""
     weights = torch.exp(log_weights.detach() / sequence_lengths.clamp(min=1))

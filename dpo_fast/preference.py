@@ -31,7 +31,7 @@ class PreferenceOutput:
     stats: TokenStats  # (N,) token log-probs, and the statistics asked for
     chosen_rewards: Tensor  # (P,) beta x log-ratio
     rejected_rewards: Tensor  # (P,)
-    plan: HeadPlan
+    plan: HeadPlan | None
 
     @property
     def chosen_logps(self) -> Tensor:
@@ -105,16 +105,12 @@ def linear_preference_loss(
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
     check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
     check_transform(op, logit_softcap, temperature, logit_scale)
-    _check_pairs(op, hidden, sequence_ids, num_pairs, sequence_lengths)
-    reference = _reference(op, objective, hidden, num_pairs, reference_logps, reference_token_logps)
+    _check_lengths(op, hidden.shape[0], num_pairs, sequence_lengths)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
-
     scored = labels != ignore_index
-    counts = torch.zeros(2 * num_pairs, dtype=torch.int64, device=hidden.device).index_add_(
-        0, sequence_ids, scored.to(torch.int64)
+    context = _Context.make(
+        op, objective, scored, sequence_ids, num_pairs, reference_logps, reference_token_logps, ld_alpha, impl
     )
-    weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha)
-    context = _Context(objective, counts, weights, reference_token_logps, reference, impl)
 
     down, up = low_rank or (None, None)
     trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, down, up)]
@@ -122,7 +118,7 @@ def linear_preference_loss(
     fused = head_grad and not objective.couples_pairs and impl != "reference" and not torch.compiler.is_compiling()
     tokens = None
     if fused:
-        tokens = group_tokens(labels, sequence_ids, num_pairs, weights, ignore_index, sequence_lengths)
+        tokens = group_tokens(labels, sequence_ids, num_pairs, context.weights, ignore_index, sequence_lengths)
     plan = plan_head(
         hidden.shape[0],
         hidden.shape[1],
@@ -135,18 +131,7 @@ def linear_preference_loss(
         tile_mib=tile_mib,
         device_type=hidden.device.type,
     )
-    if fused:
-        check_head_values(op, hidden, weight, labels, ignore_index)
-        transform = Transform(logit_scale, logit_softcap, temperature)
-        head = Head(plan, transform, outputs, compute_dtype(hidden), impl)
-        value, losses, logps, extras = PairwiseLossFunction.apply(
-            hidden, weight, bias, down, up, tokens, head, context.losses
-        )
-        values = {"logps": logps, **dict(zip(outputs, extras.unbind(0), strict=True))}
-        if "is_top1" in values:
-            values["is_top1"] = values["is_top1"] != 0
-        stats = TokenStats(**values)
-    else:
+    if not fused:
         stats = linear_token_stats(
             hidden,
             weight,
@@ -161,15 +146,40 @@ def linear_preference_loss(
             tile_mib=tile_mib,
             impl=impl,
         )
-    everything = slice(0, num_pairs)
-    sums = sequence_logps(stats.logps, sequence_ids, 2 * num_pairs, weights=weights, impl=impl)
-    pairs = context.pairs(sums, vars(stats), sequence_ids, slice(None), everything)
-    if not fused:
-        losses = objective(pairs)
-        value = losses.mean()
-    chosen_rewards, rejected_rewards = objective.rewards(pairs)
-    kept = TokenStats(stats.logps, **{name: getattr(stats, name) for name in asked})
-    return PreferenceOutput(value, losses.detach(), pairs, kept, chosen_rewards, rejected_rewards, plan)
+        return context.output(stats, sequence_ids, asked, plan)
+
+    check_head_values(op, hidden, weight, labels, ignore_index)
+    head = Head(plan, Transform(logit_scale, logit_softcap, temperature), outputs, compute_dtype(hidden), impl)
+    value, losses, logps, extras = PairwiseLossFunction.apply(
+        hidden, weight, bias, down, up, tokens, head, context.losses
+    )
+    values = {"logps": logps, **dict(zip(outputs, extras.unbind(0), strict=True))}
+    if "is_top1" in values:
+        values["is_top1"] = values["is_top1"] != 0
+    return context.output(TokenStats(**values), sequence_ids, asked, plan, value, losses)
+
+
+def preference_from_stats(
+    stats: TokenStats,
+    sequence_ids: Tensor,
+    num_pairs: int,
+    *,
+    loss: Objective,
+    reference_logps: Tensor | None = None,
+    reference_token_logps: Tensor | None = None,
+    ld_alpha: float | None = None,
+    outputs: Sequence[str] = (),
+    impl: str = "auto",
+) -> PreferenceOutput:
+    """`linear_preference_loss` for tokens that are scored already, none of them ignored. Everything in `stats.logps`'
+    graph is differentiable; `plan` is None. With WPO's weights, `stats` must hold log_sum_sq_probs."""
+    op = "preference_from_stats"
+    impl = choose_impl(op, impl, stats.logps.device, stats.logps.dtype)
+    scored = torch.ones_like(sequence_ids, dtype=torch.bool)
+    context = _Context.make(
+        op, loss, scored, sequence_ids, num_pairs, reference_logps, reference_token_logps, ld_alpha, impl
+    )
+    return context.output(stats, sequence_ids, check_outputs(op, outputs), None)
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,31 @@ class _Context:
     reference_tokens: Tensor | None  # (N,)
     reference: Tensor | None  # (2P,)
     impl: str
+
+    @classmethod
+    def make(
+        cls, op, objective, scored, sequence_ids, num_pairs, reference_logps, reference_tokens, ld_alpha, impl
+    ) -> "_Context":
+        """Check what is about pairs, and count the `scored` (N,) tokens of each sequence."""
+        objective.check_ld_alpha(ld_alpha)
+        _check_pairs(op, scored, sequence_ids, num_pairs)
+        reference = _reference(op, objective, scored, num_pairs, reference_logps, reference_tokens)
+        counts = torch.zeros(2 * num_pairs, dtype=torch.int64, device=scored.device).index_add_(
+            0, sequence_ids, scored.to(torch.int64)
+        )
+        weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored)
+        return cls(objective, counts, weights, reference_tokens, reference, impl)
+
+    def output(self, stats: TokenStats, sequence_ids, asked, plan, loss=None, losses=None) -> PreferenceOutput:
+        """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
+        P = self.counts.shape[0] // 2
+        sums = sequence_logps(stats.logps, sequence_ids, 2 * P, weights=self.weights, impl=self.impl)
+        pairs = self.pairs(sums, vars(stats), sequence_ids, slice(None), slice(0, P))
+        if loss is None:
+            losses = self.objective(pairs)
+            loss = losses.mean()
+        kept = TokenStats(stats.logps, **{name: getattr(stats, name) for name in asked})
+        return PreferenceOutput(loss, losses.detach(), pairs, kept, *self.objective.rewards(pairs), plan)
 
     def losses(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> Tensor:
         return self.objective(self.pairs(sums, values, ids, index, pairs))
@@ -209,37 +244,40 @@ class _Context:
         if self.objective.use_weighting:
             pair_weights = wpo_weights(total(logps - values["log_sum_sq_probs"], None), counts)
         whole = pair_logps(sums, reference, counts, pair_weights)
-        mean_length = self.counts[:P].clamp(min=1).to(sums.dtype).mean()
+        mean_length = self.counts[:P].to(sums.dtype).mean()
         return PairLogps(**{**vars(whole), "exact_log_ratios": exact, "mean_chosen_length": mean_length})
 
 
-def _check_pairs(op: str, hidden: Tensor, ids, num_pairs, lengths) -> None:
+def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:
     if not isinstance(num_pairs, int) or num_pairs < 1:
         raise ValueError(f"{op}: num_pairs must be a positive int, got {num_pairs!r}")
-    check_tensor(op, "sequence_ids", ids, (hidden.shape[0],), (torch.int64,), hidden.device)
+    check_tensor(op, "sequence_ids", ids, (scored.shape[0],), (torch.int64,), scored.device)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= 2 * num_pairs:
             raise ValueError(
                 f"{op}: sequence_ids must be in [0, {2 * num_pairs}) for num_pairs={num_pairs}, got {low} to {high}"
             )
-    if lengths is not None and (len(lengths) != 2 * num_pairs or sum(lengths) != hidden.shape[0]):
+
+
+def _check_lengths(op: str, N: int, num_pairs: int, lengths) -> None:
+    if lengths is not None and (len(lengths) != 2 * num_pairs or sum(lengths) != N):
         raise ValueError(
-            f"{op}: sequence_lengths must be {2 * num_pairs} counts that sum to N={hidden.shape[0]}, "
+            f"{op}: sequence_lengths must be {2 * num_pairs} counts that sum to N={N}, "
             f"got {len(lengths)} that sum to {sum(lengths)}"
         )
 
 
-def _reference(op: str, objective: Objective, hidden: Tensor, num_pairs: int, sums, tokens) -> Tensor | None:
+def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, sums, tokens) -> Tensor | None:
     """The (2P,) reference log-probs, checked; None where tokens stand in for them or there are none."""
     if sums is not None and tokens is not None:
         raise ValueError(f"{op}: give reference_logps or reference_token_logps, not both")
     if isinstance(sums, (tuple, list)):
         sums = torch.cat(list(sums))
     if tokens is not None:
-        check_tensor(op, "reference_token_logps", tokens, (hidden.shape[0],), _FLOATS, hidden.device)
+        check_tensor(op, "reference_token_logps", tokens, tuple(scored.shape), _FLOATS, scored.device)
     elif sums is not None:
-        check_tensor(op, "reference_logps", sums, (2 * num_pairs,), _FLOATS, hidden.device)
+        check_tensor(op, "reference_logps", sums, (2 * num_pairs,), _FLOATS, scored.device)
     elif objective.must_have_reference:
         raise ValueError(f"{op}: loss {', '.join(objective.names)} needs reference_logps, got None")
     return None if sums is None else sums.detach().to(torch.promote_types(sums.dtype, torch.float32))

@@ -143,6 +143,17 @@ def test_ignored_tokens_and_empty_sequences(loss):
     assert (gradients["hidden"][::3] == 0).all() and out.rejected_logps[2] == 0
 
 
+def test_ignored_tokens_do_not_shift_token_weights():
+    tensors, labels, ids, reference = make()
+    labels[::3] = -100
+    scored = labels != -100
+    kept = {k: v[scored] if k in ("hidden", "down") else v for k, v in tensors.items()}
+    knobs = dict(reference_logps=reference, ld_alpha=0.3, needs=(), num_pairs=3)
+    with_ignored, _ = run(tensors, labels, ids, **knobs)
+    without, _ = run(kept, labels[scored], ids[scored], **knobs)
+    torch.testing.assert_close(with_ignored.losses, without.losses)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_no_tokens_and_all_ignored(impl):
     for labels in (torch.zeros(0, dtype=torch.int64), torch.full((4,), -100)):
