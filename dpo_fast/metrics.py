@@ -1,7 +1,7 @@
 """Stage 6: `PairLogps` -> metrics as device scalars, one packed reduction and one host sync per logging step.
 
 A metric is a mean, kept as (sum, weight): micro-steps and ranks add up, whatever number of pairs or tokens each holds.
-Names are TRL's.
+Names are TRL's, and within a micro-step so are the values; between micro-steps TRL takes a mean of means.
 """
 
 from collections.abc import Callable
@@ -33,15 +33,19 @@ def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
 def token_metrics(stats: TokenStats, sequence_ids: Tensor, num_pairs: int) -> Metrics:
     """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
     top-1 accuracy of chosen."""
-    chosen = (sequence_ids < num_pairs).to(stats.logps.dtype)
-    everything, rejected = torch.ones_like(chosen), 1 - chosen
+    chosen = sequence_ids < num_pairs
+    everything, rejected = torch.ones_like(chosen), ~chosen
     found = {
         "entropy": (stats.entropy, everything),
         "logits/chosen": (stats.mean_logits, chosen),
         "logits/rejected": (stats.mean_logits, rejected),
         "mean_token_accuracy": (stats.is_top1, chosen),
     }
-    return {name: ((value * who).sum(), who.sum()) for name, (value, who) in found.items() if value is not None}
+    return {
+        name: (torch.where(who, value, 0).sum(), who.sum())  # not a product: inf * 0 is NaN
+        for name, (value, who) in found.items()
+        if value is not None
+    }
 
 
 class MetricSums:
@@ -53,8 +57,9 @@ class MetricSums:
 
     def add(self, metrics: Metrics) -> None:
         names = list(metrics)
-        packed = torch.stack([torch.stack([part.float() for part in pair]) for pair in metrics.values()], dim=1)
-        packed = packed if packed.device.type == "mps" else packed.double()
+        first = next(iter(metrics.values()))[0]
+        wide = torch.float32 if first.device.type == "mps" else torch.float64
+        packed = torch.stack([torch.stack([part.to(wide) for part in pair]) for pair in metrics.values()], dim=1)
         if self.sums is None:
             self.names, self.sums = names, packed
         elif names == self.names:
@@ -63,7 +68,8 @@ class MetricSums:
             raise ValueError(f"metrics must keep their names between two logs: had {self.names}, got {names}")
 
     def means(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda packed: packed) -> dict[str, float]:
-        """Name -> mean. `sum_over_ranks` is called once, with the packed tensor; a mean of nothing is 0, as in TRL."""
+        """Name -> mean. `sum_over_ranks` is called once, with the packed tensor, if there is anything to report: ranks
+        must have added metrics alike. A mean over no tokens is 0, as in TRL."""
         if self.sums is None:
             return {}
         sums, weights = sum_over_ranks(self.sums).tolist()
