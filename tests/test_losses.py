@@ -1,31 +1,14 @@
-"""Each loss against hand-computed numbers, against TRL's own code, at extremes, and by gradcheck."""
+"""Each loss against hand-computed numbers, at extremes, on parts of a batch, and by gradcheck."""
 
-import inspect
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_cases import SMOOTHING, make_pairs, objective
 
 from dpo_fast import LOSSES, PairLogps, preference_loss
 from dpo_fast.logps import pair_logps
-from dpo_fast.losses import F_DIVERGENCES, LossParams, log1mexp
-from dpo_fast.objective import Objective, ld_dpo_token_weights, wpo_weights
-from dpo_fast.ops.reference import sequence_logps_reference
-
-SMOOTHING = {"exo_pair": 1e-3, "robust": 0.1}  # where the default does not do
-
-
-def objective(name, **params):
-    return Objective(name, **{"label_smoothing": SMOOTHING.get(name, 0.0), **params})
-
-
-def make_pairs(P=5, dtype=torch.float32, seed=0, std=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    logps = -20 + std * torch.randn(2 * P, generator=generator, dtype=torch.float64)
-    reference = logps + torch.randn(2 * P, generator=generator, dtype=torch.float64)
-    lengths = torch.randint(3, 12, (2 * P,), generator=generator)
-    return pair_logps(logps.to(dtype), reference.to(dtype), lengths)
+from dpo_fast.losses import F_DIVERGENCES, log1mexp
 
 
 def s(x):
@@ -97,19 +80,40 @@ def _lengths(pairs):
 
 @pytest.mark.parametrize("name, divergence", VALID)
 @pytest.mark.parametrize("sign", [(1, -1), (-1, 1), (1, 1), (-1, -1)], ids=str)
-def test_log_ratios_of_ten_thousand_stay_finite(name, divergence, sign):
-    if divergence in ("forward_kl", "alpha_divergence") and name == "ipo" and sign != (1, 1):
-        return  # the square of exp(5,000) is not finite in any arithmetic
-    reference = torch.full((2,), -10_050.0)
-    chosen = (reference + 1e4 * sign[0]).requires_grad_()
-    rejected = (reference + 1e4 * sign[1]).requires_grad_()
+@pytest.mark.parametrize("size", [50.0, 1e4])
+def test_large_log_ratios_stay_finite(name, divergence, sign, size):
+    """exp(1e4) overflows at once, exp(50) where it is squared or multiplied by another."""
+    loss, gradients = at_extremes(name, divergence, sign, size, torch.float32)
+    assert torch.isfinite(loss).all(), loss
+    assert all(torch.isfinite(gradient).all() for gradient in gradients), gradients
+
+
+def test_discopop_stays_finite_where_nothing_modulates():
+    """With a large tau both factors are there, and the exponential is on its own."""
+    loss, gradients = at_extremes("discopop", "reverse_kl", (-1, 1), 1e4, torch.float32, discopop_tau=100.0)
+    assert torch.isfinite(loss).all() and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("sign", [(1, -1), (-1, 1), (1, 1), (-1, -1)], ids=str)
+def test_large_log_ratios_are_right(name, sign):
+    """Where nothing is clamped, fp32 agrees with fp64."""
+    loss, gradients = at_extremes(name, "reverse_kl", sign, 1e4, torch.float32)
+    truth, true = at_extremes(name, "reverse_kl", sign, 1e4, torch.float64)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients, true, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def at_extremes(name, divergence, sign, size, dtype, **knobs):
+    reference = torch.full((2,), -size - 50, dtype=dtype)
+    chosen = (reference + size * sign[0]).requires_grad_()
+    rejected = (reference + size * sign[1]).requires_grad_()
     lengths = torch.tensor([3, 3])
-    loss = objective(name, f_divergence_type=divergence)(
+    loss = objective(name, f_divergence_type=divergence, **knobs)(
         PairLogps(chosen, rejected, reference, reference, lengths, lengths)
     )
-    assert torch.isfinite(loss).all(), loss
-    for gradient in torch.autograd.grad(loss.sum(), (chosen, rejected), allow_unused=True):
-        assert gradient is None or torch.isfinite(gradient).all(), gradient
+    return loss, torch.autograd.grad(loss.sum(), (chosen, rejected), materialize_grads=True)
 
 
 def test_probability_one_is_finite_in_orpo():
@@ -147,225 +151,14 @@ def _halves(pairs, part):
     yield pairs.ref_chosen[part], pairs.ref_rejected[part]
 
 
-# --- TRL 1.16 ------------------------------------------------------------------------------------------------------
-
-
-def make_tokens(P=4, T=9, seed=3):
-    """Per-token log-probs in TRL's layout: (2P, T - 1), right-padded, the first one or two positions a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, T - 2, (2 * P,), generator=generator)
-    prompt = torch.randint(1, 3, (P,), generator=generator).repeat(2)
-    position = torch.arange(T)
-    mask = (position >= prompt[:, None]) & (position < (prompt + lengths)[:, None])
-    logps = -torch.rand(2 * P, T - 1, generator=generator) * 3
-    reference = logps + torch.randn(2 * P, T - 1, generator=generator) * 0.5
-    sum_sq = -torch.rand(2 * P, T - 1, generator=generator)
-    scored = mask[:, 1:]
-    return [x * scored for x in (logps, reference, sum_sq)], mask.long()
-
-
-def trl_loss(names, *, loss_weights=None, ld_alpha=None, use_weighting=False, **params):
-    """TRL's own `_compute_loss` and its gradient for the token log-probs, with stand-ins for the models."""
-    trl = pytest.importorskip("trl.trainer.dpo_trainer")
-    (logps, reference, sum_sq), mask = make_tokens()
-    leaf = logps.clone().requires_grad_()
-    zeros = torch.zeros_like(logps)
-    outputs = SimpleNamespace(
-        log_probs=leaf, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), log_sum_sq_probs=sum_sq, aux_loss=None
-    )
-    known = {**vars(LossParams()), **params}
-    trainer = SimpleNamespace(
-        model=torch.nn.Linear(1, 1),
-        ref_model=lambda **_: SimpleNamespace(log_probs=reference),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x),
-        args=SimpleNamespace(discopop_tau=known["discopop_tau"], gradient_checkpointing_kwargs=None),
-        loss_types=names,
-        loss_weights=loss_weights or [1.0] * len(names),
-        ld_alpha=ld_alpha,
-        use_weighting=use_weighting,
-        precompute_ref_logps=False,
-        aux_loss_enabled=False,
-        _metrics={"train": {}, "eval": {}},
-        _total_train_tokens=0,
-        _tp_size=1,
-        **{k: known[k] for k in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef")},
-    )
-    trainer.model.is_gradient_checkpointing = False
-    from collections import defaultdict
-
-    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
-    compute = inspect.unwrap(trl.DPOTrainer._compute_loss)
-    loss = compute(trainer, lambda **_: outputs, inputs, return_outputs=False)
-    # It sums over padding too, where a model's forward gives constant zeros
-    return loss, torch.autograd.grad(loss, leaf)[0] * mask[:, 1:], trainer._metrics["train"]
-
-
-def our_loss(names, *, loss_weights=None, ld_alpha=None, use_weighting=False, **params):
-    (logps, reference, sum_sq), mask = make_tokens()
-    leaf = logps.clone().requires_grad_()
-    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
-    lengths = mask[:, 1:].sum(1)
-    weights = None if ld_alpha is None else ld_dpo_token_weights(rows, lengths, ld_alpha)
-
-    def sums(x, w=weights):
-        return sequence_logps_reference(x[rows, columns], rows, mask.shape[0], w).float()
-
-    pair_weights = wpo_weights(sums(leaf - sum_sq, None), lengths) if use_weighting else None
-    loss = Objective(names, weights=loss_weights, use_weighting=use_weighting, **params)
-    pairs = pair_logps(sums(leaf), sums(reference), lengths, pair_weights)
-    value = loss(pairs).mean()
-    return value, torch.autograd.grad(value, leaf)[0], pairs, loss
-
-
-SHARED = [name for name in LOSSES if name not in ("simpo", "orpo", "cpo")]
-
-
-def assert_like_trl(names, **knobs):
-    theirs, their_gradient, _ = trl_loss(names, **knobs)
-    ours, our_gradient, *_ = our_loss(names, **knobs)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", SHARED)
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_trl_agrees(name, beta):
-    assert_like_trl([name], beta=beta, label_smoothing=SMOOTHING.get(name, 0.0))
-
-
-@pytest.mark.parametrize("name", ["exo_pair", "robust", "aot", "aot_unpaired"])
-def test_trl_agrees_on_label_smoothing(name):
-    assert_like_trl([name], label_smoothing=0.2)
-
-
-@pytest.mark.parametrize("divergence", F_DIVERGENCES)
-@pytest.mark.parametrize("name", [name for name in SHARED if LOSSES[name].f_divergence])
-def test_trl_agrees_on_divergences(name, divergence):
-    smoothing = SMOOTHING.get(name, 0.0)
-    assert_like_trl([name], f_divergence_type=divergence, label_smoothing=smoothing)
-
-
-@pytest.mark.parametrize("knobs", [dict(ld_alpha=0.3), dict(use_weighting=True)], ids=str)
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "apo_zero"])
-def test_trl_agrees_on_weightings(name, knobs):
-    assert_like_trl([name], **knobs)
-
-
-def test_trl_agrees_on_combinations():
-    assert_like_trl(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
-
-
-def test_where_trl_is_wrong():
-    """forward_kl and discopop overflow in TRL; WPO weights with sft crash there; sigmoid ignores label smoothing."""
-    with pytest.raises(RuntimeError, match="single memory location"):
-        trl_loss(["sft"], use_weighting=True)
-    our_loss(["sft"], use_weighting=True)
-    plain, smooth = trl_loss(["sigmoid"])[0], trl_loss(["sigmoid"], label_smoothing=0.2)[0]
-    assert torch.equal(plain, smooth)  # theirs: the argument is accepted and has no effect
-    assert our_loss(["sigmoid"], label_smoothing=0.2)[0] > our_loss(["sigmoid"])[0]
-
-
-def test_trl_agrees_on_reference_free_losses():
-    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer.cpo_loss
-    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer.odds_ratio_loss
-    pairs = make_pairs()
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
-    knobs = SimpleNamespace(
-        alpha=0.0, beta=0.3, simpo_gamma=0.5, label_smoothing=0.1, loss_type="simpo", accelerator=accelerator
-    )
-    averages = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
-    ours = objective("simpo", beta=0.3, label_smoothing=0.1)(pairs)
-    torch.testing.assert_close(ours, cpo(knobs, *averages)[0], rtol=1e-5, atol=1e-5)
-    knobs.loss_type = "sigmoid"
-    ours = objective("cpo", beta=0.3, label_smoothing=0.1, cpo_alpha=0.0)(pairs)
-    torch.testing.assert_close(ours, cpo(knobs, pairs.chosen, pairs.rejected)[0], rtol=1e-5, atol=1e-5)
-    ours = objective("orpo", beta=0.3)(pairs) - objective("sft")(pairs)
-    torch.testing.assert_close(ours, -orpo(knobs, *averages)[0], rtol=1e-5, atol=1e-5)
-
-
-# --- the objective -------------------------------------------------------------------------------------------------
-
-
-def test_callables_and_weights():
-    pairs = make_pairs()
-
-    def square(pairs):
-        return pairs.margin**2
-
-    both = Objective(["sigmoid", square], weights=[1.0, 0.5])
-    torch.testing.assert_close(both(pairs), objective("sigmoid")(pairs) + 0.5 * pairs.margin**2)
-    assert both.names == ("sigmoid", "square") and not both.couples_pairs
-    with pytest.raises(ValueError, match="must return one value per pair"):
-        Objective(lambda pairs: pairs.margin.mean())(pairs)
-
-
-def test_rewards():
-    pairs = make_pairs()
-    chosen, rejected = objective("sigmoid", beta=0.5).rewards(pairs)
-    torch.testing.assert_close(chosen - rejected, 0.5 * pairs.margin)
-    free = PairLogps(pairs.chosen, pairs.rejected, None, None, *_lengths(pairs))
-    assert torch.equal(objective("cpo").rewards(free)[0], 0.1 * pairs.chosen)
-    assert torch.equal(objective("simpo").rewards(free)[0], 0.1 * (pairs.chosen / pairs.chosen_lengths))
-
-
-def test_what_others_know_about_losses():
-    assert {n for n, f in LOSSES.items() if f.couples_pairs} == {"aot", "aot_unpaired"}
-    assert {n for n, f in LOSSES.items() if not f.needs_reference} == {"simpo", "orpo", "cpo", "sft"}
-    mixed = Objective(["sft", "aot"])
-    assert mixed.couples_pairs and mixed.needs_reference and mixed.needs_lengths
-
-
-def test_token_weights_of_interleaved_sequences():
-    ids = torch.tensor([0, 2, 0, 1, 2, 2, 3, 2])  # lengths 2, 1, 4, 1: pairs (2, 4) and (1, 1)
-    weights = ld_dpo_token_weights(ids, torch.bincount(ids), 0.25)
-    assert weights.tolist() == [1, 1, 1, 1, 1, 0.25, 1, 0.25]
-
-
-BAD = {
-    "unknown loss": (dict(loss="dpo"), "loss must be one of sigmoid, hinge"),
-    "no loss": (dict(loss=[]), "non-empty sequence"),
-    "beta": (dict(beta=0.0), "beta must be positive, got 0.0"),
-    "beta nan": (dict(beta=float("nan")), "beta must be a finite number, got nan"),
-    "smoothing": (dict(label_smoothing=-0.1), r"label_smoothing must be in \[0, 1\), got -0.1"),
-    "robust": (dict(loss="robust", label_smoothing=0.5), r"\[0, 0.5\) for loss 'robust', got 0.5"),
-    "exo": (dict(loss="exo_pair"), "label_smoothing must be above 0 for loss 'exo_pair'"),
-    "divergence": (dict(f_divergence_type="kl"), "f_divergence_type must be one of reverse_kl"),
-    "misfit": (dict(loss="aot", f_divergence_type="forward_kl"), "does not fit loss aot.*it fits sigmoid, hinge"),
-    "weights": (dict(loss=["sigmoid", "sft"], loss_weights=[1.0]), "loss weights must be 2 finite numbers"),
-    "weighted aot": (dict(loss="aot", weights=torch.ones(3)), "sorts across pairs"),
-    "tau": (dict(discopop_tau=0.0), "discopop_tau must be positive"),
-    "reduction": (dict(reduction="avg"), "reduction must be 'none', 'mean' or 'sum'"),
-    "lengths": (dict(loss="ipo"), "loss ipo needs chosen_lengths, got None"),
-    "reference": (dict(ref_chosen_logps=None), "loss sigmoid needs ref_chosen_logps, got None"),
-    "shape": (dict(rejected_logps=torch.zeros(2)), r"rejected_logps must have shape \(3,\), got \(2,\)"),
-    "device": (dict(rejected_logps=torch.zeros(3, device="meta")), "rejected_logps is on meta"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case):
-    wrong, message = BAD[case]
-    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
-    with pytest.raises(ValueError, match=message):
-        preference_loss(**{**{name: torch.zeros(3) for name in names}, **wrong})
-
-
-def test_wrong_types_are_named():
-    zeros = torch.zeros(3)
-    with pytest.raises(TypeError, match="chosen_logps must be floating"):
-        preference_loss(zeros.long(), zeros, zeros, zeros)
-    with pytest.raises(TypeError, match="rejected_logps must be a tensor, got list"):
-        preference_loss(zeros, [0.0] * 3, zeros, zeros)
-    with pytest.raises(ValueError, match="ld_alpha must be in"):
-        ld_dpo_token_weights(torch.tensor([0]), torch.tensor([1, 0]), 1.5)
-    with pytest.raises(ValueError, match="needs reference log-probs"):
-        Objective("sigmoid")(PairLogps(zeros, zeros))
-
-
-def test_sixteen_bit_logps_are_computed_in_fp32():
-    logps = [torch.full((1,), x, dtype=torch.bfloat16, requires_grad=True) for x in (-2.0, -3.0, -2.5, -2.5)]
-    loss = preference_loss(*logps)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-math.log(s(0.1)), rel=1e-6)
-    loss.sum().backward()
-    assert logps[0].grad is not None and logps[2].grad is None
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.likelihood])
+def test_likelihood_is_a_mean_over_the_batch_s_tokens(name):
+    """Empty completions count for nothing; when all are empty the term is 0, not NaN."""
+    chosen, rejected = torch.tensor([-6.0, 0.0]), torch.tensor([-4.0, -2.0])
+    knobs = dict(beta=1e-9)  # leaves the likelihood, and a constant in cpo
+    rest = math.log(2) if name == "cpo" else 0.0
+    loss = objective(name, **knobs)(PairLogps(chosen, rejected, None, None, torch.tensor([4, 0]), torch.tensor([2, 2])))
+    assert loss.mean().item() == pytest.approx(6 / 4 + rest, abs=1e-6)
+    empty = torch.zeros(2, dtype=torch.int64)
+    loss = objective(name, **knobs)(PairLogps(chosen * 0, rejected * 0, None, None, empty, empty))
+    assert loss.mean().item() == pytest.approx(rest, abs=1e-6)

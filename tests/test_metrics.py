@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from loss_cases import make_pairs
+from trl_loss import make_tokens, our_loss, statistics, trl_loss
 
 from dpo_fast.metrics import MetricSums, pair_metrics, token_metrics
 from dpo_fast.objective import Objective
 from dpo_fast.ops.stats import TokenStats
-from tests.test_losses import make_pairs, our_loss, trl_loss
 
 
 def test_pair_metrics_are_trls():
@@ -17,6 +18,26 @@ def test_pair_metrics_are_trls():
     ours = sums.means()
     for name, value in ours.items():
         assert value == pytest.approx(theirs[name][0], rel=1e-5), name
+
+
+def test_token_metrics_are_trls():
+    *_, theirs = trl_loss(["sigmoid"])
+    (logps, *_), mask = make_tokens()
+    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+    stats = TokenStats(logps[rows, columns], **{k: v[rows, columns] for k, v in statistics(logps).items()})
+    sums = MetricSums()
+    sums.add(token_metrics(stats, rows, len(mask) // 2))
+    means = sums.means()
+    assert set(means) == {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}
+    for name, value in means.items():
+        assert value == pytest.approx(theirs[name][0], rel=1e-5), name
+
+
+def test_infinite_logits_of_one_side_stay_there():
+    stats = TokenStats(torch.zeros(2), mean_logits=torch.tensor([1.0, -torch.inf]))
+    sums = MetricSums()
+    sums.add(token_metrics(stats, torch.tensor([0, 1]), 1))
+    assert sums.means() == {"logits/chosen": 1.0, "logits/rejected": -torch.inf}
 
 
 def test_accuracy_is_strict():
