@@ -33,7 +33,7 @@ class PreferenceBatch(dict):
     A dict of tensors (so that data loaders, Trainers and wrappers move and split it as usual) with attribute access:
 
     rows for the model, B x T:
-      input_ids (B, T) int64; attention_mask (B, T) int64, None for packed rows: nothing to mask;
+      input_ids (B, T) int64; attention_mask (B, T) int64, absent from packed rows: nothing to mask;
       position_ids (B, T) int64, None for padded rows: they are 0..T-1, which models assume by themselves
     scored tokens, N:
       targets (N,) int64 token ids; sequence_ids (N,) int64, chosen of pair i is i, rejected is P + i;

@@ -2,15 +2,18 @@
 
 `attach(model)` gives a Hugging Face causal language model one more way to be called:
 
-    scores = model(batch)                        # a PreferenceBatch first: TokenScores, no padded logits anywhere
+    scores = model(batch)                        # a PreferenceBatch first: TokenScores, no logits anywhere
     scores = model(batch, outputs=("entropy",))  # statistics by name, see `dpo_fast.ops.stats.STATS`
+    out = model(batch, objective=Objective("sigmoid"), reference_logps=ref)  # PreferenceScores, with the loss
     model(input_ids=...), model.generate(...)    # anything else: the forward that the model came with
 
 Everything happens inside `model.forward`, so what wrappers hang on it (DDP, FSDP, ZeRO, autocast, PEFT) stays armed,
-and the backbone and the head are looked up at each call, because such wrappers replace them.
+and the backbone and the head are looked up at each call, because such wrappers replace them. The batch's layout decides
+how the backbone runs: padded rows with the model's own attention, or a shared-prefix row with `attention.py`'s.
 """
 
 import functools
+import logging
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +22,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import attention
 from .batch import PreferenceBatch
+from .heads import head_tensors
+from .logps import PairLogps
+from .objective import Objective
+from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
 from .ops.stats import TokenStats
+from .preference import linear_preference_loss, preference_from_stats
+
+logger = logging.getLogger("dpo_fast")
 
 _ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
+_KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha")
 _STATE = "_dpo_fast"
 
 
@@ -38,6 +50,15 @@ class TokenScores(NamedTuple):
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+
+
+class PreferenceScores(NamedTuple):
+    """What `model(batch, objective=...)` returns."""
+
+    loss: Tensor  # () mean over the pairs; the only one that is differentiated
+    losses: Tensor  # (P,) detached
+    pairs: PairLogps
+    tokens: TokenScores
 
 
 @dataclass(frozen=True)
@@ -134,48 +155,124 @@ def _forward_of(model_class: type) -> Callable:
         if not (isinstance(batch, dict) and "predictors" in batch):
             return getattr(self, _STATE).original(*args, **kwargs)
         kwargs.pop("input_ids", None)
-        outputs = kwargs.pop("outputs", ())
+        knobs = {name: kwargs.pop(name) for name in _KNOBS if name in kwargs}
         unexpected = [name for name, value in kwargs.items() if value is not None]  # PEFT passes its Nones along
         if len(args) > 1 or unexpected:
-            raise TypeError(f"model(batch) takes nothing but outputs=, got {unexpected or args[1:]}")
-        return score_batch(self, PreferenceBatch(batch), outputs)  # FSDP turns subclasses of dict into dicts
+            raise TypeError(f"model(batch) takes nothing but {', '.join(_KNOBS)}, got {unexpected or args[1:]}")
+        return score_batch(self, PreferenceBatch(batch), **knobs)  # FSDP turns subclasses of dict into dicts
 
     return forward
 
 
-def score_batch(model: nn.Module, batch: PreferenceBatch, outputs: Sequence[str] = ()) -> TokenScores:
-    """Backbone -> hidden states at the scored positions -> head. Call `model(batch)`, which ends up here."""
+def score_batch(
+    model: nn.Module,
+    batch: PreferenceBatch,
+    outputs: Sequence[str] = (),
+    objective: Objective | None = None,
+    **pair_knobs,
+) -> TokenScores | PreferenceScores:
+    """Backbone -> hidden states at the scored positions -> head (-> loss). Call `model(batch)`, which ends up here.
+
+    pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha; see
+    `linear_preference_loss`.
+    """
     state = getattr(model, _STATE)
     if not state.checked:
         check_head(model, state)
+    hidden = scored_hidden_states(model, batch)
+    head = model.get_output_embeddings()
+    targets = batch.targets.to(hidden.device)
+    if objective is None:
+        if any(value is not None for value in pair_knobs.values()):
+            raise TypeError(f"model(batch, ...) takes {', '.join(pair_knobs)} only together with objective=")
+        return _token_scores(score_hidden(head, hidden, targets, state.transform, outputs, state.impl), outputs)
+    tensors = _tensors_or_reason(head, hidden)
+    common = dict(
+        sequence_ids=batch.sequence_ids.to(hidden.device),
+        num_pairs=batch.num_pairs,
+        loss=objective,
+        outputs=outputs,
+        impl=state.impl,
+        **pair_knobs,
+    )
+    if isinstance(tensors, str):
+        needed = (*outputs, "log_sum_sq_probs") if objective.use_weighting else outputs
+        stats = score_hidden(head, hidden, targets, state.transform, needed, state.impl)
+        out = preference_from_stats(stats, **common)
+    else:
+        out = linear_preference_loss(
+            hidden,
+            tensors.weight,
+            targets,
+            bias=tensors.bias,
+            low_rank=tensors.low_rank,
+            logit_scale=state.transform.scale,
+            logit_softcap=state.transform.softcap,
+            sequence_lengths=batch.get("host_lengths"),
+            **common,
+        )
+    return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs))
+
+
+def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
+    """(N, H) hidden states that predict the scored tokens, on the output head's device."""
     rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None}
+    if batch.layout is not None:
+        attention.enable(model)
+        rows |= attention.model_inputs(batch.layout, batch.input_ids.device)
     hidden = model.base_model(**rows, use_cache=False)[0]  # (B, T, H)
     # A position may predict two tokens (the first ones of chosen and rejected): its gradient is the sum of two terms,
     # which no order of addition changes, so this is reproducible
-    hidden = hidden.flatten(0, 1).index_select(0, batch.predictors.to(hidden.device))  # (N, H)
-    stats = score_hidden(model.get_output_embeddings(), hidden, batch.targets, state.transform, outputs, state.impl)
-    return TokenScores(
-        stats.logps, *(getattr(stats, name) if name in outputs else None for name in TokenScores._fields[1:])
-    )
+    hidden = hidden.flatten(0, 1).index_select(0, batch.predictors.to(hidden.device))
+    head = model.get_output_embeddings()
+    return hidden.to(next(head.parameters()).device)  # a model spread over devices
 
 
 def score_hidden(
     head: nn.Module, hidden: Tensor, targets: Tensor, transform: HeadTransform, outputs: Sequence[str], impl: str
 ) -> TokenStats:
-    """(N, H) hidden states -> statistics of the N targets. The only place that knows how the head is computed.
-
-    The head is called as the module it is: an adapter on it, its bias, a quantised weight, a wrapper's hooks all count.
-    """
+    """(N, H) hidden states -> statistics of the N targets, from the head's tensors, or by calling it (see heads.py)."""
+    tensors = _tensors_or_reason(head, hidden)
+    if not isinstance(tensors, str):
+        return linear_token_stats(
+            hidden,
+            tensors.weight,
+            targets,
+            outputs=outputs,
+            bias=tensors.bias,
+            low_rank=tensors.low_rank,
+            logit_softcap=transform.softcap,
+            logit_scale=transform.scale,
+            impl=impl,
+        )
     logits = head(hidden)  # (N, V)
     if transform.scale != 1.0:
         logits = logits * transform.scale
     return logits_token_stats(
         logits,
-        targets.to(logits.device),
+        targets,
         outputs=outputs,
         logit_softcap=transform.softcap,
         inplace_backward=True,  # nothing else holds these logits
         impl=impl,
+    )
+
+
+def _tensors_or_reason(head: nn.Module, hidden: Tensor):
+    tensors = head_tensors(head, hidden)
+    if isinstance(tensors, str):
+        _log_once(tensors)
+    return tensors
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("the logits of the scored positions are built, %s", reason)
+
+
+def _token_scores(stats: TokenStats, outputs: Sequence[str]) -> TokenScores:
+    return TokenScores(
+        stats.logps, *(getattr(stats, name) if name in outputs else None for name in TokenScores._fields[1:])
     )
 
 
@@ -211,4 +308,11 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
             f"attach: {name} transforms the output of its head in a way that its config does not declare: its logits "
             f"are not {state.transform} of it (maximum {theirs.abs().max():.4g}, expected {ours.abs().max():.4g})"
         )
+    hidden = seen["head_input"].flatten(0, 1)
+    tensors = head_tensors(model.get_output_embeddings(), hidden)
+    if not isinstance(tensors, str) and tensors.low_rank is None:  # an adapter may drop out, each time anew
+        product = nn.functional.linear(hidden, tensors.weight, tensors.bias).float()
+        difference = (product - seen["head_output"].flatten(0, 1).float()).abs().max()
+        if not difference <= 8 * torch.finfo(hidden.dtype).eps * product.abs().max():
+            raise ValueError(f"attach: {name}'s output head is not the product with its weight (off {difference:.4g})")
     state.checked = True

@@ -1,7 +1,7 @@
 """Where reference log-probs come from.
 
-Each class is called with (policy, batch, ld_alpha) and gives (2P,) fp32 without gradients. `policy` is the model as it
-is trained, wrappers included: a reference that is the policy with another adapter must run through them too.
+Each class is called with (policy, batch, ld_alpha) and gives `SequenceScores` without gradients. `policy` is the model
+as it is trained, wrappers included: a reference that is the policy with another adapter must run through them too.
 """
 
 import contextlib
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .batch import PreferenceBatch
-from .functional import score
+from .functional import SequenceScores, score
 
 
 @dataclass
@@ -21,9 +21,9 @@ class FrozenModel:
 
     model: nn.Module
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> Tensor:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
         with torch.no_grad():
-            return score(self.model, batch, ld_alpha=ld_alpha).logps
+            return score(self.model, batch, ld_alpha=ld_alpha)
 
 
 @dataclass
@@ -32,9 +32,9 @@ class AdapterOff:
 
     peft_model: nn.Module
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> Tensor:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
         with torch.no_grad(), evaluating(policy), keep_trainable(self.peft_model), self.peft_model.disable_adapter():
-            return score(policy, batch, ld_alpha=ld_alpha).logps
+            return score(policy, batch, ld_alpha=ld_alpha)
 
 
 @dataclass
@@ -44,12 +44,12 @@ class FrozenAdapter:
     peft_model: nn.Module
     adapter: str
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> Tensor:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
         active = self.peft_model.active_adapter
         with torch.no_grad(), evaluating(policy), keep_trainable(self.peft_model):
             self.peft_model.set_adapter(self.adapter)
             try:
-                return score(policy, batch, ld_alpha=ld_alpha).logps
+                return score(policy, batch, ld_alpha=ld_alpha)
             finally:
                 self.peft_model.set_adapter(active)
 
@@ -58,13 +58,13 @@ class FrozenAdapter:
 class Precomputed:
     """Log-probs that the batch carries; `ld_alpha` is already in them."""
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> Tensor:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
         if batch.reference_logps is None:
             raise ValueError(
                 "reference log-probs were precomputed before training and the reference model is gone, but this batch "
                 "has none; give the data set to the trainer when it is built, or pass ref_model"
             )
-        return batch.reference_logps
+        return SequenceScores(batch.reference_logps)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "dpo_fast"
 
 # who may import whom inside the package; training, trl, cli and the demo may import everything
 OPS = {"ops"}
-STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics"}
+STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics", "heads"}
 STAGE |= {"preference", "reference", "functional"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels"}, "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}

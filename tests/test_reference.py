@@ -29,17 +29,17 @@ def trainable(model):
 
 def test_frozen_model():
     reference = freeze(attach(tiny_model(seed=1)).train())
-    found = FrozenModel(reference)(None, BATCH)
+    found = FrozenModel(reference)(None, BATCH).logps
     assert torch.equal(found, logps(reference)) and not found.requires_grad
     assert not trainable(reference) and not reference.training
-    assert not torch.equal(FrozenModel(reference)(None, BATCH, ld_alpha=0.0), found)
+    assert not torch.equal(FrozenModel(reference)(None, BATCH, ld_alpha=0.0).logps, found)
 
 
 def test_adapter_off_is_the_base_model():
     model, base = adapted(lora_dropout=0.5).train(), attach(tiny_model())
     frozen = next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)
     before = trainable(model)
-    found = AdapterOff(model)(model, BATCH)
+    found = AdapterOff(model)(model, BATCH).logps
     assert torch.equal(found, logps(base)) and not found.requires_grad
     assert trainable(model) == before and not frozen.requires_grad
     assert model.training and all(module.training for module in model.modules())
@@ -51,14 +51,14 @@ def test_frozen_adapter_is_not_trained():
     model.add_adapter("reference", model.peft_config["default"])
     before = trainable(model)
     reference = FrozenAdapter(model, "reference")
-    found = reference(model, BATCH)
+    found = reference(model, BATCH).logps
     policy = logps(model)
     assert model.active_adapter == "default" and trainable(model) == before
     assert not torch.equal(found, policy)
     for name, p in model.named_parameters():
         if ".default." in name:
             p.data.add_(0.1)
-    assert torch.equal(reference(model, BATCH), found)
+    assert torch.equal(reference(model, BATCH).logps, found)
     assert not torch.equal(logps(model), policy)
 
 
@@ -73,7 +73,7 @@ def test_frozen_adapter_comes_back_after_an_error():
 def test_precomputed():
     pair = TokenPair([5], [6], [5], [7], ref_chosen_logps=-1.5, ref_rejected_logps=-2.5)
     batch = padded_batch([pair], pad_token_id=0)
-    assert Precomputed()(None, batch).tolist() == [-1.5, -2.5]
+    assert Precomputed()(None, batch).logps.tolist() == [-1.5, -2.5]
     with pytest.raises(ValueError, match="this batch has none"):
         Precomputed()(None, BATCH)
 
