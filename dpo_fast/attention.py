@@ -121,6 +121,12 @@ def reasons_against(model: nn.Module) -> list[str]:
     return reasons
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model drops out attention weights in training, which no implementation here does."""
+    rates = [getattr(m, name, 0.0) for m in model.modules() for name in ("attention_dropout", "attn_dropout")]
+    return any((rate.p if isinstance(rate, nn.Dropout) else rate) for rate in rates if rate is not None)
+
+
 def _mixes_tokens_otherwise(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     kinds = ("mamba", "rwkv", "deltanet", "linearattention", "lightning", "retention", "shortconv", "rglru")

@@ -118,7 +118,6 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
 
     return PreferenceBatch(
         input_ids=tensor([row]),
-        attention_mask=None,
         position_ids=layout.positions.long().unsqueeze(0),
         targets=tensor(targets),
         sequence_ids=tensor(sequence_ids),

@@ -43,7 +43,7 @@ def test_scores_the_same_tokens_as_padded_rows(name):
     packed, padded = shared_prefix_batch(CASES[name]), padded_batch(CASES[name], pad_token_id=0)
     assert sequences(packed) == sequences(padded)
     assert torch.equal(packed.lengths, padded.lengths) and packed.num_pairs == padded.num_pairs
-    assert packed.input_ids.shape == (1, packed.layout.length) and packed.attention_mask is None
+    assert packed.input_ids.shape == (1, packed.layout.length)
     assert packed.input_ids.shape[1] <= int(padded.attention_mask.sum())
 
 

@@ -11,7 +11,7 @@ from dpo_fast.losses import F_DIVERGENCES, LOSSES
 from dpo_fast.objective import Objective
 from dpo_fast.ops.dispatch import IMPLS
 
-from .data import TRUNCATION_MODES, Truncation
+from .data import LAYOUTS, TRUNCATION_MODES, Truncation
 
 
 def _option(default, help: str, **metadata):
@@ -56,7 +56,13 @@ class FastDPOConfig(TrainingArguments):
     truncation_mode: str = _option(
         "keep_start", "Which part of prompt + completion max_length keeps.", choices=list(TRUNCATION_MODES)
     )
-    pad_to_multiple_of: int | None = _option(None, "Pad rows to a multiple of this length.")
+    layout: str = _option(
+        "auto",
+        "shared_prefix: one packed row, each prompt once, no padding; padded: two rows a pair; auto: the first, where "
+        "the model can run it.",
+        choices=list(LAYOUTS),
+    )
+    pad_to_multiple_of: int | None = _option(None, "Pad padded rows to a multiple of this length.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     print_example: bool = _option(False, "Print the first pair as the model sees it.")
 
@@ -88,6 +94,8 @@ class FastDPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.impl not in ("auto", *IMPLS):
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {self.impl!r}")
         unknown = set(self.extra_metrics) - set(EXTRA_METRICS)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import datasets
 
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
+from dpo_fast.layout import shared_prefix_batch
 
 from .rows import read_row, template_options, tokenize_pair
 
@@ -28,6 +29,7 @@ _IMAGE_COLUMNS = {"image", "images"}
 _REASON, _CUT = "_dropped_because", "_prompt_tokens_cut"  # columns that live only while a dataset is prepared
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+LAYOUTS = ("auto", "shared_prefix", "padded")
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,13 @@ class PairCollator:
     pad_token_id: int
     truncation: Truncation = Truncation()
     pad_to_multiple_of: int = 1
+    layout: str = "padded"
 
     def __call__(self, rows: list[Mapping]) -> PreferenceBatch:
-        return padded_batch([self.truncation(row) for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+        pairs = [self.truncation(row) for row in rows]
+        if self.layout == "shared_prefix":
+            return shared_prefix_batch(pairs)
+        return padded_batch(pairs, self.pad_token_id, self.pad_to_multiple_of)
 
 
 def format_example(pair: TokenPair, tokenizer, colour: bool = False) -> str:

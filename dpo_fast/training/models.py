@@ -1,16 +1,19 @@
 """Policy and reference: from paths, models and adapters to what the trainer calls."""
 
 import copy
+import logging
 from collections.abc import Mapping
 
 import torch
 import transformers
 from torch import nn
 
-from dpo_fast import reference
+from dpo_fast import attention, reference
 from dpo_fast.forward import attach
 
 from .config import FastDPOConfig
+
+logger = logging.getLogger("dpo_fast")
 
 REFERENCE_ADAPTER = "reference"  # the name of a frozen copy of the policy's adapter
 
@@ -117,3 +120,20 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def choose_layout(layout: str, *used: nn.Module) -> str:
+    """The layout that runs: for "auto", shared_prefix where every model that is `used` (the policy first) can run it,
+    else padded, and a line says why. An explicit "shared_prefix" that cannot run raises ValueError."""
+    if layout == "padded":
+        return layout
+    bases = [model.get_base_model() if is_peft_model(model) else model for model in used]
+    reasons = [reason for base in bases for reason in attention.reasons_against(base)]
+    if attention.has_dropout(bases[0]):
+        reasons.append(f"{type(bases[0]).__name__} has attention dropout, which disable_dropout would switch off")
+    if not reasons:
+        return "shared_prefix"
+    if layout == "shared_prefix":
+        raise ValueError(f"layout='shared_prefix' cannot run: {'; '.join(reasons)}; use layout='padded' or 'auto'")
+    logger.warning("layout: padded rows, not shared prefixes, because %s", "; ".join(reasons))
+    return "padded"

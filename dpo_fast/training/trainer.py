@@ -62,6 +62,8 @@ class FastDPOTrainer(transformers.Trainer):
 
         transformers.set_seed(args.seed)  # a new adapter is initialised at random
         model = models.load_model(model, args)
+        if ref_model is not None:
+            ref_model = models.load_model(ref_model, args)
         tokenizer = models.load_tokenizer(processing_class, model, args)
         if peft_config is not None:
             model = models.add_adapter(model, peft_config)
@@ -80,7 +82,8 @@ class FastDPOTrainer(transformers.Trainer):
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if data_collator is None:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)
+            layout = models.choose_layout(args.layout, *(m for m in (model, ref_model) if m is not None))
+            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1, layout)
         super().__init__(
             model=model,
             args=args,
@@ -149,15 +152,13 @@ class FastDPOTrainer(transformers.Trainer):
         """What gives the reference log-probs, None where no loss needs them."""
         if not self.objective.needs_reference:
             return None
-        if ref_model is not None:
-            ref_model = models.load_model(ref_model, self.args)
-        elif models.is_peft_model(self.model):
-            if new_adapter:
-                return reference.AdapterOff(self.model)
-            return reference.FrozenAdapter(self.model, models.copy_adapter(self.model))
-        elif self.args.precompute_ref_log_probs:
-            return reference.FrozenModel(self.model)  # before training the policy is the reference
-        else:
+        if ref_model is None:
+            if models.is_peft_model(self.model):
+                if new_adapter:
+                    return reference.AdapterOff(self.model)
+                return reference.FrozenAdapter(self.model, models.copy_adapter(self.model))
+            if self.args.precompute_ref_log_probs:
+                return reference.FrozenModel(self.model)  # before training the policy is the reference
             ref_model = models.frozen_copy(self.model)
         return reference.FrozenModel(models.prepare_reference_model(ref_model, self.accelerator, self.args.impl))
 
