@@ -39,7 +39,8 @@ class PreferenceBatch(dict):
       targets (N,) int64 token ids; sequence_ids (N,) int64, chosen of pair i is i, rejected is P + i;
       predictors (N,) int64 index into the B*T flattened positions: where the hidden state that predicts the token is
     per sequence:
-      lengths (2P,) int64 number of scored tokens; reference_logps (2P,) fp32 or None, when precomputed
+      lengths (2P,) int64 number of scored tokens, and host_lengths, the same as a tuple of ints: no device is asked;
+      reference_logps (2P,) fp32 or None, when precomputed
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
     """
 
@@ -95,6 +96,7 @@ def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
         predictors=torch.tensor(predictors, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
+        host_lengths=tuple(lengths),
         reference_logps=reference_logps(pairs),
         layout=None,
     )

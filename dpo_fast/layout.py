@@ -123,6 +123,7 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
         sequence_ids=tensor(sequence_ids),
         predictors=tensor(predictors),
         lengths=tensor(counts),
+        host_lengths=tuple(counts),
         reference_logps=reference_logps(pairs),
         layout=layout,
     )
