@@ -32,7 +32,7 @@ def test_text_rows():
     assert found["prompt_ids"] == ids(row["prompt"])
     assert found["prompt_ids"] + found["chosen_ids"] == [*ids(row["prompt"] + row["chosen"]), EOS]
     assert found["prompt_ids"] + found["rejected_ids"] == [*ids(row["prompt"] + row["rejected"]), EOS]
-    assert set(found) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+    assert set(found) == {"prompt_ids", "chosen_ids", "rejected_ids", "length"}
 
 
 def test_tokens_that_merge_across_the_boundary():
@@ -156,6 +156,13 @@ def test_unusable_pairs_are_dropped_and_counted_in_one_line(caplog):
         assert reason in line
 
 
+def test_one_token_without_a_prompt_cannot_be_scored():
+    rows = [{"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [8, 9]}]
+    assert len(prepare(rows, truncation=Truncation(2, mode="keep_end"))) == 1
+    with pytest.raises(ValueError, match="1 no completion token left after truncation"):
+        prepare(rows, truncation=Truncation(1, mode="keep_end"))
+
+
 def test_cut_prompts_are_counted_in_one_line(caplog):
     with caplog.at_level(logging.WARNING, logger="dpo_fast"):
         prepare([{"prompt": "the c", "chosen": "at", "rejected": "ot"}, *tiny_rows(2)])
@@ -166,7 +173,7 @@ def test_cut_prompts_are_counted_in_one_line(caplog):
 def test_token_ids_stay_as_they_are():
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "other": "x"}]
     found = prepare(rows)
-    assert found.to_list() == [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]}]
+    assert found.to_list() == [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "length": 5}]
     assert prepare(found).to_list() == found.to_list()
 
 

@@ -62,6 +62,9 @@ class FastDPOConfig(TrainingArguments):
         "the model can run it.",
         choices=list(LAYOUTS),
     )
+    tokens_per_batch: int | None = _option(
+        None, "Fill each training batch with pairs up to that many tokens, instead of per_device_train_batch_size."
+    )
     pad_to_multiple_of: int | None = _option(None, "Pad padded rows to a multiple of this length.")
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     print_example: bool = _option(False, "Print the first pair as the model sees it.")
@@ -90,7 +93,7 @@ class FastDPOConfig(TrainingArguments):
     def _check(self) -> None:
         self.objective().check_ld_alpha(self.ld_alpha)
         self.truncation()
-        for name in ("pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
+        for name in ("tokens_per_batch", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")

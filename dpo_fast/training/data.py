@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import datasets
 
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
-from dpo_fast.layout import shared_prefix_batch
+from dpo_fast.layout import common_prefix, shared_prefix_batch
 
 from .rows import read_row, template_options, tokenize_pair
 
@@ -29,6 +29,7 @@ _IMAGE_COLUMNS = {"image", "images"}
 _REASON, _CUT = "_dropped_because", "_prompt_tokens_cut"  # columns that live only while a dataset is prepared
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+LENGTH_COLUMN = "length"  # where transformers' length-grouped samplers look
 LAYOUTS = ("auto", "shared_prefix", "padded")
 
 
@@ -173,8 +174,15 @@ class _RowProcessor:
                 *ids, cut = tokenize_pair(*texts, self.tokenizer, **template_options(row))
         reason = reason or why_unusable(*ids[1:])
         columns = dict(zip(TOKEN_COLUMNS, ids, strict=True))
-        reason = reason or why_unusable_truncated(self.truncation(columns))
-        return {**columns, _REASON: reason, _CUT: cut}
+        pair = self.truncation(columns)
+        reason = reason or why_unusable_truncated(pair)
+        return {**columns, LENGTH_COLUMN: row_tokens(pair), _REASON: reason, _CUT: cut}
+
+
+def row_tokens(pair: TokenPair) -> int:
+    """Tokens that a pair adds to a shared-prefix row: what samplers go by."""
+    chosen, rejected = [*pair.chosen_prompt, *pair.chosen], [*pair.rejected_prompt, *pair.rejected]
+    return len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
 class _ReportDrops:

@@ -20,7 +20,8 @@ from dpo_fast.metrics import MetricSums
 
 from . import models
 from .config import FastDPOConfig
-from .data import REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
+from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
+from .sampler import TokenBudgetBatchSampler
 
 logger = logging.getLogger("dpo_fast")
 
@@ -168,19 +169,49 @@ class FastDPOTrainer(transformers.Trainer):
             return SequenceScores(batch.reference_logps)
         return None if self.reference is None else self.reference(model, batch, self.args.ld_alpha)
 
+    # --- batches ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`'s, or with `tokens_per_batch`, batches of as many pairs as fit that many tokens."""
+        args, dataset = self.args, self.train_dataset
+        if args.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError("tokens_per_batch needs data of known length, train_dataset is a stream")
+        sampler = TokenBudgetBatchSampler(
+            dataset[LENGTH_COLUMN],
+            args.tokens_per_batch,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            group_by_length=args.train_sampling_strategy == "group_by_length",
+            multiple_of=args.world_size,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        self.accelerator.even_batches = False  # the sampler has seen to it
+        return self.accelerator.prepare(loader)
+
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimizer step, and how many pairs they hold."""
+        """The micro-batches of an optimizer step, and how many pairs they hold on average over the ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(batch.num_pairs for batch in batches)
+        pairs = sum(batch.num_pairs for batch in batches)
+        if self.args.world_size > 1:  # gradients are averaged over ranks, whatever number of pairs each holds
+            pairs = self.accelerator.reduce(torch.tensor(pairs, device=device, dtype=torch.float32), reduction="mean")
+        return batches, pairs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the batch, or, in training, the batch's share of the mean over the optimizer step:
         micro-batches of different sizes then weigh as much as they hold."""
         step = self.run_step(model, inputs)
         loss = step.loss
-        if num_items_in_batch:
+        if num_items_in_batch is not None:
             # training_step divides by the number of micro-batches
             loss = loss * (inputs.num_pairs * self.current_gradient_accumulation_steps / num_items_in_batch)
         return (loss, step) if return_outputs else loss
@@ -191,11 +222,21 @@ class FastDPOTrainer(transformers.Trainer):
         step = preference_step(
             model, batch, self.objective, ref, ld_alpha=self.args.ld_alpha, extra_metrics=self.args.extra_metrics
         )
-        metrics = step_metrics(step, batch, self.objective)
-        if not model.training:
-            metrics["loss"] = (step.losses.sum(), step.losses.new_full((), batch.num_pairs))
-        self._sums["train" if model.training else "eval"].add(metrics)
+        if model.training:
+            metrics = step_metrics(step, batch, self.objective)
+            del metrics["loss"]  # Trainer logs its own
+            self._sums["train"].add(metrics)
+        else:
+            self._sums["eval"].add(step_metrics(step, batch, self.objective, first=self._pairs_that_count(batch)))
         return step
+
+    def _pairs_that_count(self, batch: PreferenceBatch) -> int | None:
+        """How many pairs of an evaluation batch are not repeats (None: all): where the last pairs do not suffice for
+        all ranks, accelerate hands out the first ones again."""
+        data = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not data.end_of_dataloader or data.remainder <= 0:
+            return None
+        return min(batch.num_pairs, max(0, data.remainder - self.accelerator.process_index * batch.num_pairs))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None): there are no logits to return."""

@@ -1,0 +1,72 @@
+"""Batches of as many pairs as fit a budget of tokens, an alternative to a fixed number of pairs."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class TokenBudgetBatchSampler(Sampler[list[int]]):
+    """Batches of indices whose rows hold at most `tokens_per_batch` tokens; a longer pair comes alone.
+
+    lengths: tokens that each pair adds to a row. group_by_length: pairs of like length share a batch (what pads least
+      where rows are padded), else batches are filled in random order. multiple_of: the number of batches is a multiple
+      of this, so that every rank gets as many; batches are split for it, and if there is nothing to split, the smallest
+      ones come twice.
+
+    Which pairs share a batch is drawn once, from `seed`; their order is drawn anew in each epoch. The number of batches
+    is thus the same in all epochs, as schedulers and progress bars expect.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        tokens_per_batch: int,
+        *,
+        seed: int = 0,
+        group_by_length: bool = False,
+        multiple_of: int = 1,
+    ):
+        if tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
+        self.seed, self.epoch = seed, 0
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+        if group_by_length:
+            order.sort(key=lambda index: lengths[index])  # stable: equal lengths stay shuffled
+        self.batches = fill_batches(order, lengths, tokens_per_batch)
+        even_out(self.batches, multiple_of)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for index in torch.randperm(len(self.batches), generator=generator).tolist():
+            yield self.batches[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def fill_batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut `order` into consecutive batches of at most `budget` tokens, each of at least one pair."""
+    batches, room = [], 0
+    for index in order:
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
+
+
+def even_out(batches: list[list[int]], multiple_of: int) -> None:
+    """Split the batches of most pairs, in place, until their number is a multiple."""
+    while len(batches) % multiple_of:
+        largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+        batch = batches[largest]
+        if len(batch) == 1:
+            batches.append(list(min(batches, key=len)))
+            continue
+        batches[largest] = batch[: len(batch) // 2]
+        batches.append(batch[len(batch) // 2 :])
