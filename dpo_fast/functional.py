@@ -80,6 +80,17 @@ def preference_step(
     return PreferenceStep(*model(batch, outputs=outputs, objective=objective, **knobs))
 
 
-def step_metrics(step: PreferenceStep, batch: PreferenceBatch, objective: Objective) -> Metrics:
-    """Metrics of a step as sums on the device: nothing waits for them."""
-    return {**pair_metrics(step.pairs, objective), **token_metrics(step.tokens, batch.sequence_ids, batch.num_pairs)}
+def step_metrics(
+    step: PreferenceStep, batch: PreferenceBatch, objective: Objective, first: int | None = None
+) -> Metrics:
+    """Metrics of a step as sums on the device: nothing waits for them. `first`: of that many of its pairs only."""
+    losses, pairs, tokens, sequence_ids = step.losses, step.pairs, step.tokens, batch.sequence_ids
+    if first is not None:
+        losses, pairs = losses[:first], pairs.first(first)
+        keep = sequence_ids % batch.num_pairs < first
+        tokens, sequence_ids = TokenScores(*(x if x is None else x[keep] for x in tokens)), sequence_ids[keep]
+    return {
+        "loss": (losses.sum(), losses.new_full((), losses.numel())),
+        **pair_metrics(pairs, objective),
+        **token_metrics(tokens, sequence_ids, batch.num_pairs),
+    }

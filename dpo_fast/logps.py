@@ -1,6 +1,6 @@
 """Stage 4: token log-probs -> sequence log-probs -> `PairLogps`, what every loss and metric is a function of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -55,6 +55,16 @@ class PairLogps:
     def reference_margin(self) -> Tensor:
         """(P,) chosen minus rejected log-prob under the reference."""
         return self._reference("ref_chosen") - self._reference("ref_rejected")
+
+    def first(self, count: int) -> "PairLogps":
+        """The first `count` pairs; `mean_chosen_length` stays."""
+
+        def cut(value):
+            if isinstance(value, tuple):
+                return tuple(map(cut, value))
+            return value if value is None or value.ndim == 0 else value[:count]
+
+        return PairLogps(*(cut(getattr(self, field.name)) for field in fields(self)))
 
     def _reference(self, name: str) -> Tensor:
         value = getattr(self, name)

@@ -122,3 +122,20 @@ def test_metrics_of_a_step():
     assert means["logits/chosen"] == pytest.approx(step.tokens.mean_logits[chosen].mean().item(), rel=1e-4)
     assert means["entropy"] == pytest.approx(step.tokens.entropy.mean().item(), rel=1e-5)
     assert "mean_token_accuracy" in means
+
+
+def test_metrics_of_the_first_pairs_only():
+    """As if the batch had held no others: what evaluation needs where ranks are handed repeats."""
+    policy, reference = models()
+    extra = ["entropy", "logits", "mean_token_accuracy"]
+
+    def means(pairs, first=None):
+        batch = padded_batch(pairs, pad_token_id=0)
+        ref = score(attach(reference), batch)
+        step = preference_step(attach(policy), batch, Objective(), ref, extra_metrics=extra)
+        sums = MetricSums()
+        sums.add(step_metrics(step, batch, Objective(), first=first))
+        return sums.means()
+
+    assert means(PAIRS, first=3) == pytest.approx(means(PAIRS[:3]), rel=1e-5)
+    assert means(PAIRS, first=0)["loss"] == 0.0 and means(PAIRS)["loss"] != means(PAIRS[:3])["loss"]

@@ -199,6 +199,9 @@ def test_dropout_is_off_unless_asked_for(build):
     trainer = build(model(), args=dict(disable_dropout=False))
     trainer.train()
     assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
+    trainer = build(tiny_model(attention_dropout=0.5))  # a number, not a module
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
 
 
 def test_an_example_is_printed_on_request(build, capsys):
@@ -258,9 +261,11 @@ def test_evaluation_weighs_pairs_equally(build, streaming):
 
 def test_evaluation_during_training_and_of_other_data(build):
     trainer = build(
-        eval_dataset={"text": tiny_rows(3), "chat": tiny_chat_rows(3)}, args=dict(eval_strategy="steps", eval_steps=1)
+        eval_dataset={"text": tiny_rows(3), "chat": tiny_chat_rows(3)},
+        args=dict(eval_strategy="steps", eval_steps=1, logging_steps=2),
     )
     trainer.train()
+    assert sum("rewards/margins" in log for log in trainer.state.log_history) == 1
     assert any("eval_chat_rewards/margins" in log for log in trainer.state.log_history)
     assert all("eval" not in key for log in trainer.state.log_history if "loss" in log for key in log)
     found = trainer.evaluate(tiny_rows(5, seed=9))
