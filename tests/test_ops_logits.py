@@ -131,7 +131,10 @@ def test_soft_cap_does_not_let_padding_columns_into_the_sum(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl):
     base, labels = make_logits(24, 33)
-    expected = logits_token_logps(base, labels, impl=impl)
+    leaf = base.clone().requires_grad_()
+    expected = logits_token_logps(leaf, labels, impl=impl)
+    expected.sum().backward()
+    expected, gradient = expected.detach(), leaf.grad
     wide = torch.full((2, 13, 33), torch.nan)
     wide[:, :12] = base.view(2, 12, 33)
     cases = {
@@ -142,12 +145,16 @@ def test_any_strides(impl):
         "transposed rows": (base.view(4, 6, 33).transpose(0, 1), labels.view(4, 6).T),
     }
     for name, (logits, y) in cases.items():
-        leaf = logits.detach().requires_grad_()
-        logps = logits_token_logps(leaf, y, impl=impl)
-        logps.sum().backward()
-        aligned = logps.T if name == "transposed rows" else logps
-        assert torch.equal(aligned.reshape(-1), expected), name
-        assert torch.isfinite(leaf.grad).all(), name
+        for inplace in (False, True):
+            leaf = logits.detach().clone() if inplace else logits.detach()
+            leaf.requires_grad_()
+            view = leaf * 1.0 if inplace else leaf  # keeps the strides
+            logps = logits_token_logps(view, y, inplace_backward=inplace, impl=impl)
+            logps.sum().backward()
+            transposed = name == "transposed rows"
+            aligned, d = (logps.T, leaf.grad.transpose(0, 1)) if transposed else (logps, leaf.grad)
+            assert torch.equal(aligned.reshape(-1), expected), name
+            assert torch.equal(d.reshape(gradient.shape), gradient), name
 
 
 def test_rows_that_need_a_copy_are_refused():

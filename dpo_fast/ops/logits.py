@@ -197,7 +197,10 @@ def _write_d_logits(logits, d_logits, labels, partition, d_logps, ignore_index, 
     if impl == "triton":
         from dpo_fast.kernels.token_logps import token_logps_bwd
 
-        rows, d_rows = row_strides(logits), row_strides(d_logits)
+        rows = outer, inner, *_ = row_strides(logits)
+        # The gradient's rows are counted as the logits' are; apart from that it is contiguous, or the logits themselves
+        vocab = logits.shape[-1]
+        d_rows = rows if d_logits is logits else (outer, inner, inner * vocab, vocab)
         token_logps_bwd(logits, d_logits, rows, d_rows, labels.contiguous(), row_max, log_sum, d_logps, **knobs)
     else:
         logits_torch.token_logps_bwd(logits, d_logits, labels, row_max, log_sum, d_logps, **knobs)
