@@ -124,6 +124,19 @@ def test_statistics(impl):
     assert few.mean_logits is None and few.entropy is not None
 
 
+def test_the_fused_score_kernel_on_request(monkeypatch):
+    tensors, labels = make()
+    arguments = dict(bias=tensors["bias"], outputs=STATS, impl="triton", **TRANSFORM)
+    tiled = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **arguments)
+    monkeypatch.setenv("DPO_FAST_FUSED_SCORE", "1")
+    fused = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **arguments)
+    assert not torch.equal(fused.logps, tiled.logps), "sums are grouped differently: the same bits mean the same path"
+    for name in ("logps", *STATS):
+        torch.testing.assert_close(getattr(fused, name), getattr(tiled, name), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="needs weight with contiguous columns"):
+        linear_token_stats(tensors["hidden"], tensors["weight"].T.contiguous().T, labels, **arguments)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_sequence_sums_of_2000_bf16_tokens_stay_within_a_millinat(impl):
     N = 2000 if impl == "torch" else 200

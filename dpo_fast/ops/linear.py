@@ -5,6 +5,8 @@
     recompute  the forward keeps two floats a token; the backward rebuilds the logits, vocabulary slice by slice
 """
 
+import os
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -254,6 +256,9 @@ def _forward(
     tile = None
     with torch.autocast(hidden.device.type, enabled=False):
         factors = Factors(hidden, weight, bias, down, up, getattr(torch, dtype))
+        if plan == "score" and impl == "triton" and down is None and os.environ.get("DPO_FAST_FUSED_SCORE") == "1":
+            _score_without_tile(factors.rows(slice(None))[0], bias, labels, ignore_index, transform, names, results)
+            return results
         for start in range(0, N, sizes.chunk_rows):
             part = slice(start, min(start + sizes.chunk_rows, N))
             index = part if rows is None else rows[part]
@@ -262,7 +267,8 @@ def _forward(
             label, ignored, invalid = usable_labels(labels[index], ignore_index, weight.shape[0])
             out = tile.fold(chunk, bias, label, transform, names, gradient=plan == "frozen")
             if ignored is not None:
-                out["logps"].masked_fill_(invalid, torch.nan)
+                for name in ("logps", "row_max"):  # the latter makes the gradients NaN, too
+                    out[name].masked_fill_(invalid, torch.nan)
                 for value in out.values():
                     value.masked_fill_(ignored, 0)
             logps[index] = out["logps"]
@@ -272,10 +278,26 @@ def _forward(
             if plan == "frozen":
                 coefficient = logps.new_ones((label.numel(), 1))
                 if ignored is not None:
-                    coefficient.masked_fill_(ignored[:, None], 0)
+                    coefficient.masked_fill_(ignored[:, None], 0).masked_fill_(invalid[:, None], torch.nan)
                 for k, direction in enumerate(directions[: len(chunk)]):
                     direction[index] = tile.d_left(k, coefficient)
     return results
+
+
+def _score_without_tile(factor, bias, labels, ignore_index, transform: Transform, names, results) -> None:
+    """One kernel, GEMM and softmax together. Opt-in until it is measured: cuBLAS may well be faster for wide models, and
+    its sums are grouped differently from those of the other plans, which policy and reference should share."""
+    from dpo_fast.kernels.linear_score import linear_score_fwd
+
+    hidden, weight = factor
+    logps, partition, extras, *_ = results
+    out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
+    out.update(zip(names, extras.unbind(0), strict=True))
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"DPO_FAST_FUSED_SCORE=1 needs {name} with contiguous columns, got strides {x.stride()}")
+    knobs = dict(logit_scale=transform.scale, softcap=transform.softcap, temperature=transform.temperature)
+    linear_score_fwd(hidden, weight, labels.contiguous(), bias, out, ignore_index=ignore_index, **knobs)
 
 
 def _empty_results(hidden, down, stats: str, plan: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
