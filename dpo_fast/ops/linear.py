@@ -285,7 +285,7 @@ def _forward(
 
 
 def _score_without_tile(factor, bias, labels, ignore_index, transform: Transform, names, results) -> None:
-    """One kernel, GEMM and softmax together. Opt-in until it is measured: cuBLAS may well be faster for wide models, and
+    """One kernel, GEMM and softmax together. Opt-in until it is measured: cuBLAS may be faster for wide models, and
     its sums are grouped differently from those of the other plans, which policy and reference should share."""
     from dpo_fast.kernels.linear_score import linear_score_fwd
 
