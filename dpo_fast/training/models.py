@@ -26,6 +26,20 @@ def load_model(model, config: FastDPOConfig) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(model, **{**options, **(config.model_init_kwargs or {})})
 
 
+def make_policy(model, config: FastDPOConfig, peft_config, has_reference_model: bool) -> nn.Module:
+    """The model to train: loaded if it is a path, with a new adapter if `peft_config` says so, without dropout."""
+    model = load_model(model, config)
+    if peft_config is not None:
+        model = add_adapter(model, peft_config)
+    if is_peft_model(model):
+        check_adapter(model, new=peft_config is not None, has_reference_model=has_reference_model)
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()  # a reentrant checkpoint without it passes no gradient on
+    if config.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
 def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
     """The given tokenizer, or the one that lies with the model."""
     if isinstance(processing_class, transformers.ProcessorMixin):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,36 +52,19 @@ class FastDPOTrainer(transformers.Trainer):
         peft_config=None,
     ):
         args = FastDPOConfig() if args is None else args
-        if not isinstance(args, FastDPOConfig):
-            raise TypeError(f"args must be a FastDPOConfig, got {type(args).__name__}")
-        models.check_reference(model, ref_model)
-        if args.n_gpu > 1 and not getattr(model, "hf_device_map", None):
-            raise ValueError(
-                f"{args.n_gpu} devices are visible to one process, which transformers serves with nn.DataParallel, and "
-                "that copies the model in each step; start with torchrun or accelerate launch, or make one visible"
-            )
+        check_arguments(model, ref_model, args)
+        args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         self.objective = args.objective()
 
         transformers.set_seed(args.seed)  # a new adapter is initialised at random
-        model = models.load_model(model, args)
+        model = models.make_policy(model, args, peft_config, has_reference_model=ref_model is not None)
         if ref_model is not None:
             ref_model = models.load_model(ref_model, args)
         tokenizer = models.load_tokenizer(processing_class, model, args)
-        if peft_config is not None:
-            model = models.add_adapter(model, peft_config)
-        if models.is_peft_model(model):
-            models.check_adapter(model, new=peft_config is not None, has_reference_model=ref_model is not None)
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()  # a reentrant checkpoint without it passes no gradient on
-        if args.disable_dropout:
-            models.disable_dropout(model)
 
         self.args, self.processing_class = args, tokenizer  # what _prepare needs
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
-        if args.accelerator_config.dispatch_batches:
-            raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
-        args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if data_collator is None:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             layout = models.choose_layout(args.layout, *(m for m in (model, ref_model) if m is not None))
@@ -104,7 +88,7 @@ class FastDPOTrainer(transformers.Trainer):
             self._precompute_reference()
         if args.print_example and train_dataset is not None and self.is_world_process_zero():
             pair = args.truncation()(next(iter(train_dataset)))
-            print(format_example(pair, tokenizer, colour=False))
+            print(format_example(pair, tokenizer, colour=sys.stdout.isatty()))
 
     # --- data ------------------------------------------------------------------------------------------------------
 
@@ -278,6 +262,20 @@ class FastDPOTrainer(transformers.Trainer):
 
     def _sum_over_ranks(self, packed: Tensor) -> Tensor:
         return self.accelerator.reduce(packed, reduction="sum")
+
+
+def check_arguments(model, ref_model, args) -> None:
+    """Raise for what can be seen to be wrong before anything is loaded."""
+    if not isinstance(args, FastDPOConfig):
+        raise TypeError(f"args must be a FastDPOConfig, got {type(args).__name__}")
+    models.check_reference(model, ref_model)
+    if args.n_gpu > 1 and not getattr(model, "hf_device_map", None):
+        raise ValueError(
+            f"{args.n_gpu} devices are visible to one process, which transformers serves with nn.DataParallel, and "
+            "that copies the model in each step; start with torchrun or accelerate launch, or make one visible"
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module) -> None:
