@@ -249,6 +249,7 @@ def test_evaluation_weighs_pairs_equally(build, streaming):
         args=dict(per_device_eval_batch_size=3),
     )
     found = trainer.evaluate()
+    assert trainer.evaluation_loop(trainer.get_eval_dataloader(), "again").num_samples == 7
     whole = trainer.data_collator(list(trainer.eval_dataset))
     with torch.no_grad():
         step = trainer.run_step(trainer.model, whole)

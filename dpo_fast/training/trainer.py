@@ -1,7 +1,6 @@
 """`FastDPOTrainer`: transformers' `Trainer` around `dpo_fast.functional`."""
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
@@ -23,8 +22,6 @@ from . import models
 from .config import FastDPOConfig
 from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
 from .sampler import TokenBudgetBatchSampler
-
-logger = logging.getLogger("dpo_fast")
 
 
 class FastDPOTrainer(transformers.Trainer):
@@ -83,7 +80,7 @@ class FastDPOTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
         attach(self.model, impl=args.impl)
         self.reference = self._make_reference(ref_model, new_adapter=peft_config is not None)
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         if args.print_example and train_dataset is not None and self.is_world_process_zero():
@@ -225,6 +222,7 @@ class FastDPOTrainer(transformers.Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None): there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
+        self._evaluated_pairs += inputs.num_pairs
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -248,8 +246,10 @@ class FastDPOTrainer(transformers.Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Adds the metrics to what `Trainer` returns, each a mean over all pairs or tokens; one sync at the end."""
-        self._sums["eval"] = MetricSums()
+        self._sums["eval"], self._evaluated_pairs = MetricSums(), 0
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        if not has_length(dataloader.dataset):  # Trainer has counted the rows of the first tensor
+            output = output._replace(num_samples=self._evaluated_pairs * self.args.world_size)
         means = self._sums["eval"].means(self._sum_over_ranks)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
