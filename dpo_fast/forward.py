@@ -164,6 +164,14 @@ def _forward_of(model_class: type) -> Callable:
     return forward
 
 
+def attachment(model: nn.Module) -> _Attachment:
+    """What `attach` left on a model (the causal LM itself), after its head has been checked."""
+    state = getattr(model, _STATE)
+    if not state.checked:
+        check_head(model, state)
+    return state
+
+
 def score_batch(
     model: nn.Module,
     batch: PreferenceBatch,
@@ -176,9 +184,7 @@ def score_batch(
     pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha; see
     `linear_preference_loss`.
     """
-    state = getattr(model, _STATE)
-    if not state.checked:
-        check_head(model, state)
+    state = attachment(model)
     hidden = scored_hidden_states(model, batch)
     head = model.get_output_embeddings()
     targets = batch.targets.to(hidden.device)
@@ -215,15 +221,19 @@ def score_batch(
 
 
 def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
-    """(N, H) hidden states that predict the scored tokens, on the output head's device."""
+    """Run the backbone on the batch's rows -> (N, H), see `at_predictors`."""
     rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None}
     if batch.layout is not None:
         attention.enable(model)
         rows |= attention.model_inputs(batch.layout, batch.input_ids.device)
-    hidden = model.base_model(**rows, use_cache=False)[0]  # (B, T, H)
+    return at_predictors(model, model.base_model(**rows, use_cache=False)[0], batch.predictors)
+
+
+def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tensor:
+    """(B, T, H) -> (N, H) hidden states that predict the scored tokens, on the output head's device."""
     # A position may predict two tokens (the first ones of chosen and rejected): its gradient is the sum of two terms,
     # which no order of addition changes, so this is reproducible
-    hidden = hidden.flatten(0, 1).index_select(0, batch.predictors.to(hidden.device))
+    hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
     head = model.get_output_embeddings()
     return hidden.to(next(head.parameters()).device)  # a model spread over devices
 

@@ -1,0 +1,309 @@
+"""TRL's `DPOTrainer` on shared-prefix rows: change one import, `from dpo_fast.trl import DPOTrainer`.
+
+`DPOConfig`, loading, data, losses and metrics are TRL's own. TRL's trainer hands its models to `add_fused_lm_head`,
+which gives them a forward that answers `model(..., labels=labels, fused_lm_head=True)` with per-token log-probs of a
+padded batch. Ours answers the same call: it packs the batch's pairs into one row, each prompt once (layout.py), runs
+that, and puts the results where TRL expects them. What cannot be packed runs as padded rows, and a log line says why.
+
+`padding_free=True` is accepted, and true of every packed batch. `DPO_FAST_IMPL` chooses the head's implementation.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+import threading
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import attention
+from .batch import TokenPair
+from .forward import at_predictors, attach, attachment, score_hidden
+from .layout import shared_prefix_batch
+from .ops.stats import STATS
+
+try:
+    import trl
+    from trl.trainer import dpo_trainer
+    from trl.trainer import utils as trl_utils
+except ImportError as error:
+    raise ImportError("dpo_fast.trl needs TRL, version 1.15 or 1.16: pip install 'trl>=1.15,<1.17'") from error
+
+logger = logging.getLogger("dpo_fast")
+
+_SEAMS = "_dpo_fast_trl"
+_CONSTRUCTING = threading.RLock()
+
+
+def check_seam() -> None:
+    """Raise ImportError unless this TRL has what `DPOTrainer` below replaces and returns."""
+    missing = []
+    seam = getattr(dpo_trainer, "add_fused_lm_head", None)
+    if seam is None:
+        missing.append("trl.trainer.dpo_trainer.add_fused_lm_head")
+    elif not {"model", "outputs"} <= set(inspect.signature(seam).parameters):
+        missing.append("the arguments model and outputs of add_fused_lm_head")
+    fields = set(getattr(getattr(trl_utils, "FusedCausalLMOutput", None), "__dataclass_fields__", ()))
+    lacking = {"loss", "log_probs", "label_mask", "aux_loss", *STATS} - fields
+    if lacking:
+        missing.append(f"trl.trainer.utils.FusedCausalLMOutput with {', '.join(sorted(lacking))}")
+    if missing:
+        raise ImportError(_mismatch(f"has no {' and no '.join(missing)}"))
+
+
+def _mismatch(what: str) -> str:
+    return f"dpo_fast.trl works with TRL 1.15 and 1.16; TRL {trl.__version__} is installed, which {what}"
+
+
+check_seam()
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------
+
+
+class DPOTrainer(dpo_trainer.DPOTrainer):
+    """`trl.DPOTrainer`, faster: the same arguments, the same numbers, the same files.
+
+    Beyond TRL's, adapters on the output head train (TRL refuses them) and `padding_free=True` is not ignored.
+    Raises RuntimeError when TRL does not ask for the forward that is offered to it.
+    """
+
+    @functools.wraps(dpo_trainer.DPOTrainer.__init__)
+    def __init__(self, *args, **kwargs):
+        config = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
+        installed = []
+
+        def add_fused_lm_head(model, outputs=("log_probs",)):
+            install(model, outputs)
+            installed.append(type(model).__name__)
+
+        # BaseTunerLayer: TRL's forward would not see an adapter on the head, so it refuses those; ours sees them
+        with _in_trl(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing), _padding_free_unseen(config):
+            super().__init__(*args, **kwargs)
+        if not installed:
+            raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
+        self.padding_free = self.args.padding_free
+
+
+class _Nothing:
+    """A class without instances."""
+
+
+@contextlib.contextmanager
+def _in_trl(**replacements) -> Iterator[None]:
+    """Replace names of `trl.trainer.dpo_trainer`; those that it has not (BaseTunerLayer without PEFT) stay absent.
+
+    One thread at a time; a trainer that is built while another one is being built finds and leaves what it should.
+    """
+    with _CONSTRUCTING:
+        originals = {name: vars(dpo_trainer)[name] for name in replacements if name in vars(dpo_trainer)}
+        vars(dpo_trainer).update({name: replacements[name] for name in originals})
+        try:
+            yield
+        finally:
+            vars(dpo_trainer).update(originals)
+
+
+@contextlib.contextmanager
+def _padding_free_unseen(config) -> Iterator[None]:
+    """Hide `padding_free` from TRL, which would warn that it ignores it."""
+    asked = getattr(config, "padding_free", False)
+    if asked:
+        config.padding_free = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.padding_free = True
+
+
+# --- the forward ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seam:
+    """One installed forward's state, kept on the model by attribute, so that a deep copy of the model has its own."""
+
+    inner: Callable  # the bound forward below
+    outputs: tuple[str, ...]  # fields of FusedCausalLMOutput that TRL asks for
+    reasons: tuple[str, ...]  # why the model cannot run shared-prefix rows
+
+
+def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+    """What TRL's `add_fused_lm_head` does: let `model`, a causal LM, answer `model(..., fused_lm_head=True)`.
+
+    Any other call goes to the forward that the model had, and `dpo_fast.attach`'s. Raises as `attach` does.
+    """
+    unknown = set(outputs) - {"log_probs", *STATS}
+    if unknown:
+        raise RuntimeError(_mismatch(f"asks for {', '.join(sorted(unknown))} of each token"))
+    attach(model)
+    reasons = attention.reasons_against(model)
+    if attention.has_dropout(model):
+        reasons.append(f"{type(model).__name__} has attention dropout, which shared-prefix attention has not")
+    seams = vars(model).setdefault(_SEAMS, [])  # a model may go through several trainers, as with TRL's
+    level = len(seams)
+    seams.append(_Seam(model.forward, tuple(outputs), tuple(reasons)))
+
+    @functools.wraps(type(model).forward)  # `generate` reads its signature
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        seam = vars(self)[_SEAMS][level]
+        if not fused_lm_head:
+            return seam.inner(*args, **kwargs)
+        if args:
+            raise TypeError(f"model(..., fused_lm_head=True) takes keyword arguments, got {len(args)} positional ones")
+        return _fused_output(self, seam, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    """labels (B, T), or shift_labels, which are shifted already -> FusedCausalLMOutput with fields (B, T - 1)."""
+    state, config = attachment(model), model.config.get_text_config()
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes its Nones along
+    kwargs["use_cache"] = False
+    routed = kwargs.setdefault("output_router_logits", getattr(config, "output_router_logits", False))
+    if not routed:
+        del kwargs["output_router_logits"]
+    rows = _rows_of(kwargs, labels, shift_labels, seam.reasons)
+    if "pair_layout" in rows.inputs:
+        attention.enable(model)
+    backbone = model.base_model(**rows.inputs)
+    hidden = at_predictors(model, backbone[0], rows.predictors)
+    targets, places = rows.targets.to(hidden.device), rows.places.to(hidden.device)
+    wanted = [name for name in seam.outputs if name != "log_probs"]
+    stats = score_hidden(model.get_output_embeddings(), hidden, targets, state.transform, wanted, state.impl)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)
+
+    loss = -stats.logps.sum() / (max(places.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
+    aux_loss = _balancing_loss(config, backbone.router_logits, rows.token_weights) if routed else None
+    if aux_loss is not None:
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return trl_utils.FusedCausalLMOutput(
+        loss=loss,
+        log_probs=spread(stats.logps),
+        label_mask=spread(torch.ones_like(targets, dtype=torch.bool)),
+        aux_loss=aux_loss,
+        **{name: spread(getattr(stats, name)) for name in wanted},
+    )
+
+
+def _balancing_loss(config, router_logits, token_weights: Tensor | None) -> Tensor:
+    """The load-balancing loss of TRL's padded rows. transformers' function multiplies by its mask: a token of the
+    packed row that stands for two padded ones has a 2 there."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, token_weights)
+
+
+# --- TRL's batch as rows for the model -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    inputs: dict  # keyword arguments of the backbone
+    shape: torch.Size  # of TRL's fields, (B, T - 1)
+    predictors: Tensor  # (N,) int64 positions of the backbone's flattened rows
+    targets: Tensor  # (N,) int64
+    places: Tensor  # (N,) int64 positions of TRL's flattened fields
+    token_weights: Tensor | None  # (B, T) of the backbone's rows: how many of TRL's tokens each stands for
+
+
+def _rows_of(kwargs: dict, labels, shift_labels, reasons: tuple[str, ...]) -> _Rows:
+    """Packed if nothing speaks against it, else as they come; in that case the reasons are logged, once."""
+    reasons = list(reasons) or _reasons_against_batch(kwargs, labels)
+    packed = reasons or _packed_once(kwargs, labels)
+    if isinstance(packed, _Rows):
+        return packed
+    _log_once("; ".join(packed))
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    places = (targets != -100).flatten().nonzero().squeeze(1)
+    row_ends = 0 if shift_labels is not None else places // max(targets.shape[1], 1)  # each row has one more position
+    return _Rows(
+        inputs=kwargs,
+        shape=targets.shape,
+        predictors=places + row_ends,
+        targets=targets.flatten()[places],
+        places=places,
+        token_weights=kwargs.get("attention_mask"),
+    )
+
+
+@functools.cache
+def _log_once(reasons: str) -> None:
+    logger.warning("dpo_fast.trl: padded rows, not shared prefixes, because %s", reasons)
+
+
+def _reasons_against_batch(kwargs: dict, labels) -> list[str]:
+    """Why a batch is not one of text pairs in rows [chosen, rejected]; what can be said without reading its values."""
+    others = kwargs.keys() - {"input_ids", "attention_mask", "use_cache", "output_router_logits"}
+    if others:
+        return [f"the batch has {', '.join(sorted(others))}"]
+    if labels is None:
+        return ["the labels are shifted, as for sequences that are spread over devices"]
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if ids is None or mask is None or not (ids.shape == mask.shape == labels.shape and len(ids) % 2 == 0):
+        return ["the batch is not 2P rows of input_ids, attention_mask and labels"]
+    return []
+
+
+def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
+    """`_pack` for the policy's and the reference's forward of a batch: kept with its labels, and gone with them."""
+    ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+    known = getattr(labels, _SEAMS, None)
+    if known is None or known[0] is not ids or known[1] is not mask:
+        known = ids, mask, _pack(ids, mask, labels)
+        setattr(labels, _SEAMS, known)
+    packed = known[2]
+    if not isinstance(packed, _Rows):
+        return packed
+    return dataclasses.replace(packed, inputs={**kwargs, **packed.inputs})
+
+
+def _pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> _Rows | list[str]:
+    """TRL's (2P, T) tensors, on one device, as one shared-prefix row on that device; reasons if they cannot be.
+
+    Waits for the device once, to read them.
+    """
+    device, width = labels.device, labels.shape[1]
+    host = torch.stack([x.to(torch.int64) for x in (input_ids, attention_mask, labels)]).tolist()
+    rows = list(zip(*host, strict=True))
+    lengths = [sum(mask) for _, mask, _ in rows]
+    for (_, mask, row), length in zip(rows, lengths, strict=True):
+        if not length or mask != [1] * length + [0] * (width - length) or any(x != -100 for x in row[length:]):
+            return ["the rows are not sequences padded on the right"]
+    starts = [next((t for t in range(n) if row[t] != -100), n) for (*_, row), n in zip(rows, lengths, strict=True)]
+
+    def parts(row: int) -> tuple[list[int], list[int]]:
+        return rows[row][0][: starts[row]], rows[row][0][starts[row] : lengths[row]]
+
+    P = len(rows) // 2
+    batch = shared_prefix_batch([TokenPair(*parts(i), *parts(P + i)) for i in range(P)])
+    tokens = [(row, t) for i in range(P) for row in (i, P + i) for t in range(max(starts[row], 1), lengths[row])]
+    labelled = [k for k, (row, t) in enumerate(tokens) if rows[row][2][t] != -100]  # a completion may have holes
+    tokens = [tokens[k] for k in labelled]
+
+    def send(x):
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+    layout = send(batch.layout)
+    return _Rows(
+        inputs={
+            "input_ids": send(batch.input_ids),
+            "position_ids": send(batch.position_ids),
+            **attention.model_inputs(layout, device),
+        },
+        shape=torch.Size((len(rows), width - 1)),
+        predictors=send(batch.predictors[torch.tensor(labelled, dtype=torch.int64)]),
+        targets=send(torch.tensor([rows[row][2][t] for row, t in tokens], dtype=torch.int64)),
+        places=send(torch.tensor([row * (width - 1) + t - 1 for row, t in tokens], dtype=torch.int64)),
+        token_weights=(layout.branches == 0).float().add(1).unsqueeze(0),  # a prefix stands for both rows' tokens
+    )
