@@ -187,6 +187,7 @@ class _Context:
     """What turns scored tokens of some pairs into their `PairLogps`: the same for a chunk and for the whole batch."""
 
     objective: Objective
+    scored: Tensor  # (N,) bool
     counts: Tensor  # (2P,) scored tokens
     weights: Tensor | None  # (N,) token weights
     reference_tokens: Tensor | None  # (N,)
@@ -205,7 +206,8 @@ class _Context:
             0, sequence_ids, scored.to(torch.int64)
         )
         weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored)
-        return cls(objective, counts, weights, reference_tokens, reference, impl)
+        reference_tokens = None if reference_tokens is None else reference_tokens.detach()
+        return cls(objective, scored, counts, weights, reference_tokens, reference, impl)
 
     def output(self, stats: TokenStats, sequence_ids, asked, plan, loss=None, losses=None) -> PreferenceOutput:
         """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
@@ -237,7 +239,8 @@ class _Context:
         exact = None
         if self.reference_tokens is not None:
             weights = None if self.weights is None else self.weights[index]
-            theirs = torch.where(logps == 0, 0, self.reference_tokens[index].to(logps.dtype))
+            # Not told from logps == 0, which a certain token has, too
+            theirs = torch.where(self.scored[index], self.reference_tokens[index].to(logps.dtype), 0)
             reference = total(theirs, weights)
             exact = tuple(total(logps - theirs, weights).tensor_split(2))
         pair_weights = None

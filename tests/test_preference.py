@@ -192,6 +192,23 @@ def test_token_references_keep_the_digits_of_small_log_ratios():
     torch.testing.assert_close(out.chosen_rewards.double(), truth.chosen_rewards, rtol=0.2, atol=1e-4)
 
 
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",)], ids=["pairwise", "frozen"])
+def test_certain_tokens_keep_their_references(needs):
+    """A log-prob of exactly 0 is a token's own, not a mark of an ignored one; references get no gradient."""
+    tensors, _, ids, _ = make()
+    tensors["hidden"] *= 50
+    labels = (tensors["hidden"] @ tensors["weight"].T).argmax(-1)
+    labels[::5] = -100
+    references = (-torch.rand(27, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    hidden, weight = (tensors[k].requires_grad_(k in needs) for k in ("hidden", "weight"))
+    out = linear_preference_loss(hidden, weight, labels, ids, 3, reference_token_logps=references)
+    assert (out.stats.logps[labels != -100] == 0).sum() > 10 and not out.pairs.ref_chosen.requires_grad
+    expected = torch.zeros(6).index_add(0, ids, references.detach() * (labels != -100))
+    torch.testing.assert_close(torch.cat([out.pairs.ref_chosen, out.pairs.ref_rejected]), expected)
+    out.loss.backward()
+    assert references.grad is None
+
+
 def test_functions_and_combinations_as_losses():
     tensors, labels, ids, reference = make()
 
