@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpo_fast.ops import linear
 from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
 from dpo_fast.ops.plan import plan_head
 from dpo_fast.ops.stats import STATS
@@ -153,6 +154,47 @@ def test_no_tokens_and_all_ignored_still_give_zero_gradients(impl):
         weight = torch.randn(7, 4, requires_grad=True)
         linear_token_logps(hidden, weight, labels, impl=impl).sum().backward()
         assert (hidden.grad == 0).all() and (weight.grad == 0).all() and weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "recompute"])
+def test_ignored_tokens_where_they_are_computed(impl, needs, monkeypatch):
+    """As on devices, where no one counts who is ignored: their rows are zero, also where exp of their logits is not."""
+    monkeypatch.setattr(linear, "scored_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(linear, "usable_labels", linear.mask_labels)
+    tensors, labels = make(N=9, H=8, V=77)
+    tensors = {k: tensors[k].mul_(40) if k == "hidden" else tensors[k] for k in ("hidden", "weight")}
+    assert (tensors["hidden"] @ tensors["weight"].T)[labels == -100].max() > 89
+
+    def gradients(impl, dtype):
+        leaves = {k: v.to(dtype, copy=True).requires_grad_(k in needs) for k, v in tensors.items()}
+        logps = linear_token_logps(**leaves, labels=labels, impl=impl)
+        return torch.autograd.grad(logps.sum(), [leaves[k] for k in needs])
+
+    for found, true in zip(gradients(impl, torch.float32), gradients("reference", torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "recompute"])
+def test_strided_inputs(impl, needs):
+    tensors, labels = make(N=9, H=8, V=77)
+    labels.clamp_(min=0)  # an ignored one would make the op gather the others
+    tensors = {k: tensors[k] for k in ("hidden", "weight")}
+    coefficient = torch.linspace(-1, 1, 9)
+
+    def scores(hidden, weight, labels):
+        return linear_token_logps(hidden, weight, labels, impl=impl, tile_mib=1)
+
+    def strided(x):
+        return torch.stack([x, x + 1], -1)[..., 0]
+
+    def scores_of_strided(hidden, weight, labels):
+        return scores(strided(hidden), weight.T.contiguous().T, strided(labels))
+
+    expected = run(scores, tensors, labels, needs, coefficient)
+    found = run(scores_of_strided, tensors, labels, needs, coefficient)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")])

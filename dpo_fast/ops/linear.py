@@ -182,10 +182,14 @@ def usable_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor
     """Labels that are safe to use as addresses, and where they were ignored or out of range: None on CPU, where
     `scored_rows` and `check_labels` have left neither."""
     if labels.device.type == "cpu":
-        return labels.long(), None, None
+        return labels.long().contiguous(), None, None
+    return mask_labels(labels, ignore_index, vocab)
+
+
+def mask_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     ignored = labels == ignore_index
     invalid = ~ignored & ((labels < 0) | (labels >= vocab))
-    return labels.long().clamp(0, vocab - 1), ignored, invalid
+    return labels.long().clamp(0, vocab - 1).contiguous(), ignored, invalid
 
 
 class Factors:
@@ -269,8 +273,9 @@ def _forward(
             if ignored is not None:
                 for name in ("logps", "row_max"):  # the latter makes the gradients NaN, too
                     out[name].masked_fill_(invalid, torch.nan)
-                for value in out.values():
-                    value.masked_fill_(ignored, 0)
+                # row_max and log_sum of an ignored token stay: without them its exp could overflow, and 0 x inf is NaN
+                for name in ("logps", *names):
+                    out[name].masked_fill_(ignored, 0)
             logps[index] = out["logps"]
             partition[0, index], partition[1, index] = out["row_max"], out["log_sum"]
             for k, name in enumerate(names):
