@@ -16,7 +16,7 @@ STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "ob
 STAGE |= {"preference", "reference", "functional"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels"}, "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
-MAY_BE_HEAVY = {"training", "trl", "cli", "demo", "data"}
+MAY_BE_HEAVY = {"training", "trl", "cli", "demo", "data", "env", "selftest"}
 
 
 def modules():

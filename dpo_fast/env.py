@@ -1,0 +1,88 @@
+"""`dpo-fast env`: versions, the device, which implementation runs and why not the others, the head's plan."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import attention
+from .ops.dispatch import IMPLS, choose_impl, reasons_against
+from .ops.plan import DEFAULT_TILE_MIB, plan_head
+
+PACKAGES = ("dpo_fast", "torch", "triton", "transformers", "accelerate", "datasets", "peft", "trl")
+LEVELS = {
+    "level 1, logits_token_logps": "kernels over rows of logits",
+    "level 2, linear_token_logps": "tiles of logits between GEMMs",
+    "level 3, linear_preference_loss": "tiles of logits between GEMMs",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device() -> torch.device:
+    """The device that a Trainer would use."""
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator().type)
+    return torch.device("cpu")
+
+
+def describe_versions() -> list[str]:
+    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name:<13} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name:<13} not installed")
+    return lines
+
+
+def describe_device(where: torch.device) -> list[str]:
+    name = torch.cuda.get_device_name() if where.type == "cuda" else platform.processor() or platform.machine()
+    lines = [f"device        {where.type}: {name}, {torch.get_num_threads()} threads"]
+    set_here = {k: v for k, v in os.environ.items() if k.startswith("DPO_FAST_") or k == "TRITON_INTERPRET"}
+    return lines + [f"environment   {k}={v}" for k, v in sorted(set_here.items())]
+
+
+def describe_implementations(where: torch.device) -> list[str]:
+    lines = []
+    for level, what in LEVELS.items():
+        lines.append(f"{level}: {choose_impl(level, 'auto', where)} ({what})")
+    for impl in IMPLS:
+        reasons = reasons_against(impl, where)
+        lines.append(f"    {impl}: {'not here: ' + '; '.join(reasons) if reasons else 'can run'}")
+    query = torch.empty((1, 1, 1, 1), device=where, dtype=torch.bfloat16)
+    lines.append(f"attention over shared prefixes: {attention.choose_implementation(query, None, None)}")
+    return lines
+
+
+def describe_plans(N: int, H: int, V: int, dtype: torch.dtype, tile_mib: int, where: torch.device) -> list[str]:
+    common = dict(tile_mib=tile_mib, device_type=where.type)
+    cases = {
+        "reference, evaluation": dict(hidden_grad=False, head_grad=False),
+        "frozen head (LoRA)": dict(head_grad=False),
+        "trained head": dict(),
+        "trained head, coupled loss (aot)": dict(separable=False),
+    }
+    lines = [f"the head for N={N} tokens, H={H}, V={V}, {str(dtype)[6:]}, tiles of {tile_mib} MiB:"]
+    for name, needs in cases.items():
+        lines.append(f"    {name}: {plan_head(N, H, V, dtype, **common, **needs).describe()}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="dpo-fast env", description=__doc__.split(":", 1)[1].strip())
+    parser.add_argument("--N", type=int, default=8192, help="scored tokens in a batch")
+    parser.add_argument("--H", type=int, default=4096, help="width of the hidden states")
+    parser.add_argument("--V", type=int, default=128_256, help="vocabulary")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tile-mib", type=int, default=DEFAULT_TILE_MIB)
+    a = parser.parse_args(argv)
+    where = device()
+    sections = [
+        describe_versions() + describe_device(where),
+        describe_implementations(where),
+        describe_plans(a.N, a.H, a.V, DTYPES[a.dtype], a.tile_mib, where),
+    ]
+    print("\n\n".join("\n".join(lines) for lines in sections))
+    return 0

@@ -1,0 +1,39 @@
+"""`dpo-fast env` and `dpo-fast selftest` as a user sees them."""
+
+import pytest
+import torch
+
+from dpo_fast import env, selftest
+
+
+def test_env_says_what_runs_and_why_not_the_rest(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("DPO_FAST_IMPL", raising=False)
+    assert env.main(["--N", "1024", "--H", "1024", "--V", "32000", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch         {torch.__version__}" in out
+    if not torch.accelerator.is_available():
+        assert "level 3, linear_preference_loss: torch" in out
+        assert "triton: not here: the tensors are on 'cpu', Triton needs one of cuda, xpu" in out
+    for plan, gemms in (("score", 1), ("frozen", 2), ("pairwise", 3), ("recompute", 4)):
+        assert f"{plan}: {gemms} GEMMs" in out
+
+
+def test_selftest_passes_and_fails(capsys, monkeypatch):
+    assert selftest.main([]) == 0
+    out = capsys.readouterr().out
+    assert "all passed" in out and "triton, bfloat16" in out
+    monkeypatch.setattr(selftest, "CHECKS", (selftest.check_logits,))
+
+    def biased(z, *_):
+        z.mul_(1.001)
+
+    monkeypatch.setattr("dpo_fast.ops.logits_torch.transform_", biased)
+    assert selftest.main([]) == 1
+    assert "FAIL: values: error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [env.main, selftest.main])
+def test_unknown_options_are_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command(["--nothing"])
