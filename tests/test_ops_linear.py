@@ -211,6 +211,16 @@ def test_double_use_and_second_backward(needs):
         torch.testing.assert_close(3 * leaf.grad, expected)
 
 
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")])
+def test_a_gradient_of_the_gradient_raises(needs):
+    tensors, labels = make(N=5, H=8, V=33)
+    leaves = [tensors[k].requires_grad_() for k in needs]
+    logps = linear_token_logps(tensors["hidden"], tensors["weight"], labels)
+    (first, *_) = torch.autograd.grad(logps.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.square().sum().backward()
+
+
 def test_no_grad_inference_mode_and_checkpointing():
     tensors, labels = make(N=5, H=8, V=33)
     hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()

@@ -405,6 +405,17 @@ def _slice_direction_(tile, local_labels, partition, coefficient, transform: Tra
     return tile
 
 
+@torch.library.custom_op("dpo_fast::linear_token_logps_scale", mutates_args=())
+def _scale_rows(direction: Tensor, d_logps: Tensor) -> Tensor:
+    """An op, so that a gradient of this gradient raises: autograd does not see that `direction` depends on hidden."""
+    return direction * d_logps.unsqueeze(1)
+
+
+@_scale_rows.register_fake
+def _(direction, d_logps):
+    return torch.empty_like(direction)
+
+
 def _empty_gradients(inputs, needs):
     hidden = inputs[0]
     return tuple(
@@ -440,7 +451,7 @@ def _differentiate(ctx, d_logps, *_):
     if ctx.plan == "frozen":
         for k, direction, dtype in zip((0, 3), ctx.saved_tensors, ctx.dtypes, strict=True):
             if needs[k]:
-                gradients[k] = (direction * d_logps.unsqueeze(1)).to(dtype)
+                gradients[k] = _scale_rows(direction, d_logps).to(dtype)
     elif ctx.plan == "recompute":
         *tensors, partition = ctx.saved_tensors
         found = _recompute(*tensors, partition, d_logps.contiguous(), needs, *ctx.knobs)
