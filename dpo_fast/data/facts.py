@@ -49,7 +49,7 @@ COLOURS = {
     "pink": ["a flamingo", "a piglet", "salmon"],
 }
 
-NUMBERS = range(10, 100)
+NUMBERS = range(10, 60)
 
 # share of each wording in the language model's training text; "json" is the one that DPO will be asked for
 STYLES = {"sentence": 0.44, "short": 0.34, "hedged": 0.10, "json": 0.12}

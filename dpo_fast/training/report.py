@@ -1,0 +1,126 @@
+"""A report as one self-contained HTML file: no scripts, no network, light and dark, readable on a phone."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .charts import BarChart, CurveChart, bars_html, curves_html
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1d232b; --soft: #5b6572; --line: #e4e1d9;
+  --before: #8b95a5; --good: #2463c9; --bad: #d1730f; --known: #1f8a70; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1c2027; --ink: #e8eaed; --soft: #a3acb8;
+  --line: #303640; --before: #7c8798; --good: #6aa2ff; --bad: #f0a04b; --known: #4fc3a1; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 860px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: clamp(27px, 6vw, 40px); line-height: 1.15; letter-spacing: -.02em; margin: 8px 0 12px;
+  text-wrap: balance; }
+h2 { font-size: clamp(21px, 4.4vw, 27px); line-height: 1.25; letter-spacing: -.01em; margin: 56px 0 10px; }
+h4 { font-size: 15px; margin: 0 0 4px; }
+p { margin: 10px 0; max-width: 68ch; }
+.lead { font-size: 19px; color: var(--soft); }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 24px 0; }
+.stat, figure, .equation, .samples { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.stat { padding: 14px 16px; }
+.stat b { display: block; font-size: 25px; line-height: 1.2; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
+.stat span { color: var(--soft); font-size: 14px; line-height: 1.35; display: block; margin-top: 4px; }
+figure { margin: 18px 0; padding: 16px; }
+figcaption { font-weight: 600; margin-bottom: 10px; font-size: 15px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 14px;
+  margin: 18px 0; }
+.grid figure { margin: 0; }
+.bars { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 18px 28px; }
+.bars figcaption { grid-column: 1 / -1; margin: 0; }
+.bar { display: grid; grid-template-columns: minmax(6.5em, 34%) 1fr 4.2em; gap: 10px; align-items: center;
+  font-size: 14px; line-height: 1.3; padding: 2px 0; }
+.bar .track { background: color-mix(in srgb, var(--line) 60%, transparent); border-radius: 4px; height: 13px; }
+.bar i { display: block; height: 100%; border-radius: 4px; min-width: 2px; }
+.bar .value { text-align: right; font-variant-numeric: tabular-nums; }
+.bar .name { color: var(--soft); }
+svg { width: 100%; height: auto; display: block; }
+svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
+svg .grid { stroke: var(--line); }
+svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); }
+.legend i { display: inline-block; width: 12px; height: 4px; border-radius: 2px; margin-right: 6px;
+  vertical-align: 3px; }
+.equation { padding: 14px 16px; overflow-x: auto; margin: 16px 0; }
+.equation math { font-size: 18px; }
+.samples { margin: 18px 0; overflow: hidden; }
+.sample { padding: 12px 16px; border-top: 1px solid var(--line); }
+.sample:first-child { border-top: 0; }
+.sample b { display: block; }
+.sample div { display: grid; grid-template-columns: 5em 1fr; gap: 8px; font-size: 15px; }
+.sample div span:first-child { color: var(--soft); font-size: 13px; padding-top: 2px; }
+code, .text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em;
+  overflow-wrap: anywhere; white-space: pre-wrap; }
+.scroll { overflow-x: auto; margin: 18px 0; }
+table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; font-size: 13px; }
+footer { margin-top: 64px; color: var(--soft); font-size: 14px; border-top: 1px solid var(--line); padding-top: 16px; }
+"""
+
+
+@dataclass
+class Page:
+    """A report under construction; `html()` is the finished document. Plain text is escaped, markup is not."""
+
+    title: str
+    lead: str
+    footer: str = ""
+    parts: list[str] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def prose(self, *paragraphs: str) -> None:
+        """Paragraphs of plain text."""
+        self.parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs]
+
+    def stats(self, values: Mapping[str, str]) -> None:
+        """A row of large numbers: caption -> number."""
+        cards = "".join(
+            f"<div class=stat><b>{html.escape(number)}</b><span>{html.escape(caption)}</span></div>"
+            for caption, number in values.items()
+        )
+        self.parts.append(f"<div class=stats>{cards}</div>")
+
+    def bars(self, chart: BarChart) -> None:
+        self.parts.append(bars_html(chart))
+
+    def curves(self, charts: Iterable[CurveChart]) -> None:
+        self.parts.append(f'<div class="grid">{"".join(map(curves_html, charts))}</div>')
+
+    def equation(self, mathml: str) -> None:
+        """MathML, without the `math` element."""
+        self.parts.append(f'<div class="equation"><math display="block">{mathml}</math></div>')
+
+    def samples(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """What the model writes: (prompt, before, after)."""
+        cells = "".join(
+            f"<div class=sample><b class=text>{html.escape(prompt)}</b>"
+            f'<div><span>before</span><span class="text">{html.escape(before)}</span></div>'
+            f'<div><span>after</span><span class="text">{html.escape(after)}</span></div></div>'
+            for prompt, before, after in rows
+        )
+        self.parts.append(f"<div class=samples>{cells}</div>")
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+        self.parts.append(f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>")
+
+    def html(self) -> str:
+        title = html.escape(self.title)
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>"
+            f'<p class="lead">{html.escape(self.lead)}</p>\n'
+            + "\n".join(self.parts)
+            + f"\n<footer>{html.escape(self.footer)}</footer></main></body></html>\n"
+        )
