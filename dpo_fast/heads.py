@@ -19,6 +19,8 @@ class HeadTensors(NamedTuple):
 
 def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
     """What `head(hidden)` computes, for hidden states (N, H); or the reason why the module has to be called."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in head.modules()):
+        return "the output head has forward hooks"
     head = _active_copy(head)
     low_rank = None
     if hasattr(head, "lora_A") and hasattr(head, "base_layer"):
@@ -28,8 +30,6 @@ def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
         low_rank, head = update, head.base_layer
     if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return f"the output head is a {type(head).__name__} with a forward of its own"
-    if head._forward_hooks or head._forward_pre_hooks:
-        return "the output head has forward hooks"
     if hasattr(head.weight, "ds_id"):
         return "the output head's weight is partitioned by ZeRO-3"
     return HeadTensors(_whole(head.weight), None if head.bias is None else _whole(head.bias), low_rank)
@@ -49,6 +49,8 @@ def _lora_update(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | No
         return "the output head's adapter is switched off, but merged"
     if layer.disable_adapters or layer.merged:
         return None
+    if not isinstance(layer.lora_A, nn.ModuleDict):  # AdaLoRA
+        return "the output head's adapter is not plain LoRA"
     downs, ups = [], []
     for name in layer.active_adapters:
         if name not in layer.lora_A:
