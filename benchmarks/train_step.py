@@ -1,0 +1,369 @@
+"""Whole optimizer steps: TRL's DPOTrainer, dpo_fast.trl.DPOTrainer and FastDPOTrainer on the same model and pairs.
+
+    python -m benchmarks.train_step --mix chat --mode full --steps 4 --rounds 3
+    python -m benchmarks.train_step --suite              # every line of the bar; on a GPU, 1B- and 8B-shaped models
+    python -m benchmarks.train_step --largest-batch      # on a GPU: pairs a step until memory runs out
+    python -m benchmarks.train_step --smoke              # seconds, a tiny model
+
+Each provider has its own process, hence its own peak memory. On CPU all of them are loaded and take turns step by
+step, so that noise of the machine hits all alike; on a GPU, whose memory they would share, one job runs at a time. A
+step is timed from the end of the one before: collation, logging and optimizer included. The first steps are not
+counted. All compute the same numbers, or the result says by how much they differ: see `differences`.
+
+TRL's metrics cannot be switched off; ours report what FastDPOTrainer reports by default. With a precomputed
+reference, computing it is part of `setup_s`, not of the steps.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .measure import RESULTS, save, table
+from .train_step_inputs import MIXES, SHAPES, packed_tokens, padded_tokens, real_tokens, write_inputs
+from .train_step_plot import plot
+from .train_step_worker import PROVIDERS, Job
+
+BASELINE = PROVIDERS[0]
+CURVES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
+CURVES += ("logps/chosen", "logps/rejected")
+RELATIVE = ("grad_norm",)  # differences relative to the baseline's value; absolute for the others
+COLUMNS = ["provider", "processor_s", "processor_min_s", "processor_max_s", "wall_s", "tokens_per_s", "pairs_per_s"]
+COLUMNS += ["times_faster", "peak_mib", "peak_ratio"]
+
+
+# --- workers -------------------------------------------------------------------------------------------------------
+
+
+class WorkerFailed(RuntimeError):
+    pass
+
+
+class Worker:
+    """A provider's process; see train_step_worker."""
+
+    def __init__(self, job: Job, folder: Path):
+        self.job, self.log = job, folder / f"{job.provider}.log"
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job.threads)}
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.train_step_worker", job.dumps()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=RESULTS.parents[1],
+                env=environment,
+            )
+
+    def answer(self, event: str) -> dict:
+        line = self.process.stdout.readline()
+        found = json.loads(line) if line else {}
+        if found.get("event") != event:
+            tail = "\n".join(self.log.read_text(encoding="utf-8").splitlines()[-15:])
+            raise WorkerFailed(f"{self.job.provider}: no {event!r}, {found or 'it ended'}\n{tail}")
+        return found
+
+    def step(self) -> dict:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.answer("step")
+
+
+@contextlib.contextmanager
+def started(job: Job, folder: Path) -> Iterator[Worker]:
+    worker = Worker(job, folder)
+    try:
+        yield worker
+    finally:
+        worker.process.kill()
+        worker.process.communicate()
+
+
+def run_together(jobs: list[Job], folder: Path) -> dict[str, dict]:
+    """All jobs in turns, step by step, the first one another at each step."""
+    with contextlib.ExitStack() as stack:
+        workers, found = [], {}
+        for job in jobs:  # one after the other, so that setups do not disturb each other
+            workers.append(stack.enter_context(started(job, folder)))
+            found[job.provider] = {"ready": workers[-1].answer("ready"), "steps": []}
+        for step in range(jobs[0].steps):
+            turn = step % len(workers)
+            for worker in workers[turn:] + workers[:turn]:
+                found[worker.job.provider]["steps"].append(worker.step())
+        for worker in workers:
+            found[worker.job.provider]["done"] = worker.answer("done")
+        return found
+
+
+def run_apart(jobs: list[Job], folder: Path) -> dict[str, dict]:
+    """One job at a time."""
+    found = {}
+    for job in jobs:
+        found |= run_together([job], folder)
+    return found
+
+
+# --- one comparison ------------------------------------------------------------------------------------------------
+
+
+def bench(arguments, folder: Path) -> dict:
+    """Run a comparison; returns what goes into the result file."""
+    shape, mix = SHAPES[arguments.shape], MIXES[arguments.mix]
+    steps = arguments.warmup + arguments.steps
+    dtype = getattr(torch, arguments.dtype)
+    inputs = write_inputs(folder, shape, mix, steps * arguments.pairs, arguments.longest, dtype, arguments.seed)
+    batches = [inputs["lengths"][i : i + arguments.pairs] for i in range(0, inputs["pairs"], arguments.pairs)]
+    jobs = [make_job(arguments, provider, folder, steps) for provider in arguments.providers]
+    run = run_apart if torch.cuda.is_available() else run_together
+    rounds = []
+    for turn in range(arguments.rounds):
+        first = turn % len(jobs)
+        rounds.append(run(jobs[first:] + jobs[:first], folder))
+    counted = batches[arguments.warmup :]
+    rows = summarize(rounds, counted, arguments.warmup)
+    curves = {p: curve_of(rounds[0][p]["done"]["logs"]) for p in arguments.providers}
+    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "pairs", "steps", "warmup", "rounds")
+    return {
+        "command": f"python -m benchmarks.train_step {' '.join(arguments.argv)}".strip(),
+        **{name: getattr(arguments, name) for name in (*knobs, "learning_rate", "longest", "threads", "seed")},
+        "model": vars(shape),
+        "lengths": vars(mix),
+        "tokens_per_step": {
+            "real": statistics.mean(map(real_tokens, counted)),
+            "padded": statistics.mean(map(padded_tokens, counted)),
+            "packed": statistics.mean(map(packed_tokens, counted)),
+        },
+        "rows": rows,
+        "differences": {p: differences(curves[p], curves[BASELINE]) for p in curves if p != BASELINE}
+        if BASELINE in curves
+        else {},
+        "curves": curves,
+    }
+
+
+def make_job(arguments, provider: str, folder: Path, steps: int, pairs: int | None = None) -> Job:
+    return Job(
+        provider=provider,
+        folder=str(folder),
+        mode=arguments.mode,
+        reference=arguments.reference,
+        checkpointing=arguments.checkpointing,
+        dtype=arguments.dtype,
+        pairs_per_step=pairs or arguments.pairs,
+        steps=steps,
+        learning_rate=arguments.learning_rate,
+        longest=arguments.longest,
+        threads=arguments.threads,
+        seed=arguments.seed,
+    )
+
+
+def summarize(rounds: list[dict], batches: list, warmup: int) -> list[dict]:
+    """A row per provider. Seconds per step are medians over steps and rounds, rates are over all of them;
+    `times_faster` is the baseline's processor seconds (on a GPU: wall) over the provider's, on the same batches."""
+    clock = "wall_s" if torch.cuda.is_available() else "processor_s"
+    rows, totals = [], {}
+    for provider in sorted(rounds[0], key=PROVIDERS.index):
+        runs = [found[provider] for found in rounds]
+        steps = [step for run in runs for step in run["steps"][warmup:]]
+        wall, processor = ([step[name] for step in steps] for name in ("wall_s", "processor_s"))
+        total = sum(step[clock] for step in steps)
+        totals[provider] = total, max(peak_of(run["done"]) for run in runs)
+        row = {
+            "provider": provider,
+            "processor_s": statistics.median(processor),
+            "processor_min_s": min(processor),
+            "processor_max_s": max(processor),
+            "wall_s": statistics.median(wall),
+            "wall_min_s": min(wall),
+            "wall_max_s": max(wall),
+            "tokens_per_s": len(rounds) * sum(map(real_tokens, batches)) / sum(wall),
+            "tokens_per_processor_s": len(rounds) * sum(map(real_tokens, batches)) / sum(processor),
+            "pairs_per_s": len(rounds) * sum(map(len, batches)) / sum(wall),
+            "peak_mib": totals[provider][1],
+            **{name: value for name, value in runs[0]["done"].items() if name.startswith("peak")},
+            "imported_mib": runs[0]["ready"]["imported_mib"],
+            "setup_s": runs[0]["ready"]["setup"]["wall_s"],
+            "steps": [[{k: step[k] for k in ("wall_s", "processor_s")} for step in run["steps"]] for run in runs],
+        }
+        if BASELINE in totals:
+            row["times_faster"] = totals[BASELINE][0] / total
+            row["peak_ratio"] = totals[provider][1] / totals[BASELINE][1]
+            row["times_faster_by_round"] = [
+                sum(s[clock] for s in found[BASELINE]["steps"][warmup:])
+                / sum(s[clock] for s in found[provider]["steps"][warmup:])
+                for found in rounds
+            ]
+        rows.append(row)
+    return rows
+
+
+def peak_of(done: dict) -> float:
+    return done.get("peak_device_mib", done["peak_process_mib"])
+
+
+def curve_of(logs: list[dict]) -> dict[str, list[float]]:
+    return {name: [float(log[name]) for log in logs] for name in CURVES}
+
+
+def differences(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, float]:
+    """Largest difference of each curve over the steps."""
+    found = {}
+    for name in CURVES:
+        if len(ours[name]) != len(theirs[name]):
+            raise ValueError(f"{name}: {len(ours[name])} steps to compare with {len(theirs[name])}")
+        pairs = list(zip(ours[name], theirs[name], strict=True))
+        if name in RELATIVE:
+            found[f"{name} (relative)"] = max(abs(a - b) / abs(b) for a, b in pairs)
+        else:
+            found[name] = max(abs(a - b) for a, b in pairs)
+    return found
+
+
+# --- the largest batch ---------------------------------------------------------------------------------------------
+
+
+def largest_batch(arguments, folder: Path, most: int = 512) -> dict:
+    """Pairs a step that fit the device's memory, per provider, to an eighth, and their speed."""
+    shape, mix, dtype = SHAPES[arguments.shape], MIXES[arguments.mix], getattr(torch, arguments.dtype)
+    write_inputs(folder, shape, mix, most, arguments.longest, dtype, arguments.seed)
+    rows = []
+    for provider in arguments.providers:
+
+        def fits(pairs: int, provider=provider) -> bool:
+            try:
+                run_apart([make_job(arguments, provider, folder, 2, pairs)], folder)
+            except WorkerFailed as failure:
+                if "out of memory" not in str(failure):
+                    raise
+                return False
+            return True
+
+        rows.append({"provider": provider, "largest_batch": search(fits, arguments.pairs, most)})
+        print(f"{provider}: {rows[-1]['largest_batch']} pairs a step")
+    base = next((row["largest_batch"] for row in rows if row["provider"] == BASELINE), None)
+    for row in rows:
+        row["times_larger"] = row["largest_batch"] / base if base else None
+    return {name: getattr(arguments, name) for name in ("shape", "mix", "mode", "checkpointing", "dtype")} | {
+        "rows": rows
+    }
+
+
+def search(fits, start: int, most: int) -> int:
+    """The largest number up to `most` that fits, to an eighth of it; 0 if not even 1 does."""
+    low, high = 0, start
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+CPU_SUITE = (
+    ["--mix", "chat", "--mode", "full"],
+    ["--mix", "chat", "--mode", "lora"],
+    ["--mix", "long", "--mode", "full", "--steps", "3"],
+    ["--mix", "short", "--mode", "full", "--steps", "3"],
+    ["--mix", "chat", "--mode", "full", "--checkpointing", "--steps", "3"],
+    ["--mix", "chat", "--mode", "full", "--reference", "precomputed", "--steps", "3"],
+)
+GPU_SUITE = (
+    ["--shape", "1b", "--mix", "chat", "--mode", "full"],
+    ["--shape", "1b", "--mix", "chat", "--mode", "lora"],
+    ["--shape", "1b", "--mix", "chat", "--mode", "full", "--checkpointing", "--largest-batch"],
+    ["--shape", "8b", "--mix", "chat", "--mode", "lora", "--checkpointing"],
+)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="benchmarks.train_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1b" if cuda else "cpu-bar")
+    parser.add_argument("--mix", choices=MIXES, default="chat")
+    parser.add_argument("--mode", choices=("full", "lora"), default="full")
+    parser.add_argument("--reference", choices=("memory", "precomputed"), default="memory")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    parser.add_argument("--pairs", type=int, default=8 if cuda else 4, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=10 if cuda else 4, help="steps that are counted")
+    parser.add_argument("--warmup", type=int, default=3 if cuda else 1, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=1, help="times that everything is done, in new processes")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--longest", type=int, default=2048, help="tokens of prompt + completion; lengths stay below")
+    parser.add_argument("--threads", type=int, default=2, help="of the processor, per provider")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--largest-batch", action="store_true", help="search it instead (needs a GPU)")
+    parser.add_argument("--suite", action="store_true", help="all comparisons for this device")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and two steps, to see that it runs")
+    parser.add_argument("--name", help="of the result files; made from the options if omitted")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--no-save", action="store_true")
+    arguments = parser.parse_args(argv)
+    arguments.argv = argv
+    if arguments.largest_batch and not cuda:
+        parser.error("--largest-batch needs a GPU: without one, memory that runs out takes the machine with it")
+    if arguments.smoke:
+        for name, value in dict(shape="tiny", mix="tiny", pairs=2, steps=2, warmup=1, longest=64, threads=1).items():
+            setattr(arguments, name, value)
+    return arguments
+
+
+def result_name(arguments) -> str:
+    parts = ["train-step", arguments.shape, arguments.mix, arguments.mode]
+    parts += ["checkpointing"] * arguments.checkpointing + ["precomputed"] * (arguments.reference == "precomputed")
+    parts += ["largest-batch"] * arguments.largest_batch
+    return "-".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    if arguments.suite:
+        others = [option for option in argv if option != "--suite"]
+        for options in GPU_SUITE if torch.cuda.is_available() else CPU_SUITE:
+            main([*options, *others])
+        return 0
+    torch.set_num_threads(arguments.threads)  # what the stamp of the result reports
+    with tempfile.TemporaryDirectory(prefix="train_step_") as folder:
+        result = (largest_batch if arguments.largest_batch else bench)(arguments, Path(folder))
+    report(result)
+    if not arguments.no_save:
+        path = save(arguments.name or result_name(arguments), result, arguments.out)
+        if "curves" in result:
+            plot(result, path.with_suffix(".png"))
+        print(f"written to {path}")
+    return 0
+
+
+def report(result: dict) -> None:
+    if "curves" not in result:
+        print(table(result["rows"], ["provider", "largest_batch", "times_larger"]))
+        return
+    tokens = result["tokens_per_step"]
+    print(
+        f"{result['shape']} {result['dtype']}, {result['mix']} mix, {result['mode']}, reference {result['reference']}, "
+        f"gradient checkpointing {'on' if result['checkpointing'] else 'off'}, {result['pairs']} pairs a step: {tokens['real']:.0f} real "
+        f"tokens a step, {tokens['padded']:.0f} positions padded, {tokens['packed']:.0f} packed"
+    )
+    print(table(result["rows"], COLUMNS))
+    for provider, found in result["differences"].items():
+        print(f"{provider}, largest difference: " + ", ".join(f"{k} {v:.2e}" for k, v in found.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
