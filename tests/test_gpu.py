@@ -1,0 +1,123 @@
+"""On a GPU: kernels and ops against fp64 at real sizes. `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from dpo_fast import linear_preference_loss, linear_token_logps, logits_token_logps, sequence_logps
+from dpo_fast.testing import assert_within_budget, make_logits
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def oracle_logps(logits, labels, rows=256):
+    """fp64, a few rows at a time."""
+    parts = []
+    for start in range(0, len(labels), rows):
+        log_p = logits[start : start + rows].double().log_softmax(-1)
+        y = labels[start : start + rows]
+        parts.append(log_p.gather(1, y.clamp(min=0)[:, None])[:, 0].masked_fill(y == -100, 0))
+    return torch.cat(parts)
+
+
+def eager_logps(logits, labels):
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels == -100, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [32_000, 50_257, 128_256])
+def test_level_1(dtype, V):
+    logits, labels = make_logits(512, V, dtype=dtype, device="cuda")
+    results = []
+    for function, x in (
+        (logits_token_logps, logits),
+        (eager_logps, logits),
+        (oracle_logps, logits.double()),
+    ):
+        leaf = x.clone().requires_grad_()
+        logps = function(leaf, labels)
+        results.append((logps.detach(), torch.autograd.grad(logps.sum(), leaf)[0]))
+    (ours, d), (eager, d_eager), (true, d_true) = results
+    assert_within_budget(ours, eager, true, factor=1.5, what="logps")
+    assert_within_budget(d, d_eager, d_true, factor=2.0, what="d_logits")
+
+
+def test_70_001_rows():
+    logits, labels = make_logits(70_001, 130, device="cuda")
+    assert_within_budget(logits_token_logps(logits, labels), eager_logps(logits, labels), oracle_logps(logits, labels))
+
+
+def test_more_than_2_31_elements():
+    """Row offsets of 64 bits, forward and backward, the gradient written over the logits."""
+    rows, V = 17_000, 131_072
+    if torch.cuda.mem_get_info()[0] < 3 * rows * V * 2:
+        pytest.skip("needs 13 GiB of free memory")
+    logits = torch.empty(rows, V, dtype=torch.bfloat16, device="cuda").normal_()
+    labels = torch.randint(V, (rows,), device="cuda")
+    last = slice(rows - 64, rows)
+    kept, expected = logits[last].clone(), oracle_logps(logits[last], labels[last])
+    logits.requires_grad_()
+    logps = logits_token_logps(logits * 1, labels, inplace_backward=True)
+    assert (logps[last].double() - expected).abs().max() < 1e-4
+    (d,) = torch.autograd.grad(logps.sum(), logits)
+    p = kept.double().softmax(-1)
+    true = -p.scatter_add(1, labels[last, None], torch.full((64, 1), -1.0, dtype=torch.float64, device="cuda"))
+    assert (d[last].double() - true).abs().max() < 4e-3
+
+
+def test_sequence_sums_are_exact_and_reproducible():
+    values = -torch.rand(100_000, device="cuda") * 4
+    ids = torch.randint(64, (100_000,), device="cuda")
+    sums = [sequence_logps(values, ids, 64) for _ in range(2)]
+    exact = torch.zeros(64, dtype=torch.float64).index_add_(0, ids.cpu(), values.double().cpu())
+    assert torch.equal(*sums) and torch.equal(sums[0].cpu(), exact.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")], ids=["score", "frozen", "recompute"])
+def test_level_2(dtype, needs):
+    N, H, V = 700, 1024, 50_257
+    torch.manual_seed(0)
+    inputs = {"hidden": torch.randn(N, H, device="cuda"), "weight": torch.randn(V, H, device="cuda") / 16}
+    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    labels = torch.randint(V, (N,), device="cuda")
+    labels[::9] = -100
+    g = torch.randn(N, device="cuda")
+    results = []
+    for kind in ("ours", "eager", "oracle"):
+        leaves = {k: (v.double() if kind == "oracle" else v).clone() for k, v in inputs.items()}
+        for name in needs:
+            leaves[name].requires_grad_()
+        if kind == "ours":
+            logps = linear_token_logps(leaves["hidden"], leaves["weight"], labels, tile_mib=64)
+        else:
+            logits = leaves["hidden"] @ leaves["weight"].T
+            logps = (oracle_logps if kind == "oracle" else eager_logps)(logits, labels)
+        grads = torch.autograd.grad((logps * g).sum(), [leaves[k] for k in needs]) if needs else ()
+        results.append((logps.detach(), *grads))
+    for name, ours, eager, true in zip(("logps", *needs), *results, strict=True):
+        factor = 2.0 if dtype == torch.float32 else 1.0
+        assert_within_budget(ours, eager, true, factor=factor, what=name)
+
+
+@pytest.mark.parametrize("tile_mib", [16, 256], ids=["pending", "pairwise"])
+def test_level_3(tile_mib):
+    P, length, H, V = 4, 80, 512, 32_000
+    torch.manual_seed(0)
+    hidden = torch.randn(2 * P * length, H, device="cuda").bfloat16()
+    weight = (torch.randn(V, H, device="cuda") / 16).bfloat16()
+    labels = torch.randint(V, (len(hidden),), device="cuda")
+    ids = torch.arange(len(hidden), device="cuda") % (2 * P)
+    reference = torch.zeros(2 * P, device="cuda")
+    results = []
+    for impl in ("triton", "reference"):
+        h, w = (x.double() if impl == "reference" else x for x in (hidden, weight))
+        h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+        out = linear_preference_loss(h, w, labels, ids, P, reference_logps=reference, impl=impl, tile_mib=tile_mib)
+        results.append((out, *torch.autograd.grad(out.loss, (h, w))))
+    (ours, dh, dw), (true, dh_true, dw_true) = results
+    assert ours.plan.name == ("pending" if tile_mib == 16 else "pairwise")
+    assert abs(ours.loss.item() - true.loss.item()) < 1e-4
+    for mine, exact in ((dh, dh_true), (dw, dw_true)):
+        assert (mine.double() - exact).norm() / exact.norm() < 5e-3
