@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .logps import PairLogps, pair_logps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
-from .ops.checks import check_tensor, check_transform
+from .ops.checks import check_tensor, check_transform, checking
 from .ops.dispatch import choose_impl
 from .ops.head import Transform
 from .ops.linear import check_head, check_head_values, compute_dtype, linear_token_stats
@@ -81,8 +81,8 @@ def linear_preference_loss(
       needs a reference.
     loss, loss_weights, beta, label_smoothing, params: an `Objective`, or what makes one (names, functions ...).
     ld_alpha: LD-DPO's weight of tokens beyond the shorter completion. use_weighting: WPO's weights of pairs.
-    sequence_lengths: host-side token counts of the 2P sequences; on an accelerator it saves the synchronisation that
-      counting costs.
+    sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves the
+      synchronisation that counting costs.
 
     `out.loss.backward()` gives the gradients of hidden, weight, bias and low_rank. The plan is `ops.plan.plan_head`'s.
     In `pairwise` and `pending` the gradients are computed in the forward: a second backward raises RuntimeError. Under
@@ -105,12 +105,12 @@ def linear_preference_loss(
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
     check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
     check_transform(op, logit_softcap, temperature, logit_scale)
-    _check_lengths(op, hidden.shape[0], num_pairs, sequence_lengths)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     scored = labels != ignore_index
     context = _Context.make(
         op, objective, scored, sequence_ids, num_pairs, reference_logps, reference_token_logps, ld_alpha, impl
     )
+    _check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
 
     down, up = low_rank or (None, None)
     trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, down, up)]
@@ -263,12 +263,19 @@ def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:
             )
 
 
-def _check_lengths(op: str, N: int, num_pairs: int, lengths) -> None:
-    if lengths is not None and (len(lengths) != 2 * num_pairs or sum(lengths) != N):
+def _check_lengths(op: str, ids: Tensor, num_pairs: int, lengths) -> None:
+    if lengths is None:
+        return
+    N, lengths = ids.shape[0], list(lengths)
+    if len(lengths) != 2 * num_pairs or sum(lengths) != N:
         raise ValueError(
             f"{op}: sequence_lengths must be {2 * num_pairs} counts that sum to N={N}, "
             f"got {len(lengths)} that sum to {sum(lengths)}"
         )
+    if (ids.device.type == "cpu" or checking()) and not torch.compiler.is_compiling():
+        counts = torch.bincount(ids, minlength=2 * num_pairs).tolist()
+        if counts != lengths:
+            raise ValueError(f"{op}: sequence_lengths must be the counts in sequence_ids, {counts}, got {lengths}")
 
 
 def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, sums, tokens) -> Tensor | None:

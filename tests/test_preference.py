@@ -351,6 +351,7 @@ BAD = {
     "reference missing": (dict(reference_logps=None), "loss sigmoid needs reference_logps, got None"),
     "both": (dict(reference_token_logps=torch.zeros(27)), "not both"),
     "lengths": (dict(sequence_lengths=[1] * 6), "sequence_lengths must be 6 counts that sum to N=27"),
+    "other lengths": (dict(sequence_lengths=[4, 4, 7, 4, 6, 2]), r"counts in sequence_ids, \[5, 3, 7, 4, 6, 2\], got"),
     "loss": (dict(loss="dpo"), "loss must be one of"),
     "outputs": (dict(outputs=("entropi",)), "outputs must be"),
     "labels": (dict(labels=torch.full((27,), 301)), "outside"),
