@@ -249,6 +249,15 @@ def test_autocast_takes_its_dtype_and_returns_gradients_in_the_parameters():
     assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")], ids=["score", "frozen", "recompute"])
+def test_autocast_leaves_fp64_alone(needs):
+    tensors, labels = make(N=5, H=8, V=33, dtype=torch.float64)
+    leaves = {k: tensors[k].requires_grad_(k in needs) for k in ("hidden", "weight")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = linear_token_logps(**leaves, labels=labels)
+    assert torch.equal(logps, linear_token_logps(**leaves, labels=labels))
+
+
 def test_tied_weights_get_both_gradients():
     _, labels = make(N=5, H=8, V=33)
     table = torch.randn(33, 8, requires_grad=True)

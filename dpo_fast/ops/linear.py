@@ -93,9 +93,10 @@ def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int) -
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What the GEMMs take: autocast's dtype inside autocast, else the dtype of hidden."""
+    """What the GEMMs take: autocast's dtype inside autocast, which leaves fp64 alone, else the dtype of hidden."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    cast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else hidden.dtype
 
 
 def _token_stats(
