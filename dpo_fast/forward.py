@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import attention
 from .batch import PreferenceBatch
@@ -109,7 +110,7 @@ def attach(model: nn.Module, *, impl: str = "auto") -> nn.Module:
         state.impl = impl
         return model
     state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl)
-    if all(p.numel() and not p.is_meta for p in base.parameters()):
+    if all(p.numel() and not p.is_meta and not isinstance(p, DTensor) for p in base.parameters()):
         check_head(base, state)
     setattr(base, _STATE, state)
     base.forward = types.MethodType(_forward_of(type(base)), base)
