@@ -81,8 +81,8 @@ def linear_preference_loss(
       needs a reference.
     loss, loss_weights, beta, label_smoothing, params: an `Objective`, or what makes one (names, functions ...).
     ld_alpha: LD-DPO's weight of tokens beyond the shorter completion. use_weighting: WPO's weights of pairs.
-    sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves the
-      synchronisation that counting costs.
+    sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves
+      the synchronisation that counting costs.
 
     `out.loss.backward()` gives the gradients of hidden, weight, bias and low_rank. The plan is `ops.plan.plan_head`'s.
     In `pairwise` and `pending` the gradients are computed in the forward: a second backward raises RuntimeError. Under
@@ -101,6 +101,8 @@ def linear_preference_loss(
             label_smoothing=label_smoothing,
             **params,
         )
+    elif (loss_weights, use_weighting, beta, label_smoothing, params) != (None, False, 0.1, 0.0, {}):
+        raise ValueError(f"{op}: loss is an Objective, which has its own knobs; give loss_weights, beta ... to it")
     asked = check_outputs(op, outputs)
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
     check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
@@ -283,6 +285,10 @@ def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, su
     if sums is not None and tokens is not None:
         raise ValueError(f"{op}: give reference_logps or reference_token_logps, not both")
     if isinstance(sums, (tuple, list)):
+        if len(sums) != 2:
+            raise ValueError(f"{op}: reference_logps must be one tensor or a pair of them, got {len(sums)} elements")
+        for index, half in enumerate(sums):
+            check_tensor(op, f"reference_logps[{index}]", half, (num_pairs,), _FLOATS, scored.device)
         sums = torch.cat(list(sums))
     if tokens is not None:
         check_tensor(op, "reference_token_logps", tokens, tuple(scored.shape), _FLOATS, scored.device)
