@@ -270,6 +270,7 @@ BAD = {
     "negative label": (lambda x, y: dict(logits=x, labels=y - 7), ValueError, "outside"),
     "temperature": (lambda x, y: dict(logits=x, labels=y, temperature=0.0), ValueError, "temperature"),
     "softcap": (lambda x, y: dict(logits=x, labels=y, logit_softcap=-1.0), ValueError, "logit_softcap"),
+    "expanded": (lambda x, y: dict(logits=x[:1].expand(3, 9), labels=y, inplace_backward=True), ValueError, "expanded"),
     "impl": (lambda x, y: dict(logits=x, labels=y, impl="cuda"), ValueError, "'auto', 'triton', 'torch', 'reference'"),
 }
 

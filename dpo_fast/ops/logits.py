@@ -64,6 +64,8 @@ def _token_stats(
         raise ValueError(f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_tensor(op, "labels", labels, tuple(logits.shape[:-1]), INTEGERS, logits.device)
     check_transform(op, logit_softcap, temperature)
+    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"{op}: inplace_backward needs logits with memory of their own, got an expanded tensor")
     impl = choose_impl(op, impl, logits.device, logits.dtype)
     if impl == "reference":
         _check_values(op, logits, labels, ignore_index)
