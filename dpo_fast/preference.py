@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .logps import PairLogps, pair_logps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
-from .ops.checks import check_tensor, check_transform, checking
+from .ops.checks import check_finite, check_tensor, check_transform, checking
 from .ops.dispatch import choose_impl
 from .ops.head import Transform
 from .ops.linear import check_head, check_head_values, compute_dtype, linear_token_stats
@@ -150,7 +150,7 @@ def linear_preference_loss(
         )
         return context.output(stats, sequence_ids, asked, plan)
 
-    check_head_values(op, hidden, weight, labels, ignore_index)
+    check_head_values(op, hidden, weight, bias, low_rank, labels, ignore_index)
     head = Head(plan, Transform(logit_scale, logit_softcap, temperature), outputs, compute_dtype(hidden), impl)
     value, losses, logps, extras = PairwiseLossFunction.apply(
         hidden, weight, bias, down, up, tokens, head, context.losses
@@ -296,4 +296,6 @@ def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, su
         check_tensor(op, "reference_logps", sums, (2 * num_pairs,), _FLOATS, scored.device)
     elif objective.must_have_reference:
         raise ValueError(f"{op}: loss {', '.join(objective.names)} needs reference_logps, got None")
+    if checking():
+        check_finite(op, reference_logps=sums, reference_token_logps=tokens)
     return None if sums is None else sums.detach().to(torch.promote_types(sums.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """Level 3: loss and gradients of each plan against the fp64 oracle; any order of tokens; what it costs."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -344,11 +345,26 @@ def test_grouping_and_chunks():
     assert found == [(0, 3, 0, 9), (3, 4, 9, 27), (4, 5, 27, 29)]
 
 
+@pytest.mark.parametrize("name", [*NAMES, "reference_logps", "reference_token_logps"])
+def test_checking_refuses_what_is_not_finite(name, monkeypatch):
+    monkeypatch.setenv("DPO_FAST_CHECK", "1")
+    tensors, labels, ids, reference = make()
+    references = dict(reference_logps=reference, reference_token_logps=-torch.ones(27))
+    kept = name if name in references else "reference_logps"
+    references = {kept: references[kept]}
+    run(tensors, labels, ids, **references)
+    {**tensors, **references}[name].view(-1)[0] = float("nan")
+    said = {"down": "low_rank[0]", "up": "low_rank[1]"}.get(name, name)
+    for needs in (NAMES, ()):
+        with pytest.raises(ValueError, match=re.escape(f"{said} holds 1 non-finite")):
+            run(tensors, labels, ids, needs=needs, **references)
+
+
 BAD = {
     "pairs": (dict(num_pairs=0), "num_pairs must be a positive int"),
     "ids": (dict(num_pairs=2), r"sequence_ids must be in \[0, 4\) for num_pairs=2, got 0 to 5"),
     "reference shape": (dict(reference_logps=torch.zeros(3)), r"reference_logps must have shape \(6\), got \(3,\)"),
-    "reference halves": (dict(reference_logps=(torch.zeros(3), torch.zeros(2))), r"reference_logps\[1\] must have shape"),
+    "reference halves": (dict(reference_logps=(torch.zeros(3), torch.zeros(2))), r"reference_logps\[1\] must have"),
     "reference thirds": (dict(reference_logps=[torch.zeros(2)] * 3), "a pair of them, got 3 elements"),
     "knob beside an objective": (dict(loss=Objective(), beta=0.5), "loss is an Objective, which has its own knobs"),
     "reference missing": (dict(reference_logps=None), "loss sigmoid needs reference_logps, got None"),

@@ -119,7 +119,7 @@ def _token_stats(
     check_transform(op, logit_softcap, temperature, logit_scale)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     if impl == "reference":
-        check_head_values(op, hidden, weight, labels, ignore_index)
+        check_head_values(op, hidden, weight, bias, low_rank, labels, ignore_index)
         logits = reference_logits(hidden, weight, bias, low_rank)
         knobs = dict(logit_softcap=logit_softcap, temperature=temperature, logit_scale=logit_scale)
         stats = logits_token_stats_reference(logits, labels, ignore_index=ignore_index, **knobs)
@@ -164,11 +164,12 @@ def reference_logits(hidden, weight, bias, low_rank) -> Tensor:
     return logits if bias is None else logits + bias.double()
 
 
-def check_head_values(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> None:
+def check_head_values(op: str, hidden, weight, bias, low_rank, labels: Tensor, ignore_index: int) -> None:
     if labels.device.type == "cpu" or checking():
         check_labels(op, labels, weight.shape[0], ignore_index)
     if checking():
-        check_finite(op, hidden=hidden, weight=weight)
+        down, up = low_rank or (None, None)
+        check_finite(op, **{"hidden": hidden, "weight": weight, "bias": bias, "low_rank[0]": down, "low_rank[1]": up})
 
 
 def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -249,7 +250,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> logps (N,), [row_max, log_sum] (2, N), statistics (len(stats), N), and the directions d logp / d hidden and
     d logp / d down where the plan is `frozen`, else empty."""
-    check_head_values("linear_token_logps", hidden, weight, labels, ignore_index)
+    low_rank = None if down is None else (down, up)
+    check_head_values("linear_token_logps", hidden, weight, bias, low_rank, labels, ignore_index)
     results = _empty_results(hidden, down, stats, plan)
     logps, partition, extras, *directions = (x.zero_() for x in results)
     rows = scored_rows(labels, ignore_index)
