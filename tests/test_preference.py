@@ -181,6 +181,20 @@ def test_weightings(knobs, plan):
         torch.testing.assert_close(gradients[name].double(), true[name], rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_fp64_is_fp64_throughout(plan):
+    case = {"lengths": (5, 3, 7, 4, 6, 2), "V": 301, "loss": "sigmoid", **PLANS[plan]}
+    tensors, labels, ids, reference = make(lengths=case["lengths"], V=case["V"], dtype=torch.float64)
+    needs, loss = case["needs"], case["loss"]
+    knobs = dict(reference_logps=reference.double(), ld_alpha=0.3, logit_scale=0.7, logit_softcap=3.0, tile_mib=1)
+    out, gradients = run(tensors, labels, ids, needs=needs, loss=loss, **knobs)
+    truth, true = run(tensors, labels, ids, needs=needs, loss=loss, impl="reference", **knobs)
+    assert out.plan.name == plan
+    torch.testing.assert_close(out.losses, truth.losses, rtol=1e-12, atol=1e-12)
+    for name in needs:
+        torch.testing.assert_close(gradients[name], true[name], rtol=1e-9, atol=1e-12)
+
+
 def test_token_references_keep_the_digits_of_small_log_ratios():
     """The same model as policy and reference: ln 2 exactly, though each sum is thousands of nats."""
     tensors, labels, ids, _ = make(lengths=(900, 800, 950, 700), V=101)

@@ -214,7 +214,8 @@ class _Run:
                 index = self.index(slice(first, min(first + rows, start + size)))
                 chunk, ignored = self.score(index)
                 weights = self.tokens.weights
-                unit = self.values.new_ones(chunk[0][0].shape[0]) if weights is None else weights[index]
+                unit = self.values.new_ones(chunk[0][0].shape[0])
+                unit = unit if weights is None else unit * weights[index]  # in fp64 for fp64 tensors
                 self.add_gradients(index, chunk, ignored, unit, d_rights, d_bias)
             totals.append([*d_rights, d_bias])
             start += size
