@@ -360,7 +360,10 @@ def _recompute(
         if N == 0:
             return results
         wide = partition.dtype
-        d_lefts = [left.new_zeros(left.shape, dtype=wide) for left in factors.lefts]
+        d_lefts = [
+            left.new_zeros(left.shape, dtype=wide) if needs[k] else None
+            for k, left in zip((0, 3), factors.lefts, strict=False)
+        ]
         sizes = _plan(hidden, weight, "recompute", tile_mib, getattr(torch, dtype))
         step = max(1, min(V, sizes.slice_columns * max(1, hidden.shape[0] // N)))
         buffer = torch.empty(N * step, dtype=wide, device=hidden.device)
