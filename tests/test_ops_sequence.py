@@ -57,6 +57,9 @@ def test_the_path_for_other_devices_agrees():
     sums = _sum_on_device(values, ids, weights, 6)
     assert_within_budget(sums, sums, sequence_logps_reference(values, ids, 6, weights), factor=0.0)
     assert sums[5] == 0
+    values[ids == 2] = -torch.inf
+    finite = _sum_on_device(values, ids, weights, 6).isfinite()
+    assert finite.tolist() == [True, True, False, True, True, True]
 
 
 def test_opcheck_and_compile():

@@ -68,13 +68,12 @@ def _forward(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences:
 
 
 def _sum_on_device(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:
-    """Elsewhere `index_add_` adds in any order: sort by sequence and take differences of a running sum instead."""
-    terms = values if weights is None else values * weights
+    """Elsewhere `index_add_` adds in any order. A row of terms a sequence, (S, N), keeps the order, needs no running
+    sum, from which an infinite term would reach the sequences after its own, and waits for no count."""
     wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no fp64
-    order = torch.argsort(ids, stable=True)
-    running = torch.cat([terms.new_zeros(1, dtype=wide), terms.to(wide)[order].cumsum(0)])
-    ends = torch.searchsorted(ids[order], torch.arange(num_sequences + 1, device=ids.device))
-    return running[ends].diff().to(values.dtype)
+    terms = values.to(wide) if weights is None else values.to(wide) * weights.to(wide)
+    mine = ids == torch.arange(num_sequences, device=ids.device).unsqueeze(1)
+    return torch.where(mine, terms, 0).sum(1).to(values.dtype)
 
 
 @_forward.register_fake
