@@ -132,10 +132,8 @@ def curves_html(chart: CurveChart) -> str:
 
 
 def format_share(value: float) -> str:
-    """A share as a percentage; small ones keep a digit."""
-    if not math.isfinite(value):
-        return "none"
-    return f"{100 * value:.1f} %" if value < 0.0995 or 0.9 < value < 1 else f"{100 * value:.0f} %"
+    """A share as a percentage; "none" where there was nothing to take a share of."""
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "none"
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -168,35 +166,39 @@ def draw_png(charts: list[BarChart | CurveChart], path: Path) -> Path:
     """Draw charts side by side into one PNG, written in one step. Needs matplotlib (ImportError)."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    rows = max(len(chart.groups) if isinstance(chart, BarChart) else 0 for chart in charts)
-    figure = Figure(figsize=(5.2 * len(charts), max(3.4, 0.62 * rows + 1.4)), layout="constrained")
+    rows = max(sum(len(bars) + 1.4 for bars in getattr(chart, "groups", {}).values()) for chart in charts)
+    wide = any(isinstance(chart, BarChart) for chart in charts)
+    figure = Figure(figsize=((7.5 if wide else 4.6) * len(charts), max(3.2, 0.2 * rows + 0.9)), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-        axes.set_title(chart.title, fontsize=11, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        _draw_bars(axes, chart) if isinstance(chart, BarChart) else _draw_curves(axes, chart)
+        if isinstance(chart, BarChart):
+            figure.suptitle(chart.title, fontsize=11)
+            _draw_bars(axes, chart)
+        else:
+            axes.set_title(chart.title, fontsize=11, loc="left")
+            _draw_curves(axes, chart)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=144, format="png")
     return path
 
 
 def _draw_bars(axes, chart: BarChart) -> None:
-    position, places, labels, drawn = 0.0, [], [], set()
+    position, places, labels = 0.0, [], []
     for heading, bars in chart.groups.items():
-        places.append(position + (len(bars) - 1) / 2)
-        labels.append(heading)
+        axes.text(0, position, f" {heading}", va="center", fontsize=9, fontweight="bold")
         for bar in bars:
-            label = bar.label if bar.label not in drawn else None
-            drawn.add(bar.label)
-            axes.barh(position, bar.value, height=0.85, color=COLOURS[bar.role][1], label=label)
-            axes.text(min(bar.value, 1) + 0.01, position, format_share(bar.value), va="center", fontsize=7.5)
             position += 1
-        position += 0.8
-    axes.set_yticks(places, labels, fontsize=9)
+            places.append(position)
+            labels.append(bar.label)
+            axes.barh(position, bar.value, height=0.8, color=COLOURS[bar.role][1])
+            axes.text(min(bar.value, 1) + 0.01, position, format_share(bar.value), va="center", fontsize=7.5)
+        position += 1.4
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.7, position - 0.7)
     axes.set_xlim(0, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
     axes.invert_yaxis()
-    if len(drawn) <= 4:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(drawn), frameon=False, fontsize=8)
 
 
 def _draw_curves(axes, chart: CurveChart) -> None:

@@ -29,7 +29,7 @@ p { margin: 10px 0; max-width: 68ch; }
 .stat span { color: var(--soft); font-size: 14px; line-height: 1.35; display: block; margin-top: 4px; }
 figure { margin: 18px 0; padding: 16px; }
 figcaption { font-weight: 600; margin-bottom: 10px; font-size: 15px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 14px;
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 14px;
   margin: 18px 0; }
 .grid figure { margin: 0; }
 .bars { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 18px 28px; }
@@ -48,7 +48,7 @@ svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linec
 .legend i { display: inline-block; width: 12px; height: 4px; border-radius: 2px; margin-right: 6px;
   vertical-align: 3px; }
 .equation { padding: 14px 16px; overflow-x: auto; margin: 16px 0; }
-.equation math { font-size: 18px; }
+.equation math { font-size: clamp(13px, 3.6vw, 18px); }
 .samples { margin: 18px 0; overflow: hidden; }
 .sample { padding: 12px 16px; border-top: 1px solid var(--line); }
 .sample:first-child { border-top: 0; }
@@ -60,8 +60,21 @@ code, .text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monosp
 .scroll { overflow-x: auto; margin: 18px 0; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 8em; }
 th { color: var(--soft); font-weight: 500; font-size: 13px; }
 footer { margin-top: 64px; color: var(--soft); font-size: 14px; border-top: 1px solid var(--line); padding-top: 16px; }
+"""
+
+
+# L = -log sigmoid(beta (log p(y_w)/p_ref(y_w) - log p(y_l)/p_ref(y_l)))
+DPO_LOSS = """
+<mrow><mi>L</mi><mo>=</mo><mo>-</mo><mi>log</mi><mo>&#x2061;</mo><mi>σ</mi><mo>(</mo><mi>β</mi>
+<mo>[</mo><mi>log</mi><mfrac><mrow><mi>p</mi><mo>(</mo><msub><mi>y</mi><mi>w</mi></msub><mo>|</mo><mi>x</mi><mo>)</mo>
+</mrow><mrow><msub><mi>p</mi><mtext>ref</mtext></msub><mo>(</mo><msub><mi>y</mi><mi>w</mi></msub><mo>|</mo><mi>x</mi>
+<mo>)</mo></mrow></mfrac><mo>-</mo><mi>log</mi><mfrac><mrow><mi>p</mi><mo>(</mo><msub><mi>y</mi><mi>l</mi></msub>
+<mo>|</mo><mi>x</mi><mo>)</mo></mrow><mrow><msub><mi>p</mi><mtext>ref</mtext></msub><mo>(</mo><msub><mi>y</mi><mi>l</mi>
+</msub><mo>|</mo><mi>x</mi><mo>)</mo></mrow></mfrac><mo>]</mo><mo>)</mo></mrow>
 """
 
 
@@ -124,3 +137,18 @@ class Page:
             + "\n".join(self.parts)
             + f"\n<footer>{html.escape(self.footer)}</footer></main></body></html>\n"
         )
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: the first column to the left, the others to the right."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  " + "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]  # fmt: skip
+    rule = "  " + "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([lines[0], rule, *lines[1:]])

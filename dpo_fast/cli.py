@@ -1,0 +1,120 @@
+"""The command line: `dpo-fast COMMAND ...`. Every command imports what it needs when it runs, so `--help` is instant.
+
+To add a command, write `add_x(parser)`, which declares its arguments, and `run_x(arguments) -> exit status`, and list
+them in `COMMANDS`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import dpo_fast
+
+MATPLOTLIB_HINT = "(PNG charts need matplotlib: pip install matplotlib, then run this again)"
+
+
+class Command(NamedTuple):
+    """A subcommand. `raw`: its arguments are not parsed here but passed on as they are, in `arguments.rest`."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    raw: bool = False
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another model (default: %(default)s)")
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Train, align, measure, report; status 1 when a claimed effect did not come about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing may wait for a network
+    print("dpo-fast demo: about two minutes on a CPU, no downloads", flush=True)
+    from dpo_fast.demo import console, pages, story
+
+    console.quiet_libraries()
+    results = story.run(arguments.out, story.Settings(seed=arguments.seed))
+    paths = pages.write(results, arguments.out)
+    print(f"\n{pages.summary(results)}\n")
+    _print_paths({"report": paths[0], "numbers": arguments.out / "results.json"}, paths[1:])
+    print(f"  base model  {arguments.out / 'base'}   (dpo-fast train examples/format.yaml aligns it again)")
+    print(f"  aligned     {arguments.out / 'aligned'}\n  took        {results['seconds']:.0f} s")
+    broken = [claim for claim in results["claims"] if not claim["holds"]]
+    for claim in broken:
+        print(f"dpo-fast demo: this run did not show: {claim['claim']} (measured {claim['measured']})", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Nothing: a raw command parses its arguments itself, with what it has to import for that."""
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train any model on any preference data; status 2 for input that cannot be used."""
+    from dpo_fast.training import launch
+
+    if {"-h", "--help"} & set(arguments.rest):
+        print(launch.help_text())
+        return 0
+    try:
+        job, config = launch.read_job(arguments.rest)
+        trainer = launch.make_trainer(job, config)
+    except launch.BadInput as error:
+        print(f"dpo-fast train: {error}", file=sys.stderr)
+        return 2
+    result = launch.train(trainer, job)
+    print(f"\n{launch.summary(result)}\n")
+    out = Path(config.output_dir)
+    _print_paths({"report": out / "report.html", "numbers": out / "results.json", "model": out}, result["png"])
+    return 0
+
+
+def run_env(arguments: argparse.Namespace) -> int:
+    from dpo_fast import env
+
+    return env.main(arguments.rest)
+
+
+def run_selftest(arguments: argparse.Namespace) -> int:
+    from dpo_fast import selftest
+
+    return selftest.main(arguments.rest)
+
+
+def _print_paths(files: dict[str, Path], pngs: list) -> None:
+    for name, path in files.items():
+        print(f"  {name:<10}  {path}")
+    print(f"  {'charts':<10}  {', '.join(str(path) for path in pngs) or MATPLOTLIB_HINT}")
+
+
+COMMANDS = {
+    "demo": Command("train a small language model and align it, in two minutes on a CPU", add_demo, run_demo),
+    "train": Command("train a model on preference pairs", own_arguments, run_train, raw=True),
+    "env": Command("versions, device, and which implementation runs here", own_arguments, run_env, raw=True),
+    "selftest": Command("check the kernels against the oracle on this machine", own_arguments, run_selftest, raw=True),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `dpo-fast`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="dpo-fast", description="Direct Preference Optimization, exact and fast.")
+    parser.add_argument("--version", action="version", version=f"dpo-fast {dpo_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        command.add_arguments(subparser)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].raw:
+        arguments = argparse.Namespace(command=argv[0], rest=argv[1:])
+    else:
+        arguments = parser.parse_args(argv)
+    return COMMANDS[arguments.command].run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""`dpo-fast train`: a YAML file and options -> model, data, `FastDPOTrainer` -> a trained model and a report."""
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from datasets.exceptions import DatasetsError
+
+import dpo_fast
+
+from .charts import can_draw_png, draw_png, training_curves
+from .config import FastDPOConfig
+from .files import write_text
+from .report import DPO_LOSS, Page, text_table
+from .trainer import FastDPOTrainer
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class BadInput(Exception):
+    """Something in the user's input cannot be used; the message is one sentence for the user."""
+
+
+@dataclass
+class Job:
+    """What to train on what. The training itself is described by `FastDPOConfig`."""
+
+    model: str = field(metadata={"help": "Directory or hub id of the model to train."})
+    dataset: str = field(metadata={"help": "JSON, JSONL or Parquet file, saved dataset, or hub id."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Like dataset, for evaluation before and after."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, of eval_dataset or dataset."})
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Reference model; default: the model before training."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default: train all weights."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA's scale."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout (see disable_dropout)."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that get an adapter."}
+    )
+    samples: int = field(default=4, metadata={"help": "Prompts to answer before and after, for the report."})
+    sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
+
+
+class _Parser(transformers.HfArgumentParser):
+    """Options from dataclasses; a mistake is raised, not printed with pages of usage."""
+
+    def error(self, message: str):
+        raise BadInput(message)
+
+
+def _parser() -> _Parser:
+    return _Parser((Job, FastDPOConfig), prog="dpo-fast train", allow_abbrev=False)
+
+
+def _keys() -> list[str]:
+    return [field.name for data_class in (Job, FastDPOConfig) for field in dataclasses.fields(data_class) if field.init]
+
+
+def help_text() -> str:
+    """Every key with its help."""
+    parser = _parser()
+    parser.usage = "dpo-fast train CONFIG.yaml [--key value ...]"
+    parser.description = "Keys of the YAML file and options of the command line are the same; options win."
+    return parser.format_help()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
+    """`[CONFIG.yaml] [--key value ...]`: the file's keys, then the options, typed by the dataclasses.
+
+    Raises BadInput for a file that is missing or not a mapping, for unknown keys (with the closest known ones), for
+    values of the wrong type, and for what `FastDPOConfig` refuses.
+    """
+    config_file = None
+    if options and not options[0].startswith("-"):
+        config_file, options = Path(options[0]), options[1:]
+    values = {} if config_file is None else _read_yaml(config_file)
+    out = Path("runs") / (config_file.stem if config_file else "train")
+    arguments = ["--output_dir", str(out), *_as_arguments(values), *options]
+    try:
+        job, config, rest = _parser().parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        raise BadInput(_one_line(error)) from error
+    if rest:
+        unknown = [argument for argument in rest if argument.startswith("--")]
+        raise BadInput(_unknown_key(unknown[0].lstrip("-").split("=")[0]) if unknown else f"unexpected {rest[0]!r}")
+    return job, config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput(f"there is no file {str(path)!r}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} must hold keys and values, as in `model: path`, got {type(values).__name__}")
+    known = _keys()
+    for key in values:
+        if key not in known:
+            raise BadInput(f"{path}: {_unknown_key(str(key))}")
+    return values
+
+
+def _unknown_key(key: str) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_"), _keys(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "dpo-fast train --help lists all keys"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _as_arguments(values: dict[str, Any]) -> list[str]:
+    """YAML values as command-line options: one way to type them, and YAML 1.1 reads 1e-4 as text anyway."""
+    arguments = []
+    for key, value in values.items():
+        if value is None or value == []:
+            continue  # as if it were not there
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
+    return arguments
+
+
+# --- making ----------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
+    """Load what the job names. Raises BadInput for a model or data that are missing or cannot be used."""
+    for name in ("model", "ref_model"):
+        _check_model_path(name, getattr(job, name))
+    try:
+        train_dataset = load_pairs(job.dataset, job.dataset_config, job.dataset_split)
+        eval_dataset = None
+        if job.eval_dataset or job.eval_split:
+            eval_config = None if job.eval_dataset else job.dataset_config
+            eval_split = job.eval_split or "train"
+            eval_dataset = load_pairs(job.eval_dataset or job.dataset, eval_config, eval_split)
+        return FastDPOTrainer(
+            model=job.model,
+            ref_model=job.ref_model,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=_peft_config(job),
+        )
+    except (ValueError, TypeError, OSError, DatasetsError) as error:
+        raise BadInput(_one_line(error)) from error
+
+
+def load_pairs(source: str, name: str | None, split: str) -> datasets.Dataset:
+    """A dataset from a JSON, JSONL or Parquet file, a directory of `save_to_disk`, or the hub."""
+    path = Path(source)
+    if path.suffix in FORMATS:
+        if not path.is_file():
+            raise BadInput(f"there is no file {source!r}")
+        if split != "train":
+            raise BadInput(f"{source} is one file without splits, so there is no split {split!r}; leave the split out")
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=source, split="train")
+    if path.is_file():
+        raise BadInput(f"{source} is none of {', '.join(FORMATS)}")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(source)
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if split not in saved:
+            raise BadInput(f"{source} has no split {split!r}; it has {', '.join(saved)}")
+        return saved[split]
+    if not path.is_dir() and not _may_be_hub_id(source):
+        raise BadInput(f"there is no dataset {source!r}")
+    return datasets.load_dataset(source, name, split=split)
+
+
+def _check_model_path(name: str, model: str | None) -> None:
+    if model is None or _may_be_hub_id(model) and not Path(model).is_dir():
+        return
+    if not Path(model).is_dir():
+        raise BadInput(f"{name}: there is no directory {model!r} (the examples need `dpo-fast demo` to run first)")
+    if not (Path(model) / "config.json").is_file() and not (Path(model) / "adapter_config.json").is_file():
+        raise BadInput(f"{name}: {model!r} holds no config.json, so it is no model that transformers can load")
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Whether `name` looks like `name` or `owner/name`, and not like a path in a folder that is here."""
+    here = Path(name).parent
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and (here == Path() or not here.is_dir())
+
+
+def _peft_config(job: Job):
+    if job.lora_r is None:
+        return None
+    try:
+        import peft
+    except ImportError as error:
+        raise BadInput("lora_r needs the package peft: pip install peft") from error
+    targets = job.lora_target_modules
+    return peft.LoraConfig(
+        r=job.lora_r,
+        lora_alpha=job.lora_alpha,
+        lora_dropout=job.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """The first paragraph of a message, on one line."""
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def train(trainer: FastDPOTrainer, job: Job) -> dict:
+    """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the results."""
+    evaluates = trainer.eval_dataset is not None
+    before = trainer.evaluate() if evaluates else {}
+    prompts = _sample_prompts(trainer, job.samples)
+    texts_before = _answers(trainer, prompts, job.sample_tokens)
+    outcome = trainer.train()
+    after = trainer.evaluate() if evaluates else {}
+    texts_after = _answers(trainer, prompts, job.sample_tokens)
+    trainer.save_model()
+    results = {
+        "versions": {
+            "dpo_fast": dpo_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "job": dataclasses.asdict(job),
+        "config": _changed(trainer.args),
+        "device": str(trainer.args.device),
+        "pairs": _length(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "seconds": outcome.metrics["train_runtime"],
+        "before": before,
+        "after": after,
+        "log": trainer.state.log_history,
+        "samples": [
+            {"prompt": trainer.processing_class.decode(prompt), "before": old, "after": new}
+            for prompt, old, new in zip(prompts, texts_before, texts_after, strict=True)
+        ],
+        "png": [],
+    }  # fmt: skip
+    out = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        charts = training_curves(results["log"])
+        if charts and can_draw_png():
+            results["png"] = [str(draw_png(charts, out / "training.png"))]
+        write_text(out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
+        write_text(out / "report.html", report(results))
+    return results
+
+
+def _changed(config: FastDPOConfig) -> dict:
+    """The fields of a config that differ from their defaults and are plain values."""
+    changed = {}
+    for known in dataclasses.fields(config):
+        default = known.default if known.default_factory is dataclasses.MISSING else known.default_factory()
+        value = getattr(config, known.name, default)
+        if known.init and value != default and isinstance(value, (str, int, float, list, dict)):
+            changed[known.name] = value
+    return changed
+
+
+def _length(dataset) -> int | None:
+    return len(dataset) if isinstance(dataset, datasets.Dataset) else None
+
+
+def _sample_prompts(trainer: FastDPOTrainer, count: int) -> list[list[int]]:
+    """Token ids of the first different prompts of the evaluation data, or of the training data."""
+    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    prompts = {tuple(row["prompt_ids"]): None for row in dataset.take(16 * count)} if count > 0 else {}
+    return [list(prompt) for prompt in prompts if prompt][:count]
+
+
+@torch.no_grad()
+def _answers(trainer: FastDPOTrainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """The model's greedy answers."""
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    training = model.training
+    model.eval()
+    texts = []
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt], device=trainer.args.device)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        texts.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    model.train(training)
+    return texts
+
+
+# --- reporting -------------------------------------------------------------------------------------------------------
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+
+
+def _rows(results: dict) -> list[tuple[str, str, str]]:
+    """(metric, before, after): on the evaluation data, or the first and the last of what training logged."""
+    if results["before"]:
+        first, last, prefix = results["before"], results["after"], "eval_"
+    else:
+        logged = [logs for logs in results["log"] if "loss" in logs] or [{}]
+        first, last, prefix = logged[0], logged[-1], ""
+    names = [name for name in _SHOWN if prefix + name in first]
+    return [(name, f"{float(first[prefix + name]):.4f}", f"{float(last[prefix + name]):.4f}") for name in names]
+
+
+def _header(results: dict) -> tuple[str, str, str]:
+    if results["before"]:
+        return "evaluation data", "before", "after"
+    return "training data", "first logged", "last logged"
+
+
+def summary(results: dict) -> str:
+    """The table that ends the command."""
+    return text_table(_header(results), _rows(results))
+
+
+def report(results: dict) -> str:
+    """The report as HTML."""
+    job = results["job"]
+    page = Page(
+        f"DPO on {Path(job['dataset']).name}",
+        f"{job['model']} after {results['steps']} steps"
+        + (f" on {results['pairs']:,} pairs" if results["pairs"] else "")
+        + f", {results['seconds']:.0f} seconds on {results['device']}.",
+        footer="dpo-fast train. " + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ". All numbers are in results.json beside this file.",
+    )  # fmt: skip
+    page.table(_header(results), _rows(results))
+    page.heading("Training")
+    page.prose(
+        "DPO raises the probability of the chosen answer over that of the rejected one, each relative to the "
+        "reference. The rewards below are β times the log of policy over reference; both are 0 before the first "
+        "step, where the sigmoid loss is log 2."
+    )
+    page.equation(DPO_LOSS)
+    page.curves(training_curves(results["log"]))
+    if results["samples"]:
+        page.heading("What the model writes")
+        page.prose("Greedy answers to the first prompts of the data.")
+        page.samples((sample["prompt"], sample["before"], sample["after"]) for sample in results["samples"])
+    page.heading("Settings")
+    chosen = {name: value for name, value in job.items() if value is not None} | results["config"]
+    page.table(["key", "value"], [(name, str(value)) for name, value in sorted(chosen.items())])
+    return page.html()
