@@ -110,6 +110,8 @@ def reasons_against(model: nn.Module) -> list[str]:
     classes = sorted({type(m).__name__ for m in model.modules() if _mixes_tokens_otherwise(m)})
     if classes:
         reasons.append(f"{name} mixes tokens by {', '.join(classes)}")
+    if any("alora" in type(variant).__name__.lower() for variant in _lora_variants(model)):
+        reasons.append(f"{name} has an activated LoRA adapter, which starts at a token of each row")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         reasons.append(f"{name} attends to later tokens")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "absolute") == "alibi":
@@ -131,6 +133,11 @@ def _mixes_tokens_otherwise(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     kinds = ("mamba", "rwkv", "deltanet", "linearattention", "lightning", "retention", "shortconv", "rglru")
     return isinstance(module, nn.Conv1d) or any(kind in name for kind in kinds)
+
+
+def _lora_variants(model: nn.Module) -> list:
+    """What PEFT's LoRA layers compute other than plain LoRA."""
+    return [variant for m in model.modules() for variant in dict(getattr(m, "lora_variant", {})).values()]
 
 
 def _hands_keywords_through(model: nn.Module) -> bool:

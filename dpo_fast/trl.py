@@ -98,7 +98,7 @@ class _Nothing:
 def _in_trl(**replacements) -> Iterator[None]:
     """Replace names of `trl.trainer.dpo_trainer`; those that it has not (BaseTunerLayer without PEFT) stay absent.
 
-    One thread at a time; a trainer that is built while another one is being built finds and leaves what it should.
+    One thread at a time; nested uses unwind in order.
     """
     with _CONSTRUCTING:
         originals = {name: vars(dpo_trainer)[name] for name in replacements if name in vars(dpo_trainer)}
@@ -276,20 +276,18 @@ def _pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> _Rows | 
     device, width = labels.device, labels.shape[1]
     host = torch.stack([x.to(torch.int64) for x in (input_ids, attention_mask, labels)]).tolist()
     rows = list(zip(*host, strict=True))
-    lengths = [sum(mask) for _, mask, _ in rows]
-    for (_, mask, row), length in zip(rows, lengths, strict=True):
+    sequences = []
+    for ids, mask, row in rows:
+        length = sum(mask)
         if not length or mask != [1] * length + [0] * (width - length) or any(x != -100 for x in row[length:]):
             return ["the rows are not sequences padded on the right"]
-    starts = [next((t for t in range(n) if row[t] != -100), n) for (*_, row), n in zip(rows, lengths, strict=True)]
-
-    def parts(row: int) -> tuple[list[int], list[int]]:
-        return rows[row][0][: starts[row]], rows[row][0][starts[row] : lengths[row]]
-
+        sequences.append(ids[:length])
     P = len(rows) // 2
-    batch = shared_prefix_batch([TokenPair(*parts(i), *parts(P + i)) for i in range(P)])
-    tokens = [(row, t) for i in range(P) for row in (i, P + i) for t in range(max(starts[row], 1), lengths[row])]
-    labelled = [k for k, (row, t) in enumerate(tokens) if rows[row][2][t] != -100]  # a completion may have holes
-    tokens = [tokens[k] for k in labelled]
+    batch = shared_prefix_batch([TokenPair([], sequences[i], [], sequences[P + i]) for i in range(P)])
+    # Every token but the first of each row, in the batch's order, of which the labels say which ones are scored
+    tokens = [(row, t) for i in range(P) for row in (i, P + i) for t in range(1, len(sequences[row]))]
+    scored = [k for k, (row, t) in enumerate(tokens) if rows[row][2][t] != -100]
+    tokens = [tokens[k] for k in scored]
 
     def send(x):
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
@@ -302,7 +300,7 @@ def _pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> _Rows | 
             **attention.model_inputs(layout, device),
         },
         shape=torch.Size((len(rows), width - 1)),
-        predictors=send(batch.predictors[torch.tensor(labelled, dtype=torch.int64)]),
+        predictors=send(batch.predictors[torch.tensor(scored, dtype=torch.int64)]),
         targets=send(torch.tensor([rows[row][2][t] for row, t in tokens], dtype=torch.int64)),
         places=send(torch.tensor([row * (width - 1) + t - 1 for row, t in tokens], dtype=torch.int64)),
         token_weights=(layout.branches == 0).float().add(1).unsqueeze(0),  # a prefix stands for both rows' tokens

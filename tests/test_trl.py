@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -155,6 +156,11 @@ def padded_left(inputs):
     return {**inputs, **{name: inputs[name].flip(1) for name in ("input_ids", "attention_mask", "labels")}}
 
 
+def with_labels_on_padding(inputs):
+    inputs["labels"][1, -1] = 9
+    return inputs
+
+
 def an_odd_row(inputs):
     return {name: value[:7] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
@@ -181,6 +187,7 @@ def embedded(inputs):
     "change, reason",
     [
         (padded_left, "padded on the right"),
+        (with_labels_on_padding, "padded on the right"),
         (an_odd_row, "2P rows"),
         (with_position_ids, "position_ids"),
         (without_mask, "2P rows"),
@@ -207,6 +214,27 @@ def test_a_model_that_cannot_runs_padded_rows(kind, caplog):
     with caplog.at_level("WARNING", "dpo_fast"):
         assert_same_call(theirs, mine, inputs_of())
     assert any("padded rows, not shared prefixes, because" in r.getMessage() for r in caplog.records)
+
+
+def test_a_batch_with_images_runs_as_it_comes(caplog):
+    ours._log_once.cache_clear()
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.LlavaConfig(
+        text_config=dict(model_type="qwen2", vocab_size=100, num_key_value_heads=2, **sizes),
+        vision_config=dict(model_type="clip_vision_model", image_size=8, patch_size=4, projection_dim=16, **sizes),
+        image_token_index=99,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlavaForConditionalGeneration(config).eval()
+    mine = copy.deepcopy(theirs)
+    dpo_trainer.add_fused_lm_head(theirs)
+    ours.install(mine)
+    image = dict(prompt_ids=[99] * 4 + [5, 6], chosen_ids=[7, 8, 9], rejected_ids=[10, 11])
+    inputs = {**inputs_of([image, image]), "pixel_values": torch.randn(4, 3, 8, 8)}
+    found = [model(**inputs, fused_lm_head=True) for model in (theirs, mine)]
+    assert_same_fields(*found, names=["log_probs"])
+    assert "image tokens" in caplog.text
 
 
 def test_attention_dropout_is_not_lost(caplog):
@@ -292,7 +320,7 @@ def trainer_of(trainer_class, tmp_path, model="llama", peft_config=None, rows=No
         train_dataset=datasets.Dataset.from_list(rows or tiny_rows(9, seed=4)),
         eval_dataset=datasets.Dataset.from_list(tiny_rows(6, seed=5)),
         processing_class=tiny_tokenizer(),
-        peft_config=peft_config,
+        peft_config=copy.deepcopy(peft_config),
     )
 
 
@@ -320,7 +348,8 @@ def assert_same_curves(tmp_path, tolerance=1e-4, but=(), **options):
         {},
         dict(gradient_accumulation_steps=2, loss_type=["sigmoid", "sft"], rows=tiny_chat_rows(9)),
         dict(use_weighting=True, max_length=24, truncation_mode="keep_end"),
-        dict(ld_alpha=0.5, precompute_ref_log_probs=True),
+        # TRL's first margins are rounding, of either sign
+        dict(ld_alpha=0.5, precompute_ref_log_probs=True, but=["rewards/accuracies", "eval_rewards/accuracies"]),
         dict(gradient_checkpointing=True),
         dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
         dict(model="qwen3_moe", overrides=MOE, router_aux_loss_coef=0.3),
@@ -350,6 +379,14 @@ def test_prompt_learning_runs_padded_rows(tmp_path, kind):
     peft = pytest.importorskip("peft")
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
     assert_same_curves(tmp_path, peft_config=config, learning_rate=1.0)
+
+
+def test_activated_lora_runs_padded_rows(tmp_path):
+    """PEFT switches it on at a token of each of TRL's rows."""
+    peft = pytest.importorskip("peft")
+    start = tiny_tokenizer()(" yes")["input_ids"][-1:]
+    config = dict(r=4, target_modules=["q_proj"], alora_invocation_tokens=start, init_lora_weights="gaussian")
+    assert_same_curves(tmp_path, peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **config), learning_rate=1.0)
 
 
 def test_an_adapter_that_was_there_before_has_a_reference_copy(tmp_path):
