@@ -43,7 +43,7 @@ def gemm_operand(x: Tensor) -> Tensor:
 
 def _slices(right: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of `right` as GEMM operands: whole where no conversion is needed, else a few at a time."""
-    if gemm_operand(right[:0]) is right[:0] or gemm_operand(right[:0]).dtype == right.dtype:
+    if gemm_operand(right[:0]).dtype == right.dtype:
         yield slice(None), right
         return
     step = max(1, _SLICE_BYTES // (4 * max(1, right.shape[1])))
