@@ -56,7 +56,7 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train any model on any preference data; status 2 for input that cannot be used."""
-    from dpo_fast.training import launch
+    from dpo_fast.training import launch, outcome
 
     if {"-h", "--help"} & set(arguments.rest):
         print(launch.help_text())
@@ -67,8 +67,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     except launch.BadInput as error:
         print(f"dpo-fast train: {error}", file=sys.stderr)
         return 2
-    result = launch.train(trainer, job)
-    print(f"\n{launch.summary(result)}\n")
+    result = outcome.train(trainer, job)
+    print(f"\n{outcome.summary(result)}\n")
     out = Path(config.output_dir)
     _print_paths({"report": out / "report.html", "numbers": out / "results.json", "model": out}, result["png"])
     return 0

@@ -1,0 +1,172 @@
+"""The command line: quick to answer, one sentence for what it cannot use, a trained model and a report otherwise."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from tiny import tiny_model, tiny_rows, tiny_tokenizer
+
+from dpo_fast.cli import COMMANDS, main
+from dpo_fast.training import launch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model directory, a JSONL file and a config that uses both."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    config = {
+        "model": str(folder / "model"),
+        "dataset": str(folder / "pairs.jsonl"),
+        "learning_rate": "5e-3",  # text, as YAML 1.1 reads it
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.5],
+        "disable_dropout": False,
+        "lr_scheduler_kwargs": {},
+        "eval_dataset": None,
+        "sample_tokens": 3,
+        "use_cpu": True,
+        "output_dir": str(folder / "out"),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run(*arguments: str) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, dpo_fast.cli\n"
+        "try: dpo_fast.cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'yaml'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_unknown_command_and_option_end_with_status_2(capsys):
+    for arguments in (["traim"], [], ["demo", "--nope"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+    capsys.readouterr()
+
+
+def test_train_help_lists_every_key(capsys):
+    assert run("train", "--help") == 0
+    text = capsys.readouterr().out
+    for key in ("model", "lora_r", "beta", "loss_type", "learning_rate", "eval_split", "seed"):
+        assert f"--{key} " in text
+    assert "Strength of the pull towards the reference" in " ".join(text.split())
+
+
+def test_options_win_over_the_file_and_are_typed(files):
+    job, config = launch.read_job([str(files / "config.yaml"), "--beta", "0.3", "--max_steps=5", "--eval-steps", "7"])
+    assert (config.learning_rate, config.beta, config.max_steps, config.eval_steps) == (5e-3, 0.3, 5, 7)
+    assert config.loss_type == ["sigmoid", "sft"] and config.loss_weights == [1.0, 0.5]
+    assert config.disable_dropout is False and config.use_cpu is True and job.lora_r is None
+    assert job.given["max_steps"] == "5" and job.given["eval_steps"] == "7" and job.given["loss_weights"] == "1.0 0.5"
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["nope.yaml"], "there is no file 'nope.yaml'"),
+        (["{config}", "--bta", "1"], "unknown key 'bta'; did you mean beta"),
+        (["{config}", "--qqqqqq", "1"], "unknown key 'qqqqqq'; dpo-fast train --help lists all keys"),
+        (["{config}", "--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["{config}", "--beta", "-1"], "beta must be positive"),
+        (["{config}", "--loss_type", "sigmod"], "got 'sigmod'"),
+        (["{config}", "extra"], "unexpected 'extra'"),
+        (["{config}", "--model", "{folder}/nothing"], "model: there is no directory"),
+        (["{config}", "--model", "{folder}"], "holds no config.json"),
+        (["{config}", "--ref_model", "{folder}/nothing"], "ref_model: there is no directory"),
+        (["{config}", "--dataset", "{folder}/none.jsonl"], "there is no file"),
+        (["{config}", "--dataset", "{folder}/none"], "there is no dataset"),
+        (["{config}", "--dataset", "{config}"], "is none of .json, .jsonl, .parquet"),
+        (["{config}", "--dataset", "{folder}/model/config.json"], "expected prompt, chosen, rejected"),
+        (["{config}", "--dataset", "{folder}/broken.json"], "broken.json cannot be read"),
+        (["{config}", "--dataset_split", "test"], "so there is no split 'test'"),
+        (["{config}", "--eval_split", "test"], "so there is no split 'test'"),
+        (["{config}", "--dataset", "{folder}/saved", "--dataset_split", "dev"], "it has train"),
+        (["--model", "x"], "--dataset"),
+        (["{folder}/list.yaml"], "must hold keys and values"),
+        (["{folder}/typo.yaml"], "unknown key 'learning_rat'; did you mean learning_rate"),
+        (["{folder}/broken.yaml"], "is not YAML"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(files, arguments, sentence, capsys):
+    (files / "list.yaml").write_text("- a\n")
+    (files / "typo.yaml").write_text("learning_rat: 1\n")
+    (files / "broken.yaml").write_text("a: [1\n")
+    (files / "broken.json").write_text('{"prompt": ')
+    if not (files / "saved").exists():
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(tiny_rows(2))}).save_to_disk(files / "saved")
+    arguments = [argument.format(folder=files, config=files / "config.yaml") for argument in arguments]
+    capsys.readouterr()
+    assert run("train", *arguments) == 2
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpo-fast train: ")]
+    assert len(message) == 1 and sentence in message[0]
+
+
+def test_train_leaves_a_model_numbers_and_a_report(files, capsys):
+    out = files / "out"
+    assert run("train", files / "config.yaml", "--eval_dataset", files / "pairs.jsonl", "--loss_type", "sigmoid",
+               "--loss_weights", "1.0") == 0  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert results["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert results["after"]["eval_loss"] < results["before"]["eval_loss"]
+    assert results["steps"] == 2 and results["pairs"] == 8 and len(results["samples"]) == 4
+    assert (out / "model.safetensors").is_file() and (out / "tokenizer.json").is_file()
+    page = (out / "report.html").read_text()
+    assert "DPO on pairs.jsonl" in page and "learning_rate" in page and "<svg" in page
+    assert "evaluation data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "saved"])
+def test_train_with_lora_on_other_kinds_of_files(files, kind, tmp_path):
+    pytest.importorskip("peft")
+    dataset = datasets.Dataset.from_list(tiny_rows(4))
+    source = tmp_path / f"pairs.{kind}"
+    save = {"json": dataset.to_json, "parquet": dataset.to_parquet, "saved": dataset.save_to_disk}[kind]
+    save(str(source))
+    options = ["--lora_r", "2", "--max_steps", "1", "--samples", "0", "--output_dir", tmp_path / "out"]
+    assert run("train", files / "config.yaml", "--dataset", source, *options) == 0
+    assert (tmp_path / "out" / "adapter_config.json").is_file() and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_example_config_names_known_keys_and_the_demos_files():
+    values = yaml.safe_load((ROOT / "examples" / "format.yaml").read_text())
+    job, config = launch.read_job([str(ROOT / "examples" / "format.yaml")])
+    assert job.model == "runs/demo/base" and job.dataset == "runs/demo/format_pairs.jsonl"
+    assert config.beta == values["beta"] and config.optim == "sgd" and str(config.save_strategy.value) == "no"
+
+
+@pytest.mark.parametrize("script", ["own_loop", "chat_lora"])
+def test_examples_run(script, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(steps=5)
+    assert "0.6931" in capsys.readouterr().out  # ln 2, before the first step
