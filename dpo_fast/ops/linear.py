@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
 from .dispatch import choose_impl
-from .head import Transform, gemm_operand, logits_into, make_tile, mm_into, times_right
+from .head import BLOCK_BYTES, Transform, gemm_operand, logits_into, make_tile, mm_into, times_right
 from .logits_torch import transform_
 from .plan import DEFAULT_TILE_MIB, HeadPlan, plan_head
 from .reference import logits_token_stats_reference
@@ -396,7 +396,7 @@ def _slice_direction_(tile, local_labels, partition, coefficient, transform: Tra
     inside = (local_labels >= 0) & (local_labels < width)
     target = local_labels.clamp(0, width - 1)
     log_sum = partition[1].masked_fill(partition[1] == -torch.inf, 0)
-    rows_per_block = max(1, (1 << 20) // (width * tile.element_size()))
+    rows_per_block = max(1, BLOCK_BYTES // (width * tile.element_size()))
     if tile.device.type != "cpu":
         rows_per_block = N
     for start in range(0, N, rows_per_block):
