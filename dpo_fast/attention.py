@@ -188,20 +188,17 @@ def choose_implementation(query: Tensor, softcap: float | None, sinks: Tensor | 
 
 
 def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
-    outputs, start = [], 0
-    for p, c, r in layout.pairs:
-        prefix, branch = slice(start, start + p), slice(start + p + c, start + p + c + r)
-        for run, keys, values in (
-            (slice(start, start + p + c), key[:, :, start : start + p + c], value[:, :, start : start + p + c]),
-            (
-                branch,
-                torch.cat([key[:, :, prefix], key[:, :, branch]], 2) if p else key[:, :, branch],
-                torch.cat([value[:, :, prefix], value[:, :, branch]], 2) if p else value[:, :, branch],
-            ),
-        ):
-            if run.stop > run.start:
-                outputs.append(_causal(query[:, :, run], keys, values, layout, scaling, window, softcap, sinks))
-        start += p + c + r
+    # Splits, whose gradient is one cat: that of a slice is a row of zeros, and a row has three slices or more a pair
+    whole = [sum(pair) for pair in layout.pairs]
+    outputs = []
+    for (p, c, r), *row in zip(layout.pairs, *(x.split(whole, 2) for x in (query, key, value)), strict=True):
+        (query_run, query_branch), (keys, key_branch), (values, value_branch) = (x.split([p + c, r], 2) for x in row)
+        if p:
+            key_branch = torch.cat([keys[:, :, :p], key_branch], 2)
+            value_branch = torch.cat([values[:, :, :p], value_branch], 2)
+        for q, k, v in ((query_run, keys, values), (query_branch, key_branch, value_branch)):
+            if q.shape[2]:
+                outputs.append(_causal(q, k, v, layout, scaling, window, softcap, sinks))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
