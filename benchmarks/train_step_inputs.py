@@ -25,8 +25,8 @@ class Mix:
 
     prompt_median: int
     completion_median: int
-    prompt_sigma: float = 0.7
-    completion_sigma: float = 0.6
+    prompt_sigma: float = 1.0
+    completion_sigma: float = 0.7
 
     def lengths(self, rng: random.Random, longest: int) -> tuple[int, int, int]:
         """(prompt, chosen, rejected) of one pair, EOS included; prompt + completion is at most `longest`."""
