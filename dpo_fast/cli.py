@@ -5,6 +5,7 @@ them in `COMMANDS`.
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -86,6 +87,20 @@ def run_selftest(arguments: argparse.Namespace) -> int:
     return selftest.main(arguments.rest)
 
 
+def run_bench(arguments: argparse.Namespace) -> int:
+    """`dpo-fast bench NAME ...`: a module of the checkout's benchmarks/, which the installed package does not hold."""
+    names = ("head", "level1", "accuracy", "train_step", "sweep")
+    root = Path(dpo_fast.__file__).resolve().parents[1]
+    if not arguments.rest or arguments.rest[0] not in names:
+        print(f"dpo-fast bench: name one of {', '.join(names)}, then its options (--help lists them)", file=sys.stderr)
+        return 2
+    if not (root / "benchmarks").is_dir():
+        print("dpo-fast bench: benchmarks/ is not installed; run this from a checkout of dpo_fast", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(root))
+    return importlib.import_module(f"benchmarks.{arguments.rest[0]}").main(arguments.rest[1:])
+
+
 def _print_paths(files: dict[str, Path], pngs: list) -> None:
     for name, path in files.items():
         print(f"  {name:<10}  {path}")
@@ -97,6 +112,7 @@ COMMANDS = {
     "train": Command("train a model on preference pairs", own_arguments, run_train, raw=True),
     "env": Command("versions, device, and which implementation runs here", own_arguments, run_env, raw=True),
     "selftest": Command("check the kernels against the oracle on this machine", own_arguments, run_selftest, raw=True),
+    "bench": Command("run a benchmark of the checkout: head, level1, ...", own_arguments, run_bench, raw=True),
 }
 
 

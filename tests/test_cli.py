@@ -170,3 +170,10 @@ def test_examples_run(script, tmp_path, capsys, monkeypatch):
     spec.loader.exec_module(example)
     example.main(steps=5)
     assert "0.6931" in capsys.readouterr().out  # ln 2, before the first step
+
+
+def test_bench_runs_the_checkouts_benchmarks(capsys):
+    assert main(["bench", "level1", "--N", "4", "--V", "64", "--rounds", "1", "--no-save"]) == 0
+    assert "share_of_copy" in capsys.readouterr().out
+    assert main(["bench", "heads"]) == 2
+    assert "name one of head, level1" in capsys.readouterr().err
