@@ -137,9 +137,20 @@ def bench(arguments, folder: Path) -> dict:
     counted = batches[arguments.warmup :]
     rows = summarize(rounds, counted, arguments.warmup)
     curves = {p: curve_of(rounds[0][p]["done"]["logs"]) for p in arguments.providers}
-    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "pairs", "steps", "warmup", "rounds")
+    knobs = (
+        "command",
+        "shape",
+        "mix",
+        "mode",
+        "reference",
+        "checkpointing",
+        "dtype",
+        "pairs",
+        "steps",
+        "warmup",
+        "rounds",
+    )
     return {
-        "command": f"python -m benchmarks.train_step {' '.join(arguments.argv)}".strip(),
         **{name: getattr(arguments, name) for name in (*knobs, "learning_rate", "longest", "threads", "seed")},
         "model": vars(shape),
         "lengths": vars(mix),
@@ -323,7 +334,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args(argv)
-    arguments.argv = argv
+    arguments.command = "python -m benchmarks.train_step " + " ".join(argv)
     if arguments.largest_batch and not cuda:
         parser.error("--largest-batch needs a GPU: without one, memory that runs out takes the machine with it")
     if arguments.smoke:

@@ -39,7 +39,12 @@ class Mix:
         return prompt, chosen, rejected
 
 
-MIXES = {"chat": Mix(150, 200), "long": Mix(700, 200), "short": Mix(40, 200), "tiny": Mix(8, 10)}
+MIXES = {
+    "chat": Mix(150, 200),
+    "long": Mix(700, 200, prompt_sigma=0.4),  # documents: narrower, and few reach the limit
+    "short": Mix(40, 200),
+    "tiny": Mix(8, 10),
+}
 
 
 @dataclass(frozen=True)
