@@ -254,23 +254,26 @@ def coincide(found: dict[str, float], dtype: str) -> bool:
 
 
 def largest_batch(arguments, folder: Path, most: int = 512) -> dict:
-    """Pairs a step that fit the device's memory, per provider, to an eighth, and their speed."""
+    """Pairs a step that fit the device's memory, per provider, to an eighth, and their speed in the second step."""
     shape, mix, dtype = SHAPES[arguments.shape], MIXES[arguments.mix], getattr(torch, arguments.dtype)
     write_inputs(folder, shape, mix, most, arguments.longest, dtype, arguments.seed)
     rows = []
     for provider in arguments.providers:
+        speeds = {}
 
-        def fits(pairs: int, provider=provider) -> bool:
+        def fits(pairs: int, provider=provider, speeds=speeds) -> bool:
             try:
-                run_apart([make_job(arguments, provider, folder, 2, pairs)], folder)
+                found = run_apart([make_job(arguments, provider, folder, 2, pairs)], folder)[provider]
+                speeds[pairs] = pairs / found["steps"][-1]["wall_s"]
             except WorkerFailed as failure:
                 if "out of memory" not in str(failure):
                     raise
                 return False
             return True
 
-        rows.append({"provider": provider, "largest_batch": search(fits, arguments.pairs, most)})
-        print(f"{provider}: {rows[-1]['largest_batch']} pairs a step")
+        largest = search(fits, arguments.pairs, most)
+        rows.append({"provider": provider, "largest_batch": largest, "pairs_per_s": speeds.get(largest)})
+        print(f"{provider}: {largest} pairs a step")
     base = next((row["largest_batch"] for row in rows if row["provider"] == BASELINE), None)
     for row in rows:
         row["times_larger"] = row["largest_batch"] / base if base else None
@@ -377,7 +380,7 @@ def wrong_providers(result: dict) -> list[str]:
 
 def report(result: dict) -> None:
     if "curves" not in result:
-        print(table(result["rows"], ["provider", "largest_batch", "times_larger"]))
+        print(table(result["rows"], ["provider", "largest_batch", "times_larger", "pairs_per_s"]))
         return
     tokens = result["tokens_per_step"]
     print(

@@ -70,3 +70,23 @@ def test_three_trainers_take_turns_and_agree(tmp_path):
         assert all(value < 1e-4 for value in result["differences"][provider].values()), provider
     losses = result["curves"]["trl"]["loss"]
     assert len(losses) == 3 and losses[2] != losses[0]
+
+
+def test_largest_batches_are_compared_and_other_failures_are_not_mistaken_for_memory(tmp_path, monkeypatch):
+    arguments = train_step.parse(["--smoke"])
+    limits = {"trl": 5, "dpo_fast.trl": 10, "FastDPOTrainer": 12}
+    message = "torch.OutOfMemoryError: CUDA out of memory"
+
+    def run(jobs, folder):
+        if jobs[0].pairs_per_step > limits[jobs[0].provider]:
+            raise train_step.WorkerFailed(message)
+        return {jobs[0].provider: {"steps": [{"wall_s": 9.0}, {"wall_s": 2.0}]}}
+
+    monkeypatch.setattr(train_step, "run_apart", run)
+    rows = train_step.largest_batch(arguments, tmp_path, most=64)["rows"]
+    assert [row["largest_batch"] for row in rows] == [5, 10, 12]
+    assert [row["times_larger"] for row in rows] == [1, 2, 12 / 5]
+    assert rows[0]["pairs_per_s"] == 2.5
+    message = "ValueError: something else"
+    with pytest.raises(train_step.WorkerFailed, match="something else"):
+        train_step.largest_batch(arguments, tmp_path, most=64)
