@@ -87,7 +87,7 @@ def stamp() -> dict:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
     )
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy"):
+    for name in ("triton", "transformers", "accelerate", "peft", "trl", "liger_kernel", "cut_cross_entropy"):
         try:
             versions[name] = __import__("importlib.metadata", fromlist=["version"]).version(name)
         except ModuleNotFoundError:
