@@ -396,7 +396,7 @@ def _slice_direction_(tile, local_labels, partition, coefficient, transform: Tra
     inside = (local_labels >= 0) & (local_labels < width)
     target = local_labels.clamp(0, width - 1)
     log_sum = partition[1].masked_fill(partition[1] == -torch.inf, 0)
-    rows_per_block = max(1, BLOCK_BYTES // (width * tile.element_size()))
+    rows_per_block = max(1, BLOCK_BYTES // 8 // (width * tile.element_size()))
     if tile.device.type != "cpu":
         rows_per_block = N
     for start in range(0, N, rows_per_block):
