@@ -37,7 +37,8 @@ def worker(own_unit: bool, attach_first: bool) -> None:
     for name, parameter in model.named_parameters():
         found, true = parameter.grad.full_tensor(), plain.get_parameter(name).grad
         assert (found - true).norm() <= 1e-5 * true.norm(), name
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads at times abort a process that leaves the long way, with nothing left to do
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
