@@ -9,7 +9,7 @@ from torch import Tensor
 from .logps import PairLogps, pair_logps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
 from .ops.checks import check_finite, check_tensor, check_transform, checking
-from .ops.dispatch import choose_impl
+from .ops.dispatch import choose_impl, plan_device
 from .ops.head import Transform
 from .ops.linear import check_head, check_head_values, compute_dtype, linear_token_stats
 from .ops.pairwise import Head, PairwiseLossFunction, group_tokens
@@ -131,7 +131,7 @@ def linear_preference_loss(
         separable=fused,
         longest_pair=tokens.longest_pair if fused else None,
         tile_mib=tile_mib,
-        device_type=hidden.device.type,
+        device_type=plan_device(impl, hidden.device),
     )
     if not fused:
         stats = linear_token_stats(

@@ -43,7 +43,7 @@ def test_a_tile_stays_within_its_budget(device_type, dtype, tile_mib, N, V):
             N, 1024, V, dtype, head_grad=head_grad, separable=separable, tile_mib=tile_mib, device_type=device_type
         )
         bytes_per_logit = 6 if dtype == torch.bfloat16 and device_type == "cuda" else 4
-        assert plan.chunk_rows * V * bytes_per_logit <= tile_mib << 20
+        assert plan.chunk_rows * (plan.chunk_columns * bytes_per_logit + 2 * 1024 * 4) <= tile_mib << 20
         if plan.name == "recompute":
             assert plan.slice_columns * N * bytes_per_logit <= tile_mib << 20
         assert 1 <= plan.chunk_rows <= N and 1 <= plan.slice_columns <= V
@@ -51,7 +51,16 @@ def test_a_tile_stays_within_its_budget(device_type, dtype, tile_mib, N, V):
 
 def test_work_space_is_flat_in_tokens():
     small, large = (plan_head(n, 1024, 32_000, longest_pair=200).workspace_bytes for n in (4096, 65_536))
-    assert small == large == plan_head(1 << 20, 1024, 32_000, longest_pair=200).chunk_rows * 32_000 * 4
+    rows = plan_head(1 << 20, 1024, 32_000, longest_pair=200).chunk_rows
+    assert small == large == rows * (32_000 + 2 * 1024) * 4
+
+
+@pytest.mark.parametrize("needs", [dict(hidden_grad=False, head_grad=False), dict(head_grad=False)])
+def test_on_cpu_work_space_is_flat_in_the_vocabulary(needs):
+    """Plans without d_weight go through the vocabulary slice by slice there: a whole row never exists."""
+    small, large = (plan_head(4096, 1024, V, device_type="cpu", **needs) for V in (32_000, 256_000))
+    assert small.workspace_bytes == large.workspace_bytes < 20 << 20
+    assert large.chunk_columns < 32_000
 
 
 def test_a_pair_longer_than_the_preferred_tile_still_fits_the_budget():

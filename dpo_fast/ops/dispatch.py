@@ -41,6 +41,11 @@ def reasons_against(impl: str, device: torch.device, dtype: torch.dtype = torch.
     return reasons
 
 
+def plan_device(impl: str, device: torch.device) -> str:
+    """Whose plan `impl` follows: Triton's is one, also where its interpreter stands in for a device."""
+    return "cuda" if impl == "triton" else device.type
+
+
 @functools.cache
 def _log_once(op: str, impl: str, device_type: str, why: str) -> None:
     logger.info("%s: impl=%r on %s%s", op, impl, device_type, f" ({why})" if why else "")

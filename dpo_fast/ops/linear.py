@@ -12,8 +12,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
-from .dispatch import choose_impl
-from .head import BLOCK_BYTES, Transform, gemm_operand, logits_into, make_tile, mm_into, times_right
+from .dispatch import choose_impl, plan_device
+from .head import (
+    Transform,
+    blocks_of_columns,
+    column_of,
+    gemm_operand,
+    logits_into,
+    logits_view,
+    make_tile,
+    mm_into,
+    times_right,
+)
 from .logits_torch import transform_
 from .plan import DEFAULT_TILE_MIB, HeadPlan, plan_head
 from .reference import logits_token_stats_reference
@@ -216,18 +226,10 @@ class Factors:
         return pairs, None if self.bias is None else self.bias[part]
 
 
-def _plan(hidden, weight, name: str, tile_mib: int, dtype: torch.dtype) -> HeadPlan:
-    return plan_head(
-        hidden.shape[0],
-        hidden.shape[1],
-        weight.shape[0],
-        dtype,
-        hidden_grad=name != "score",
-        head_grad=name == "recompute",
-        separable=False,
-        tile_mib=tile_mib,
-        device_type=hidden.device.type,
-    )
+def _plan(N: int, weight, name: str, tile_mib: int, dtype: torch.dtype, device_type: str) -> HeadPlan:
+    needs = dict(hidden_grad=name != "score", head_grad=name == "recompute", separable=False)
+    V, H = weight.shape
+    return plan_head(N, H, V, dtype, tile_mib=tile_mib, device_type=device_type, **needs)
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
@@ -259,7 +261,7 @@ def _forward(
     if N == 0:
         return results
     transform, names = Transform(scale, softcap, temperature), stats.split()
-    sizes = _plan(hidden, weight, plan, tile_mib, getattr(torch, dtype))
+    sizes = _plan(N, weight, plan, tile_mib, getattr(torch, dtype), plan_device(impl, hidden.device))
     tile = None
     with torch.autocast(hidden.device.type, enabled=False):
         factors = Factors(hidden, weight, bias, down, up, getattr(torch, dtype))
@@ -270,7 +272,7 @@ def _forward(
             part = slice(start, min(start + sizes.chunk_rows, N))
             index = part if rows is None else rows[part]
             chunk = factors.rows(index)
-            tile = tile or make_tile(impl, min(N, sizes.chunk_rows), weight.shape[0], chunk[0][0])
+            tile = tile or make_tile(impl, min(N, sizes.chunk_rows), sizes.chunk_columns, chunk[0][0])
             label, ignored, invalid = usable_labels(labels[index], ignore_index, weight.shape[0])
             out = tile.fold(chunk, bias, label, transform, names, gradient=plan == "frozen")
             if ignored is not None:
@@ -364,14 +366,13 @@ def _recompute(
             left.new_zeros(left.shape, dtype=wide) if needs[k] else None
             for k, left in zip((0, 3), factors.lefts, strict=False)
         ]
-        sizes = _plan(hidden, weight, "recompute", tile_mib, getattr(torch, dtype))
-        step = max(1, min(V, sizes.slice_columns * max(1, hidden.shape[0] // N)))
+        step = _plan(N, weight, "recompute", tile_mib, getattr(torch, dtype), hidden.device.type).slice_columns
         buffer = torch.empty(N * step, dtype=wide, device=hidden.device)
         coefficient = d_logps.to(wide).masked_fill(labels == ignore_index, 0)
         for start in range(0, V, step):
             part = slice(start, min(start + step, V))
             chunk, part_bias = factors.columns(part)
-            tile = logits_into(buffer[: N * (part.stop - start)].view(N, -1), chunk, part_bias)
+            tile = logits_into(logits_view(buffer, N, part.stop - start), chunk, part_bias)
             d = _slice_direction_(tile, labels.long() - start, partition, coefficient, transform)
             d = d.to(gemm_operand(chunk[0][0][:0]).dtype)
             for k, (left, right) in enumerate(chunk):
@@ -379,9 +380,10 @@ def _recompute(
                     times_right(d, right, d_lefts[k], accumulate=True)
                 if needs[1 if k == 0 else 4]:
                     target = results[1 if k == 0 else 4][part]
-                    product = torch.empty(target.shape, dtype=wide, device=target.device)
+                    product = target if target.dtype == wide else torch.empty_like(target, dtype=wide)
                     mm_into(product, d.T, gemm_operand(left).to(d.dtype))
-                    target.copy_(product)
+                    if product is not target:
+                        target.copy_(product)
             if needs[2]:
                 results[2][part] = tile.sum(0).to(results[2].dtype)
     for k, d_left in zip((0, 3), d_lefts, strict=False):
@@ -392,20 +394,15 @@ def _recompute(
 
 def _slice_direction_(tile, local_labels, partition, coefficient, transform: Transform) -> Tensor:
     """Turn raw logits (N, V') of a slice into diag(c) D in place; labels count from the slice's first column."""
-    N, width = tile.shape
-    inside = (local_labels >= 0) & (local_labels < width)
-    target = local_labels.clamp(0, width - 1)
-    log_sum = partition[1].masked_fill(partition[1] == -torch.inf, 0)
-    rows_per_block = max(1, BLOCK_BYTES // 8 // (width * tile.element_size()))
-    if tile.device.type != "cpu":
-        rows_per_block = N
-    for start in range(0, N, rows_per_block):
-        rows = slice(start, start + rows_per_block)
-        z = tile[rows]
+    row_max, log_sum = partition.unsqueeze(2)
+    log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)
+    scale = coefficient.unsqueeze(1) * -transform.slope
+    for start, z in blocks_of_columns(tile, copied=transform.softcap is not None):
         t = transform_(z, transform.scale, transform.softcap, transform.temperature)
-        z.sub_(partition[0, rows, None]).sub_(log_sum[rows, None]).exp_()
-        z.scatter_add_(1, target[rows, None], -inside[rows, None].to(z.dtype))
-        z.mul_(coefficient[rows, None] * -transform.slope)
+        z.sub_(row_max).sub_(log_sum).exp_()
+        here, inside = column_of(local_labels.unsqueeze(1) - start, z.shape[1])
+        z.scatter_add_(1, here, -inside.to(z.dtype))
+        z.mul_(scale)
         if t is not None:
             z.addcmul_(z, t.square_(), value=-1)
     return tile

@@ -112,7 +112,7 @@ class PairwiseLossFunction(torch.autograd.Function):
         run = _Run(inputs, gradients, tokens, head, pair_losses, hidden.new_zeros((1 + len(head.stats), N), dtype=wide))
         losses = hidden.new_zeros((P,), dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            for pairs, part in chunks_of_pairs(tokens.sizes, head.plan.chunk_rows):
+            for pairs, part in run.chunks:
                 long = part.stop - part.start > head.plan.chunk_rows
                 losses[pairs] = (run.long_pair if long else run.chunk)(pairs, part)
         ctx.gradients = gradients
@@ -146,8 +146,9 @@ class _Run:
         self.tokens, self.head, self.pair_losses, self.values = tokens, head, pair_losses, values
         d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
         self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
-        rows = min(head.plan.chunk_rows, sum(map(sum, tokens.sizes)))
-        self.tile = make_tile(head.impl, max(1, rows), self.vocab, self.factors.rows(slice(0, 0))[0][0])
+        self.chunks = list(chunks_of_pairs(tokens.sizes, head.plan.chunk_rows))
+        rows = min(head.plan.chunk_rows, max(part.stop - part.start for _, part in self.chunks))
+        self.tile = make_tile(head.impl, rows, self.vocab, self.factors.rows(slice(0, 0))[0][0])
 
     def index(self, part: slice) -> "Tensor | slice":
         return part if self.tokens.order is None else self.tokens.order[part]

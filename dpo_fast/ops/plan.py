@@ -18,9 +18,11 @@ import torch
 
 GEMMS = {"score": 1, "frozen": 2, "pairwise": 3, "pending": 3, "recompute": 4}
 DEFAULT_TILE_MIB = 256
-# Rows of a tile beyond which a GEMM gains nothing. On CPU, more rows only cost page faults: with H=1024, V=32,000 fp32,
-# bare GEMMs take 2.76, 2.47, 2.37, 2.40, 2.44 processor seconds in tiles of 64, 128, 256, 512, 1024 rows.
-_ENOUGH_ROWS = {"cpu": 256}
+# Rows and columns of a tile beyond which a GEMM gains nothing on CPU, where a tile of 8 MiB stays in a cache. For the
+# plans that may go through the vocabulary slice by slice; the others take whole rows, of which 384 are nearly as good.
+# Processor ms for `frozen` at N=H=1024, V=32,000 in fp32: 1453 with 1024 x 2048, 1499 with 1024 x 4096, 1462 with
+# 1024 x 8192, 1469 with 512 x 4096, 1537 with 256 x 8192; 1722 with whole rows, 256 at a time.
+_CPU_ROWS, _CPU_COLUMNS, _CPU_WHOLE_ROWS = 1024, 2048, 384
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class HeadPlan:
 
     name: str
     chunk_rows: int  # tokens in a tile, forward
-    slice_columns: int  # vocabulary entries in a tile of `recompute`'s backward; V elsewhere
+    chunk_columns: int  # vocabulary entries in a tile, forward: all of them, or on CPU a slice of an online softmax
+    slice_columns: int  # vocabulary entries in a tile of `recompute`'s backward, which holds all tokens; V elsewhere
     gemms: int
     flops: int
     workspace_bytes: int  # beyond inputs, outputs and returned gradients
@@ -37,7 +40,8 @@ class HeadPlan:
 
     def describe(self) -> str:
         return (
-            f"{self.name}: {self.gemms} GEMMs, {self.flops / 1e12:.3g} TFLOP, tiles of {self.chunk_rows} tokens, "
+            f"{self.name}: {self.gemms} GEMMs, {self.flops / 1e12:.3g} TFLOP, "
+            f"tiles of {self.chunk_rows} tokens x {self.chunk_columns} entries, "
             f"{self.workspace_bytes / 2**20:.0f} MiB of work space ({self.reason})"
         )
 
@@ -59,6 +63,7 @@ def plan_head(
 
     dtype: of hidden and weight; hidden_grad, head_grad: what needs gradients; separable: whether the loss is a sum over
     pairs, with coefficients known once a pair is scored; longest_pair: tokens of the longest pair, None: fits a tile.
+    device_type: "cuda" stands for any device with Triton, its interpreter on CPU tensors included.
     A tile has at least one row: with V x 4 bytes above the budget it is that much larger.
     """
     if min(N, H, V - 1, tile_mib - 1) < 0 or H < 1:
@@ -66,23 +71,27 @@ def plan_head(
     half = dtype in (torch.float16, torch.bfloat16)
     # On an accelerator the gradient's GEMMs take the model's dtype, so the tile has a 16-bit twin
     bytes_per_logit = 4 + 2 * (half and device_type != "cpu" and (hidden_grad or head_grad))
-    budget_rows = max(1, (tile_mib << 20) // (V * bytes_per_logit))
-    rows = max(1, min(budget_rows, N, _ENOUGH_ROWS.get(device_type, budget_rows)))
-
+    budget, thin = tile_mib << 20, 2 * H * 4 * (hidden_grad or head_grad)  # thin: a token's d_hidden and W[y]
+    budget_rows = max(1, budget // (V * bytes_per_logit + thin))
+    on_cpu = device_type == "cpu"
+    rows = max(1, min(budget_rows, N, _CPU_WHOLE_ROWS if on_cpu else N))
     name, reason = _choose(hidden_grad, head_grad, separable, longest_pair, rows, budget_rows)
     if name == "pairwise" and longest_pair is not None:
         rows = max(rows, longest_pair)
-    workspace = rows * V * bytes_per_logit
-    columns = V
+    columns = slice_columns = V
+    if on_cpu and name in ("score", "frozen", "recompute"):
+        columns = min(V, _CPU_COLUMNS, budget // bytes_per_logit)
+        rows = max(1, min(N, _CPU_ROWS, budget // (columns * bytes_per_logit + thin)))
+    workspace = rows * (columns * bytes_per_logit + thin)
     if name == "recompute":
-        columns = max(1, min(V, (tile_mib << 20) // (max(N, 1) * bytes_per_logit)))
-        workspace = max(workspace, columns * N * bytes_per_logit) + (N * H * 4 if hidden_grad else 0)
+        slice_columns = max(1, min(columns, budget // (max(N, 1) * bytes_per_logit)))
+        workspace = max(workspace, slice_columns * N * bytes_per_logit) + (N * H * 4 if hidden_grad else 0)
     gradient_is_work = 1 if half else 0  # an fp32 d_weight is itself what is returned
     workspace += V * H * 4 * {"pairwise": gradient_is_work, "pending": 2 + gradient_is_work}.get(name, 0)
     gemms = GEMMS[name]
     if head_grad and not hidden_grad and name != "score":
         gemms -= 1  # a frozen backbone: no d_hidden
-    return HeadPlan(name, rows, columns, gemms, gemms * 2 * N * H * V, workspace, reason)
+    return HeadPlan(name, rows, columns, slice_columns, gemms, gemms * 2 * N * H * V, workspace, reason)
 
 
 def _choose(hidden_grad, head_grad, separable, longest_pair, rows, budget_rows) -> tuple[str, str]:
