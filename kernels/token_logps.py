@@ -162,6 +162,44 @@ def token_logps_bwd_kernel(
     tl.store(out_ptrs, d.to(d_logits_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def token_logps_direction_kernel(
+    tile_ptr,  # (N, V) fp32 logits
+    d_ptr,  # (N, V) in 16 bits: row i lies over the first half of the tile's row i
+    labels_ptr,  # (N,)
+    row_max_ptr,  # (N,) fp32
+    log_sum_ptr,  # (N,) fp32
+    coefficient_ptr,  # (N,) fp32
+    V,
+    stride_tile,
+    stride_d,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a row, from left to right: what it writes lies over what it has read, never over what is to come."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    coefficient = tl.load(coefficient_ptr + row)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)  # a row of all -inf: p = 0
+    in_ptr, out_ptr = tile_ptr + row * stride_tile, d_ptr + row * stride_d
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        inside = cols < V
+        x = tl.load(in_ptr + cols, mask=inside, other=0.0)
+        z, t = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        p = tl.exp((z - row_max) - log_sum)
+        d = coefficient * (tl.where(cols == label, 1.0, 0.0) - p)
+        d *= d_transform(t, logit_scale, inv_temperature, HAS_SOFTCAP)
+        # Bytes up to 2 (start + BLOCK_V) are written now; up to 4 (start + BLOCK_V) all warps have read before
+        tl.debug_barrier()
+        tl.store(out_ptr + cols, d.to(d_ptr.dtype.element_ty), mask=inside)
+
+
 def token_logps_fwd(logits, rows, labels, out, *, ignore_index, logit_scale, softcap, temperature):
     """Launch the forward. `rows` is (outer, inner, stride_outer, stride_inner); `out` maps names to (N,) fp32 tensors,
     the statistics that are missing from it are not computed."""
@@ -237,6 +275,28 @@ def token_logps_bwd(
         1.0 / temperature,
         HAS_SOFTCAP=softcap is not None,
         **config,
+    )
+
+
+def token_logps_direction(tile, d, labels, row_max, log_sum, coefficient, *, logit_scale, softcap, temperature):
+    """Launch: d (N, V) = diag(coefficient) D in 16 bits over the fp32 tile (N, V) that it is computed from, both with
+    contiguous columns. Labels are in [0, V): a row without a label has coefficient 0."""
+    V = tile.shape[1]
+    token_logps_direction_kernel[(labels.numel(),)](
+        tile,
+        d,
+        labels,
+        row_max,
+        log_sum,
+        coefficient,
+        V,
+        tile.stride(0),
+        d.stride(0),
+        logit_scale,
+        softcap or 1.0,
+        1.0 / temperature,
+        HAS_SOFTCAP=softcap is not None,
+        **backward_config(V),
     )
 
 

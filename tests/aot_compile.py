@@ -4,6 +4,7 @@ Runs as a script of its own: the interpreter, which the tests need, replaces the
     python tests/aot_compile.py cuda:90 hip:gfx942
 """
 
+import itertools
 import json
 import os
 import re
@@ -87,6 +88,22 @@ def level_1(dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256)
         )
 
 
+def direction(dtype: str, softcap: bool, V: int = 128_256):
+    config = token_logps.backward_config(V)
+    yield case(
+        f"token_logps_direction {dtype} V={V}{' softcap' if softcap else ''}",
+        token_logps.token_logps_direction_kernel,
+        {"tile_ptr": "*fp32", "d_ptr": f"*{dtype}", "labels_ptr": "*i64"}
+        | dict.fromkeys(("row_max_ptr", "log_sum_ptr", "coefficient_ptr"), "*fp32"),
+        {"HAS_SOFTCAP": softcap, "BLOCK_V": config["BLOCK_V"]},
+        integers=("V", "stride_tile", "stride_d"),
+        floats=("logit_scale", "softcap", "inv_temperature"),
+        divisible=("V", "stride_tile", "stride_d") if V % 16 == 0 else (),
+        loads=V % 16 == 0,
+        num_warps=config["num_warps"],
+    )
+
+
 def fused_head(target: str, dtype: str, *, softcap=False, stats=False, bias=False, tf32=False):
     flags = dict(softcap=softcap, stats=stats, bias=bias, tf32=tf32)
     label = " ".join([dtype, *(name for name, is_set in flags.items() if is_set)])
@@ -140,6 +157,10 @@ def cases(target: str):
             yield from level_1(dtype, size, softcap, stats=True)
     yield from level_1("bf16", 2, True, stats=True, V=50_257)
     yield from level_1("fp16", 2, False, stats=False)
+    for dtype in ("bf16", "fp16"):
+        for softcap in (False, True):
+            yield from direction(dtype, softcap)
+            yield from direction(dtype, softcap, V=50_257)
     yield case(
         "sequence_sum",
         sequence_sum.sequence_sum_kernel,
@@ -180,6 +201,7 @@ def report(target: str, item: dict) -> dict:
         found |= {"registers": registers, "stack": stack, "local": local, "spills": spills}
         found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128", sass))
         found["tensor_core"] = len(re.findall(rf"\b(?:{TENSOR_CORE[arch]})\b", sass))
+        found["order"] = [m for m, _ in itertools.groupby(re.findall(r"\b(?:LDG|BAR|STG)\b", sass))]
     return found
 
 

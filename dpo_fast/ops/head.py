@@ -244,52 +244,53 @@ class EagerTile:
 
 
 class TritonTile:
-    """A tile of logits with Triton's passes over it: one read to score, one read and write for D with c in it."""
+    """A tile of logits with Triton's passes over it: one read to score, one read and write for D with c in it. A 16-bit
+    D, which 16-bit GEMMs take, lies over the fp32 tile: its row i over the first half of the tile's row i."""
 
     def __init__(self, rows: int, columns: int, like: Tensor):
         self.buffer = torch.empty((rows, columns), dtype=torch.float32, device=like.device)
-        operand = gemm_operand(like[:0]).dtype
-        self.twin = self.buffer if operand == torch.float32 else torch.empty_like(self.buffer, dtype=operand)
-        self.coefficient = None
+        self.operand = gemm_operand(like[:0]).dtype
 
     def fold(self, factors, bias, labels: Tensor, transform: Transform, stats=(), gradient: bool = True) -> dict:
         from dpo_fast.kernels.token_logps import token_logps_fwd
 
-        self.transform, self.labels, self.factors = transform, labels, factors
+        self.labels, self.factors = labels, factors
+        self.knobs = dict(logit_scale=transform.scale, softcap=transform.softcap, temperature=transform.temperature)
         tile = self.tile = logits_into(self.buffer[: labels.numel()], factors, bias)
         self.out = {name: tile.new_empty(labels.numel()) for name in ("logps", "row_max", "log_sum", *stats)}
-        token_logps_fwd(tile, self._rows(tile), labels, self.out, **self._knobs())
+        token_logps_fwd(tile, self._rows, labels, self.out, ignore_index=-1, **self.knobs)
         self.coefficient = None
         return self.out
 
-    def _rows(self, tile: Tensor) -> tuple[int, int, int, int]:
-        return 1, tile.shape[0], 0, tile.stride(0)
-
-    def _knobs(self) -> dict:
-        t = self.transform
-        return dict(ignore_index=-1, logit_scale=t.scale, softcap=t.softcap, temperature=t.temperature)
+    @property
+    def _rows(self) -> tuple[int, int, int, int]:
+        return 1, self.tile.shape[0], 0, self.tile.stride(0)
 
     def _direction(self, coefficient: Tensor) -> Tensor:
         """diag(c) D in the operands' dtype; written on the first call for a tile."""
-        from dpo_fast.kernels.token_logps import token_logps_bwd
-
-        d = self.twin[: self.tile.shape[0]]
+        tile = self.tile
+        d = tile if self.operand == tile.dtype else tile.view(self.operand)[:, : tile.shape[1]]
         if self.coefficient is None:
             self.coefficient = coefficient
-            rows, out = self._rows(self.tile), self.out
-            c = coefficient.reshape(-1).expand(self.tile.shape[0]).contiguous()
-            token_logps_bwd(
-                self.tile, d, rows, self._rows(d), self.labels, out["row_max"], out["log_sum"], c, **self._knobs()
-            )
+            self._write_direction(d, coefficient.reshape(-1).expand(tile.shape[0]).contiguous())
         elif coefficient is not self.coefficient:
             raise AssertionError("the tile holds D for other coefficients")
         return d
 
+    def _write_direction(self, d: Tensor, c: Tensor) -> None:
+        from dpo_fast.kernels.token_logps import token_logps_bwd, token_logps_direction
+
+        row_max, log_sum = self.out["row_max"], self.out["log_sum"]
+        if d is self.tile:
+            rows = (self._rows, self._rows)
+            token_logps_bwd(d, d, *rows, self.labels, row_max, log_sum, c, ignore_index=-1, **self.knobs)
+        else:
+            token_logps_direction(self.tile, d, self.labels, row_max, log_sum, c, **self.knobs)
+
     def d_left(self, index: int, coefficient: Tensor) -> Tensor:
         right = self.factors[index][1]
-        return times_right(
-            self._direction(coefficient), right, self.tile.new_empty((self.tile.shape[0], right.shape[1]))
-        )
+        d_left = self.tile.new_empty((self.tile.shape[0], right.shape[1]))
+        return times_right(self._direction(coefficient), right, d_left)
 
     def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor) -> None:
         d = self._direction(coefficient)

@@ -68,22 +68,27 @@ def plan_head(
     """
     if min(N, H, V - 1, tile_mib - 1) < 0 or H < 1:
         raise ValueError(f"plan_head: sizes must be positive, got N={N}, H={H}, V={V}, tile_mib={tile_mib}")
-    half = dtype in (torch.float16, torch.bfloat16)
-    # On an accelerator the gradient's GEMMs take the model's dtype, so the tile has a 16-bit twin
-    bytes_per_logit = 4 + 2 * (half and device_type != "cpu" and (hidden_grad or head_grad))
-    budget, thin = tile_mib << 20, 2 * H * 4 * (hidden_grad or head_grad)  # thin: a token's d_hidden and W[y]
-    budget_rows = max(1, budget // (V * bytes_per_logit + thin))
-    on_cpu = device_type == "cpu"
-    rows = max(1, min(budget_rows, N, _CPU_WHOLE_ROWS if on_cpu else N))
+    half, on_cpu = dtype in (torch.float16, torch.bfloat16), device_type == "cpu"
+    budget = tile_mib << 20
+    thin = 2 * H * 4 if hidden_grad or head_grad else 0  # a token's d_hidden and W[y]
+
+    def rows_within(columns: int) -> int:
+        """Rows of a tile within the budget and, with what goes along with a row, within a tenth above it."""
+        logits = 4 * columns  # fp32; the 16-bit D that 16-bit GEMMs take is written over them
+        return max(1, min(budget // logits, budget * 11 // 10 // (logits + thin)))
+
+    budget_rows = rows_within(V)
+    rows = max(1, min(N, budget_rows, _CPU_WHOLE_ROWS if on_cpu else N))
     name, reason = _choose(hidden_grad, head_grad, separable, longest_pair, rows, budget_rows)
     if name == "pairwise" and longest_pair is not None:
         rows = max(rows, longest_pair)
     columns = slice_columns = V
     if on_cpu and name in ("score", "frozen", "recompute"):
-        columns = min(V, _CPU_COLUMNS, budget // bytes_per_logit)
-        rows = max(1, min(N, _CPU_ROWS, budget // (columns * bytes_per_logit + thin)))
-    workspace = rows * (columns * bytes_per_logit + thin)
+        columns = min(V, _CPU_COLUMNS, budget // 4)
+        rows = max(1, min(N, _CPU_ROWS, rows_within(columns)))
+    workspace = rows * (4 * columns + thin)
     if name == "recompute":
+        bytes_per_logit = 6 if half and not on_cpu else 4  # there D is a 16-bit copy
         slice_columns = max(1, min(columns, budget // (max(N, 1) * bytes_per_logit)))
         workspace = max(workspace, slice_columns * N * bytes_per_logit) + (N * H * 4 if hidden_grad else 0)
     gradient_is_work = 1 if half else 0  # an fp32 d_weight is itself what is returned
