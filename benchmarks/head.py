@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast import linear_preference_loss, linear_token_logps, sequence_logps
+from dpo_fast.ops.plan import DEFAULT_TILE_MIB
 
 from .measure import interleaved, peak_mib, save, table
 
@@ -280,31 +281,71 @@ def bench(shape: str, rounds: int, modes=tuple(MODES), only=None) -> dict:
 
 
 def growth(shape: str, tokens: list[int]) -> dict:
-    """Time and memory of the trained head as N grows at fixed H and V, and as V grows at fixed N."""
+    """Time and memory per plan as N grows at fixed H and V, and as V grows at the smallest N."""
     _, _, H, V, dtype, softcap = SHAPES[shape]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for N, columns in [*((n, V) for n in tokens), *((tokens[0], v) for v in (V // 4, V // 2, V, 2 * V, 4 * V))]:
+    for N, columns in [*((n, V) for n in tokens), *((tokens[0], v) for v in (V // 4, V // 2, 2 * V, 4 * V))]:
         p = Problem.make(N, max(2, N // 256), H, columns, dtype, softcap, device)
-        for mode, provider in (("score", ours), ("frozen", ours), ("trained", ours_fused)):
+        for plan, mode, provider in (
+            ("score", "score", ours),
+            ("frozen", "frozen", ours),
+            ("pairwise", "trained", ours_fused),
+            ("recompute", "trained", ours),
+        ):
             run = case(p, provider, mode)
-            run()
-            timing = interleaved({mode: run}, 1, warmup=0)[mode].summary()
+            timing = interleaved({plan: run}, 1, warmup=0)[plan].summary()
             gradients = {"score": 0, "frozen": p.hidden.nbytes, "trained": p.hidden.nbytes + p.weight.nbytes}[mode]
             beyond = peak_mib(run) - gradients / 2**20
-            rows.append({"mode": mode, "N": N, "V": columns, **timing, "beyond_gradients_mib": beyond})
-    return {"shape": shape, "H": H, "dtype": str(dtype)[6:], "rows": rows}
+            rows.append({"plan": plan, "N": N, "V": columns, **timing, "beyond_gradients_mib": beyond})
+            print(table(rows[-1:], ["plan", "N", "V", "processor_median_ms", "beyond_gradients_mib"]).splitlines()[-1])
+    return {"shape": shape, "H": H, "dtype": str(dtype)[6:], "tile_mib": DEFAULT_TILE_MIB, "rows": rows}
 
 
-def plot(result: dict, path) -> None:
-    """Bars of time relative to the floor; skipped with a line where matplotlib is missing."""
+def plot_growth(result: dict, path) -> None:
+    """Memory beyond inputs and returned gradients against N and against V; what full fp32 logits would take, beside."""
+    plt = pyplot()
+    if plt is None:
+        return
+    rows = result["rows"]
+    smallest, V = rows[0]["N"], rows[0]["V"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for axis, name, fixed in ((axes[0], "N", {"V": V}), (axes[1], "V", {"N": smallest})):
+        chosen = [row for row in rows if all(row[key] == value for key, value in fixed.items())]
+        for plan in dict.fromkeys(row["plan"] for row in chosen):
+            points = sorted((row[name], row["beyond_gradients_mib"]) for row in chosen if row["plan"] == plan)
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"ours, {plan}")
+        sizes = sorted({row[name] for row in chosen})
+        other = fixed.get("V") or fixed.get("N")
+        axis.plot(sizes, [size * other * 4 / 2**20 for size in sizes], "--", color="#999999", label="fp32 logits, once")
+        axis.axhline(1.1 * result["tile_mib"], color="black", linewidth=0.8, label="tile budget + 10 %")
+        axis.set(xscale="log", yscale="log", title=f"{name} grows, {next(iter(fixed))} = {other:,}")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel("tokens N" if name == "N" else "vocabulary V")
+    axes[0].set_ylabel("MiB beyond inputs and gradients")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def pyplot():
     try:
         import matplotlib
 
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
     except ImportError:
         print("no plot: matplotlib is not installed (pip install dpo_fast[examples])")
+        return None
+    return matplotlib.pyplot
+
+
+def plot(result: dict, path) -> None:
+    """Bars of time relative to the floor; skipped with a line where matplotlib is missing."""
+    plt = pyplot()
+    if plt is None:
         return
     modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
     figure, axes = plt.subplots(1, len(modes), figsize=(4.5 * len(modes), 3.6), squeeze=False)
@@ -331,12 +372,12 @@ def main(argv=None) -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--only", nargs="+", help="providers")
     parser.add_argument("--growth", action="store_true", help="the growth curve instead")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192, 32_768])
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.growth:
         result, name = growth(arguments.shape, arguments.tokens), f"head-growth-{arguments.shape}"
-        columns = ["mode", "N", "V", "wall_median_ms", "processor_median_ms", "beyond_gradients_mib"]
+        columns = ["plan", "N", "V", "wall_median_ms", "processor_median_ms", "beyond_gradients_mib"]
     else:
         result = bench(arguments.shape, arguments.rounds, arguments.modes, arguments.only)
         name = f"head-{arguments.shape}"
@@ -345,8 +386,7 @@ def main(argv=None) -> int:
     print(table(result["rows"], columns))
     if not arguments.no_save:
         path = save(name, result)
-        if not arguments.growth:
-            plot(result, path.with_suffix(".png"))
+        (plot_growth if arguments.growth else plot)(result, path.with_suffix(".png"))
         print(f"written to {path}")
     return 0
 
