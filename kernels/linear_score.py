@@ -17,13 +17,12 @@ It has no gradient (a backward would recompute the tile), and its sums are group
 where policy and reference must agree to the last bit, score both in the same way.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from .numerics import LOWEST, transform
+from .tuned import RELATIVES, constants, target_name
 
 
 @triton.jit
@@ -224,10 +223,6 @@ TF32 = {
 # Exact fp32 products run outside the tensor cores on NVIDIA; AMD's take fp32
 FP32 = {"hip:gfx942": (128, 128, 32, 64, 8, 2), "other": (128, 64, 16, 64, 8, 3)}
 
-# Close relatives: the same instructions and at least the shared memory of their row
-RELATIVES = {"cuda:86": "cuda:120", "cuda:87": "cuda:80", "cuda:89": "cuda:120", "cuda:103": "cuda:100"}
-RELATIVES |= {"cuda:121": "cuda:120", "hip:gfx950": "hip:gfx942"}
-
 MAX_SPLITS = 128  # runs of columns: enough programs for a GPU from one block of rows, 1.5 KiB of partial results a row
 GROUP_BYTES = 16 << 20  # hidden states that programs share at a time, well inside the L2 of a data-centre GPU
 
@@ -236,8 +231,9 @@ def linear_score_config(target: str, dtype: torch.dtype, *, softcap: bool, stats
     """Block sizes and launch options. A soft-cap and statistics need registers of their own: their tiles are narrower,
     but fold the same columns in the same order, so that asking for more changes no bit of what is asked for."""
     table = HALF if dtype != torch.float32 else TF32 if allow_tf32 and not target.startswith("hip") else FP32
-    row = RELATIVES.get(target, target)
-    block_n, block_v, block_h, fold_v, num_warps, num_stages = table.get(row, table["other"])
+    rule = table.get(RELATIVES.get(target, target), table["other"])
+    choice = constants(target, "linear_score_fwd", rule) if table is HALF else rule
+    block_n, block_v, block_h, fold_v, num_warps, num_stages = choice
     widest = fold_v if stats else max(fold_v, 128) if softcap else block_v
     blocks = dict(BLOCK_N=block_n, BLOCK_V=min(block_v, widest), BLOCK_H=block_h, FOLD_V=fold_v)
     return dict(**blocks, num_warps=num_warps, num_stages=num_stages)
@@ -247,17 +243,6 @@ def split_vocabulary(V: int, FOLD_V: int) -> tuple[int, int]:
     """(splits, columns of each but the last): runs of whole tiles of the widest kind, 2 FOLD_V."""
     columns = 2 * FOLD_V * triton.cdiv(V, 2 * FOLD_V * MAX_SPLITS)
     return triton.cdiv(V, columns), columns
-
-
-@functools.cache
-def target_name(device: torch.device) -> str:
-    """"cuda:90", "hip:gfx942"; "other" for the interpreter and anything else."""
-    if device.type != "cuda":
-        return "other"
-    if torch.version.hip:
-        return f"hip:{torch.cuda.get_device_properties(device).gcnArchName.split(':')[0]}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"cuda:{major}{minor}"
 
 
 def linear_score_fwd(

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .numerics import LOWEST, d_transform, transform
+from .tuned import constants, target_name
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def token_logps_fwd(logits, rows, labels, out, *, ignore_index, logit_scale, sof
         MEAN_LOGITS="mean_logits" in out,
         IS_TOP1="is_top1" in out,
         LOG_SUM_SQ_PROBS="log_sum_sq_probs" in out,
-        **forward_config(V, logits.element_size()),
+        **forward_config(V, logits.element_size(), target_name(logits.device)),
     )
 
 
@@ -253,7 +254,7 @@ def token_logps_bwd(
     V = logits.shape[-1]
     _, inner, stride_outer, stride_inner = rows
     _, _, d_stride_outer, d_stride_inner = d_rows
-    config = backward_config(V)
+    config = backward_config(V, target_name(logits.device))
     token_logps_bwd_kernel[(labels.numel(), triton.cdiv(V, config["BLOCK_V"]))](
         logits,
         d_logits,
@@ -296,19 +297,21 @@ def token_logps_direction(tile, d, labels, row_max, log_sum, coefficient, *, log
         softcap or 1.0,
         1.0 / temperature,
         HAS_SOFTCAP=softcap is not None,
-        **backward_config(V),
+        **backward_config(V, target_name(tile.device), "token_logps_direction"),
     )
 
 
-def forward_config(V: int, element_size: int) -> dict[str, int]:
-    """A rule, not a measurement: four 16-byte loads in flight a thread, no more lanes than the row can fill. A
+def forward_config(V: int, element_size: int, target: str = "other") -> dict[str, int]:
+    """A rule where nothing was measured: four 16-byte loads in flight a thread, no more lanes than the row can fill. A
     vocabulary that is no multiple of 16 costs a predicate a logit, and half the lanes leave registers for them."""
-    width, full = 16 // element_size, 1024 if V % 16 == 0 else 512
+    full, warps = constants(target, "token_logps_fwd", (1024, 8))
+    width, full = 16 // element_size, full if V % 16 == 0 else full // 2
     lanes = min(full, triton.next_power_of_2(triton.cdiv(V, width)))
-    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, 8 * lanes // full)}
+    return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, warps * lanes // full)}
 
 
-def backward_config(V: int) -> dict[str, int]:
-    """A rule, not a measurement: two 16-byte bf16 loads a thread, one where predicates need the registers."""
-    block = min(4096 if V % 16 == 0 else 2048, triton.next_power_of_2(V))
-    return {"BLOCK_V": block, "num_warps": max(1, min(8, block // 256))}
+def backward_config(V: int, target: str = "other", kernel: str = "token_logps_bwd") -> dict[str, int]:
+    """A rule where nothing was measured: two 16-byte bf16 loads a thread, one where predicates need the registers."""
+    full, warps = constants(target, kernel, (4096, 8))
+    block = min(full if V % 16 == 0 else full // 2, triton.next_power_of_2(V))
+    return {"BLOCK_V": block, "num_warps": max(1, min(warps, block // 256))}

@@ -55,7 +55,7 @@ def case(
     )
 
 
-def level_1(dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256):
+def level_1(target: str, dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256):
     label = f"{dtype} V={V}{' softcap' if softcap else ''}{' stats' if stats else ''}"
     knobs = dict(
         integers=("V", "inner", "stride_outer", "stride_inner", "ignore_index", "d_stride_outer", "d_stride_inner"),
@@ -63,7 +63,7 @@ def level_1(dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256)
         divisible=("V", "stride_outer", "stride_inner", "d_stride_outer", "d_stride_inner") if V % 16 == 0 else (),
         loads=V % 16 == 0,
     )
-    config = token_logps.forward_config(V, size)
+    config = token_logps.forward_config(V, size, target)
     rows = {n: "*fp32" for n in ("logps_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "mean_logits_ptr")}
     rows |= {"is_top1_ptr": "*fp32", "log_sum_sq_probs_ptr": "*fp32", "d_logps_ptr": "*fp32", "labels_ptr": "*i64"}
     yield case(
@@ -76,7 +76,7 @@ def level_1(dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256)
         **knobs,
     )
     if not stats:
-        config = token_logps.backward_config(V)
+        config = token_logps.backward_config(V, target)
         yield case(
             f"token_logps_bwd {label}",
             token_logps.token_logps_bwd_kernel,
@@ -88,8 +88,8 @@ def level_1(dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256)
         )
 
 
-def direction(dtype: str, softcap: bool, V: int = 128_256):
-    config = token_logps.backward_config(V)
+def direction(target: str, dtype: str, softcap: bool, V: int = 128_256):
+    config = token_logps.backward_config(V, target, "token_logps_direction")
     yield case(
         f"token_logps_direction {dtype} V={V}{' softcap' if softcap else ''}",
         token_logps.token_logps_direction_kernel,
@@ -152,15 +152,15 @@ def fused_heads(target: str):
 def cases(target: str):
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         for softcap in (False, True):
-            yield from level_1(dtype, size, softcap, stats=False)
-            yield from level_1(dtype, size, softcap, stats=False, V=50_257)  # GPT-2: rows are not aligned
-            yield from level_1(dtype, size, softcap, stats=True)
-    yield from level_1("bf16", 2, True, stats=True, V=50_257)
-    yield from level_1("fp16", 2, False, stats=False)
+            yield from level_1(target, dtype, size, softcap, stats=False)
+            yield from level_1(target, dtype, size, softcap, stats=False, V=50_257)  # GPT-2: rows are not aligned
+            yield from level_1(target, dtype, size, softcap, stats=True)
+    yield from level_1(target, "bf16", 2, True, stats=True, V=50_257)
+    yield from level_1(target, "fp16", 2, False, stats=False)
     for dtype in ("bf16", "fp16"):
         for softcap in (False, True):
-            yield from direction(dtype, softcap)
-            yield from direction(dtype, softcap, V=50_257)
+            yield from direction(target, dtype, softcap)
+            yield from direction(target, dtype, softcap, V=50_257)
     yield case(
         "sequence_sum",
         sequence_sum.sequence_sum_kernel,

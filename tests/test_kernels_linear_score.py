@@ -13,6 +13,7 @@ from dpo_fast.testing import assert_within_budget, max_error
 triton = pytest.importorskip("triton")
 from dpo_fast.kernels import linear_score  # noqa: E402
 from dpo_fast.kernels.linear_score import linear_score_config, linear_score_fwd, split_vocabulary  # noqa: E402
+from dpo_fast.kernels.tuned import RELATIVES  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRANSFORMS = [
@@ -232,7 +233,7 @@ def test_columns_that_are_not_contiguous_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("softcap", [False, True])
-@pytest.mark.parametrize("target", [*linear_score.HALF, *linear_score.RELATIVES, "cuda:75", "hip:gfx1100"])
+@pytest.mark.parametrize("target", [*linear_score.HALF, *RELATIVES, "cuda:75", "hip:gfx1100"])
 def test_tiles_with_statistics_fold_the_same_columns(target, softcap, tf32, dtype):
     plain, stats = (
         linear_score_config(target, dtype, softcap=softcap, stats=stats, allow_tf32=tf32) for stats in (False, True)
