@@ -42,6 +42,7 @@ else
     stage head 150 "$PYTHON" -m benchmarks.head --shape bar --rounds 5
     stage sweep 110 "$PYTHON" -m benchmarks.sweep
 fi
+"$PYTHON" -m benchmarks.bars # what results/<device> now holds, next to what is asked
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]} (after $SECONDS s)"

@@ -60,3 +60,30 @@ def test_results_are_stamped_and_whole(tmp_path):
     written = json.loads(path.read_text())
     assert written["rows"] == [1] and written["versions"]["torch"] == torch.__version__ and written["device"]
     assert [p.name for p in path.parent.iterdir()] == ["some.json"]
+
+
+def test_bars_say_what_is_met_and_what_is_not(tmp_path, capsys):
+    from benchmarks import bars
+
+    shares = {"ours, forward": 0.93, "ours, forward + backward": 0.8}
+    level1 = [{"case": case, "share_of_copy": share} for case, share in shares.items()]
+    (tmp_path / "level1.json").write_text(json.dumps({"rows": level1}))
+    row = {"mode": "score", "provider": "ours", "wall_median_ms": 13.5, "beyond_gradients_mib": 260, "to_floor": 1.1}
+    (tmp_path / "head-bar.json").write_text(json.dumps({"rows": [row]}))
+    assert bars.main(["--folder", str(tmp_path)]) == 0
+    verdicts = {line.split("  ")[0]: line.split()[-2] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert verdicts == {
+        "head, score: ms": "NO",
+        "head, score: MiB beyond gradients": "yes",
+        "head, score: share of the GEMM rate": "yes",
+        "level 1, forward: share of the copy bandwidth": "yes",
+        "level 1, forward + backward: share of the copy bandwidth": "NO",
+    }
+    assert bars.main(["--folder", str(tmp_path / "none")]) == 1
+
+
+def test_bars_read_the_committed_results():
+    from benchmarks import bars
+
+    found = list(bars.lines(ROOT / "benchmarks" / "results" / "cpu-x86_64"))
+    assert {file.split("-")[0] for *_, file in found} == {"accuracy.json", "head", "train"} and len(found) > 20

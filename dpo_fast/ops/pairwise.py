@@ -130,8 +130,10 @@ class PairwiseLossFunction(torch.autograd.Function):
                 "by the first backward; call the function again, or compose linear_token_logps and preference_loss"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        scaled = d_loss.device.type != "cpu" or d_loss != 1  # looking is free on CPU only
         handed = [
-            None if d is None else d.mul_(d_loss).to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True)
+            None if d is None else (d.mul_(d_loss) if scaled else d).to(dtype)
+            for d, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *handed, None, None, None
 
