@@ -6,6 +6,7 @@ Also the two weightings that papers put on top of any loss: of tokens (LD-DPO) a
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class Objective:
     """
 
     def __init__(self, loss="sigmoid", *, weights: Sequence[float] | None = None, use_weighting=False, **params):
+        unknown = params.keys() - {field.name for field in fields(LossParams)}
+        if unknown:
+            known = ", ".join(field.name for field in fields(LossParams))
+            raise TypeError(f"a loss has no knob {', '.join(sorted(unknown))}; knobs are {known}")
         self.params = LossParams(**params)
         parts = [loss] if isinstance(loss, str) or callable(loss) else loss
         if not (isinstance(parts, Sequence) and len(parts)):

@@ -149,3 +149,8 @@ def test_compiles_without_a_graph_break():
     counts = dict(zip(("chosen_lengths", "rejected_lengths"), torch.full((2, 5), 7), strict=True))
     compiled = torch.compile(lambda *x: preference_loss(*x, loss=names, **counts), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), preference_loss(*inputs, loss=names, **counts))
+
+
+def test_an_unknown_knob_is_named():
+    with pytest.raises(TypeError, match="a loss has no knob betaa; knobs are beta, label_smoothing"):
+        Objective("sigmoid", betaa=0.2)

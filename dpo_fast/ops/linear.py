@@ -98,8 +98,8 @@ def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int) -
         check_tensor(op, "low_rank[1]", low_rank[1], (V, low_rank[0].shape[1]), FLOATS, hidden.device)
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}; cast one, or enable autocast")
-    if tile_mib < 1:
-        raise ValueError(f"{op}: tile_mib must be at least 1, got {tile_mib}")
+    if not isinstance(tile_mib, int) or tile_mib < 1:
+        raise ValueError(f"{op}: tile_mib must be an int of at least 1, got {tile_mib!r}")
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

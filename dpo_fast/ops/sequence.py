@@ -30,8 +30,8 @@ def sequence_logps(
     check_tensor(op, "sequence_ids", sequence_ids, tuple(token_logps.shape), (torch.int64,), token_logps.device)
     if weights is not None:
         check_tensor(op, "weights", weights, tuple(token_logps.shape), _VALUES, token_logps.device)
-    if num_sequences < 0:
-        raise ValueError(f"{op}: num_sequences must not be negative, got {num_sequences}")
+    if not isinstance(num_sequences, (int, torch.SymInt)) or num_sequences < 0:
+        raise ValueError(f"{op}: num_sequences must be an int of at least 0, got {num_sequences!r}")
     impl = choose_impl(op, impl, token_logps.device, token_logps.dtype)
     dtype = torch.promote_types(token_logps.dtype, torch.float32)
     if impl == "reference":

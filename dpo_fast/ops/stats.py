@@ -1,5 +1,6 @@
 """What one pass over a row of logits can report about it, and the names of the outputs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class TokenStats:
 
 def check_outputs(op: str, outputs) -> tuple[str, ...]:
     """`outputs` as a tuple in the order of STATS; `ValueError` for an unknown name."""
-    unknown = [name for name in outputs if name not in (*STATS, "logps")]
-    if isinstance(outputs, str) or unknown:
+    names = None if isinstance(outputs, str) or not isinstance(outputs, Iterable) else list(outputs)
+    if names is None or any(name not in (*STATS, "logps") for name in names):
         raise ValueError(f"{op}: outputs must be a sequence of names from {', '.join(STATS)}, got {outputs!r}")
-    return tuple(name for name in STATS if name in outputs)
+    return tuple(name for name in STATS if name in names)
