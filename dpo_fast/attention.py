@@ -171,7 +171,7 @@ def shared_prefix_attention(
         raise ValueError(f"the layout is of one row of {layout.length} tokens, the query of {tuple(query.shape)}")
     implementation = implementation or choose_implementation(query, softcap, sinks)
     attend = {"eager": _eager, "varlen": _varlen, "flex": _flex}[implementation]
-    return attend(query, key, value, layout, scaling, window, softcap, sinks)
+    return attend(query, key, value, layout.on(query.device), scaling, window, softcap, sinks)
 
 
 def choose_implementation(query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:

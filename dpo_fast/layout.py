@@ -51,6 +51,14 @@ class SharedPrefixLayout:
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
+    def on(self, device: torch.device) -> "SharedPrefixLayout":
+        """The same on `device`, made once: layers of a model may be spread over several."""
+        if self.key_index.device == device:
+            return self
+        if device not in self.cache:
+            self.cache[device] = self.to(device)
+        return self.cache[device]
+
     def pin_memory(self) -> "SharedPrefixLayout":
         return self._map(Tensor.pin_memory)
 

@@ -70,6 +70,13 @@ def test_moves_between_devices_with_its_batch():
     assert moved.layout.key_index.device.type == "meta" and moved.layout.pairs == batch.layout.pairs
 
 
+def test_layers_on_other_devices_share_one_copy():
+    layout = make_layout([(3, 2, 1)])
+    elsewhere = layout.on(torch.device("meta"))
+    assert layout.on(torch.device("cpu")) is layout and elsewhere is layout.on(torch.device("meta"))
+    assert elsewhere.key_index.device.type == "meta" and elsewhere.pairs == layout.pairs
+
+
 def test_precomputed_reference_and_errors():
     batch = shared_prefix_batch([pair([1], [2], [3], ref_chosen_logps=-1.0, ref_rejected_logps=-2.0)])
     assert batch.reference_logps.tolist() == [-1, -2]
