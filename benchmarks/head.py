@@ -357,7 +357,8 @@ def plot(result: dict, path) -> None:
         ]
         axis.barh([r["provider"] for r in rows], [r["to_floor"] for r in rows], color=colours)
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{mode}: time / bare GEMMs of the plan")
+        axis.set_title(mode)
+        axis.set_xlabel("time / bare GEMMs of the plan")
         axis.invert_yaxis()
     figure.suptitle(f"{result['shape']}: N={result['N']} H={result['H']} V={result['V']} {result['dtype']}")
     figure.tight_layout()

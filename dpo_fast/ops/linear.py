@@ -362,8 +362,9 @@ def _recompute(
         if N == 0:
             return results
         wide = partition.dtype
+        in_place = [rows is None and result.dtype == wide for result in results]
         d_lefts = [
-            left.new_zeros(left.shape, dtype=wide) if needs[k] else None
+            None if not needs[k] else results[k] if in_place[k] else left.new_zeros(left.shape, dtype=wide)
             for k, left in zip((0, 3), factors.lefts, strict=False)
         ]
         step = _plan(N, weight, "recompute", tile_mib, getattr(torch, dtype), hidden.device.type).slice_columns
@@ -387,7 +388,7 @@ def _recompute(
             if needs[2]:
                 results[2][part] = tile.sum(0).to(results[2].dtype)
     for k, d_left in zip((0, 3), d_lefts, strict=False):
-        if needs[k]:
+        if needs[k] and not in_place[k]:
             results[k][slice(None) if rows is None else rows] = d_left.to(results[k].dtype)
     return results
 

@@ -90,7 +90,7 @@ def plan_head(
     if name == "recompute":
         bytes_per_logit = 6 if half and not on_cpu else 4  # there D is a 16-bit copy
         slice_columns = max(1, min(columns, budget // (max(N, 1) * bytes_per_logit)))
-        workspace = max(workspace, slice_columns * N * bytes_per_logit) + (N * H * 4 if hidden_grad else 0)
+        workspace = max(workspace, slice_columns * N * bytes_per_logit) + (N * H * 4 if hidden_grad and half else 0)
     gradient_is_work = 1 if half else 0  # an fp32 d_weight is itself what is returned
     workspace += V * H * 4 * {"pairwise": gradient_is_work, "pending": 2 + gradient_is_work}.get(name, 0)
     gemms = GEMMS[name]
