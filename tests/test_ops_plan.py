@@ -64,6 +64,11 @@ def test_on_cpu_work_space_is_flat_in_the_vocabulary(needs):
     assert large.chunk_columns < 32_000
 
 
+def test_on_cpu_recompute_is_flat_in_tokens():
+    plans = [plan_head(N, 1024, 32_000, separable=False, device_type="cpu") for N in (8192, 65_536)]
+    assert plans[0].workspace_bytes == plans[1].workspace_bytes == 64 << 20
+
+
 def test_a_pair_longer_than_the_preferred_tile_still_fits_the_budget():
     """On CPU tiles are smaller than the budget, for speed; a pair up to the budget gets the tile it needs."""
     plan = plan_head(4096, 64, 32_000, longest_pair=1500, device_type="cpu")

@@ -6,8 +6,8 @@
                                                                      whole pairs gives their coefficients on the spot
     pending    as pairwise, one pair is longer than a tile  3 GEMMs  one tile + three fp32 d_weight: D^T hidden of the
                                                                      two sequences waits for their coefficients
-    recompute  the loss couples pairs, or unknown           4 GEMMs  one tile + fp32 d_hidden; the backward goes
-                                                                     vocabulary slice by slice
+    recompute  the loss couples pairs, or unknown           4 GEMMs  one tile, and an fp32 d_hidden where a 16-bit one
+                                                                     is returned; the backward goes slice by slice
 
 A GEMM is one product over N x H x V: 2 N H V FLOPs. A tile is the only piece of the logits that ever exists.
 """
@@ -23,6 +23,7 @@ DEFAULT_TILE_MIB = 256
 # Processor ms for `frozen` at N=H=1024, V=32,000 in fp32: 1453 with 1024 x 2048, 1499 with 1024 x 4096, 1462 with
 # 1024 x 8192, 1469 with 512 x 4096, 1537 with 256 x 8192; 1722 with whole rows, 256 at a time.
 _CPU_ROWS, _CPU_COLUMNS, _CPU_WHOLE_ROWS = 1024, 2048, 384
+_CPU_SLICE_BYTES = 64 << 20  # of a slice with all tokens in `recompute`'s backward
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def plan_head(
     workspace = rows * (4 * columns + thin)
     if name == "recompute":
         bytes_per_logit = 6 if half and not on_cpu else 4  # there D is a 16-bit copy
-        slice_columns = max(1, min(columns, budget // (max(N, 1) * bytes_per_logit)))
+        slice_budget = min(budget, _CPU_SLICE_BYTES) if on_cpu else budget
+        slice_columns = max(1, min(columns, slice_budget // (max(N, 1) * bytes_per_logit)))
         workspace = max(workspace, slice_columns * N * bytes_per_logit) + (N * H * 4 if hidden_grad and half else 0)
     gradient_is_work = 1 if half else 0  # an fp32 d_weight is itself what is returned
     workspace += V * H * 4 * {"pairwise": gradient_is_work, "pending": 2 + gradient_is_work}.get(name, 0)
