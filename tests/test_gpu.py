@@ -84,9 +84,10 @@ def test_sequence_sums_are_exact_and_reproducible():
     assert torch.equal(*sums) and torch.equal(sums[0].cpu(), exact.float())
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")], ids=["score", "frozen", "recompute"])
-def test_level_2(dtype, needs):
+def test_level_2(dtype, needs, impl):
     N, H, V = 700, 1024, 50_257
     torch.manual_seed(0)
     inputs = {"hidden": torch.randn(N, H, device="cuda"), "weight": torch.randn(V, H, device="cuda") / 16}
@@ -100,7 +101,7 @@ def test_level_2(dtype, needs):
         for name in needs:
             leaves[name].requires_grad_()
         if kind == "ours":
-            logps = linear_token_logps(leaves["hidden"], leaves["weight"], labels, tile_mib=64)
+            logps = linear_token_logps(leaves["hidden"], leaves["weight"], labels, tile_mib=64, impl=impl)
         else:
             logits = leaves["hidden"] @ leaves["weight"].T
             logps = (oracle_logps if kind == "oracle" else eager_logps)(logits, labels)
@@ -111,8 +112,9 @@ def test_level_2(dtype, needs):
         assert_within_budget(ours, eager, true, factor=factor, what=name)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("tile_mib", [16, 256], ids=["pending", "pairwise"])
-def test_level_3(tile_mib):
+def test_level_3(tile_mib, impl):
     P, length, H, V = 4, 80, 512, 32_000
     torch.manual_seed(0)
     hidden = torch.randn(2 * P * length, H, device="cuda").bfloat16()
@@ -121,10 +123,10 @@ def test_level_3(tile_mib):
     ids = torch.arange(len(hidden), device="cuda") % (2 * P)
     reference = torch.zeros(2 * P, device="cuda")
     results = []
-    for impl in ("triton", "reference"):
-        h, w = (x.double() if impl == "reference" else x for x in (hidden, weight))
+    for kind in (impl, "reference"):
+        h, w = (x.double() if kind == "reference" else x for x in (hidden, weight))
         h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
-        out = linear_preference_loss(h, w, labels, ids, P, reference_logps=reference, impl=impl, tile_mib=tile_mib)
+        out = linear_preference_loss(h, w, labels, ids, P, reference_logps=reference, impl=kind, tile_mib=tile_mib)
         results.append((out, *torch.autograd.grad(out.loss, (h, w))))
     (ours, dh, dw), (true, dh_true, dw_true) = results
     assert ours.plan.name == ("pending" if tile_mib == 16 else "pairwise")

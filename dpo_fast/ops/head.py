@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time on CPU
+_SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
 _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
 
 
@@ -53,15 +53,15 @@ def gemm_operand(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) or x.device.type == "cuda" else x.float()
 
 
-def _slices(right: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of `right` as GEMM operands: whole where no conversion is needed, else a few at a time."""
-    if gemm_operand(right[:0]).dtype == right.dtype:
+def _slices(right: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `right` in `dtype`: whole where they are in it already, else a few at a time."""
+    if right.dtype == dtype:
         yield slice(None), right
         return
-    step = max(1, _SLICE_BYTES // (4 * max(1, right.shape[1])))
+    step = max(1, _SLICE_BYTES // (dtype.itemsize * max(1, right.shape[1])))
     for start in range(0, right.shape[0], step):
         part = slice(start, start + step)
-        yield part, right[part].float()
+        yield part, right[part].to(dtype)
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
@@ -81,7 +81,7 @@ def logits_into(tile: Tensor, factors: list[tuple[Tensor, Tensor]], bias: Tensor
     """Fill tile (n, V') with raw logits; the rights and the bias have V' rows."""
     for index, (left, right) in enumerate(factors):
         left = gemm_operand(left)
-        for part, w in _slices(right):
+        for part, w in _slices(right, left.dtype):
             mm_into(tile[:, part], left, w.T, accumulate=index > 0)
     if bias is not None:
         tile.add_(bias)
@@ -90,7 +90,7 @@ def logits_into(tile: Tensor, factors: list[tuple[Tensor, Tensor]], bias: Tensor
 
 def times_right(matrix: Tensor, right: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """out (n, K) fp32 (+)= matrix (n, V) @ right (V, K)."""
-    for part, w in _slices(right):
+    for part, w in _slices(right, matrix.dtype):
         mm_into(out, matrix[:, part], w, accumulate)
         accumulate = True
     return out
