@@ -14,6 +14,7 @@ from torch import Tensor
 from .logps import PairLogps
 from .losses import LOSSES, LossParams, lengths
 
+_KNOBS = tuple(field.name for field in fields(LossParams))
 _COUNTS = (torch.int64, torch.int32, torch.float32, torch.float64)  # 16-bit floats cannot count to 300
 
 
@@ -27,10 +28,9 @@ class Objective:
     """
 
     def __init__(self, loss="sigmoid", *, weights: Sequence[float] | None = None, use_weighting=False, **params):
-        unknown = params.keys() - {field.name for field in fields(LossParams)}
+        unknown = [name for name in params if name not in _KNOBS]
         if unknown:
-            known = ", ".join(field.name for field in fields(LossParams))
-            raise TypeError(f"a loss has no knob {', '.join(sorted(unknown))}; knobs are {known}")
+            raise TypeError(f"a loss has no knob {', '.join(unknown)}; knobs are {', '.join(_KNOBS)}")
         self.params = LossParams(**params)
         parts = [loss] if isinstance(loss, str) or callable(loss) else loss
         if not (isinstance(parts, Sequence) and len(parts)):
