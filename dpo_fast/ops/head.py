@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
+_SUMMED_COLUMNS = 2048
 _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
 
 
@@ -116,6 +117,11 @@ def column_of(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
+def _sum_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, 1) sums over columns: a few thousand in x's dtype, these in `dtype`."""
+    return torch.cat([part.sum(1, keepdim=True) for part in x.split(_SUMMED_COLUMNS, 1)], 1).sum(1, True, dtype=dtype)
+
+
 # --- one tile ------------------------------------------------------------------------------------------------------
 
 
@@ -142,12 +148,14 @@ class EagerTile:
         self.gradient = gradient
         n, vocab = labels.numel(), factors[0][1].shape[0]
 
-        def per_row(value: float = 0.0) -> Tensor:
-            return torch.full((n, 1), value, dtype=self.buffer.dtype, device=self.buffer.device)
-
+        # Sums over slices in fp64, where there is one: which slices there are then changes hardly a bit
+        dtype, device = self.buffer.dtype, self.buffer.device
+        wide = dtype if device.type == "mps" else torch.float64
         # Not -inf: a row of all -inf then sums to 0, not NaN
-        self.row_max, self.sum_exp, self.target = per_row(torch.finfo(self.buffer.dtype).min), per_row(), per_row()
-        self.running = {name: per_row() for name in stats}
+        self.row_max = torch.full((n, 1), torch.finfo(dtype).min, dtype=dtype, device=device)
+        self.target = torch.zeros_like(self.row_max)
+        self.sum_exp = torch.zeros_like(self.row_max, dtype=wide)
+        self.running = {name: torch.zeros_like(self.sum_exp) for name in stats}
         self.sums = None
         for start in range(0, vocab, self.columns):
             part = slice(start, min(start + self.columns, vocab))
@@ -164,7 +172,7 @@ class EagerTile:
 
     def _fold_slice(self, z: Tensor, part: slice) -> Tensor:
         """Turn raw logits (n, width) into exp(z - max) k; returns what sums over earlier slices are to be scaled by."""
-        t, running = self.transform, self.running
+        t, running, wide = self.transform, self.running, self.sum_exp.dtype
         copied = t.softcap is not None or "entropy" in running or "log_sum_sq_probs" in running
         t.bend_(z)
         here, inside = column_of(self.label - part.start, z.shape[1])
@@ -173,9 +181,9 @@ class EagerTile:
         if "is_top1" in running:
             better = (top > self.row_max) | (part.start == 0)
             hit = inside & (z.argmax(1, keepdim=True) == here)
-            running["is_top1"] = torch.where(better, hit.to(z.dtype), running["is_top1"])
+            running["is_top1"] = torch.where(better, hit.to(wide), running["is_top1"])
         row_max = torch.maximum(self.row_max, top)
-        shift = (self.row_max - row_max).clamp_(min=-1e4)  # its exp is 0 already, and 0 times it is not NaN
+        shift = (self.row_max.to(wide) - row_max).clamp_(min=-1e4)  # its exp is 0 already, and 0 times it is not NaN
         rescale = shift.exp()
         if "entropy" in running:  # sum of exp(z - max) (z - max)
             running["entropy"].add_(self.sum_exp * shift).mul_(rescale)
@@ -189,7 +197,7 @@ class EagerTile:
                 running["mean_logits"] += block.sum(1, keepdim=True)
             block.sub_(row_max)
             shifted = block.clone() if "entropy" in running else None
-            self.sum_exp += block.exp_().sum(1, keepdim=True)
+            self.sum_exp += _sum_columns(block.exp_(), wide)
             if shifted is not None:
                 running["entropy"] += torch.where(block > 0, shifted.mul_(block), 0).sum(1, keepdim=True)
             if "log_sum_sq_probs" in running:
@@ -204,7 +212,7 @@ class EagerTile:
             self.sums = [z.new_empty((z.shape[0], right.shape[1])) for _, right in rights]
         for total, (_, right) in zip(self.sums, rights, strict=True):
             if not first:
-                total.mul_(rescale)
+                total.mul_(rescale.to(total.dtype))
             times_right(z, right, total, accumulate=not first)
 
     def _results(self, vocab: int) -> dict:
@@ -219,8 +227,8 @@ class EagerTile:
             out["entropy"] = log_sum - out["entropy"] / sum_exp
         if "log_sum_sq_probs" in out:
             out["log_sum_sq_probs"] = out["log_sum_sq_probs"].log() - 2 * log_sum
-        self.sum_exp = sum_exp.masked_fill(sum_exp == 0, 1)
-        return {name: value.squeeze(1) for name, value in out.items()}
+        self.sum_exp = sum_exp.masked_fill(sum_exp == 0, 1).to(self.tile.dtype)
+        return {name: value.squeeze(1).to(self.tile.dtype) for name, value in out.items()}
 
     def d_left(self, index: int, coefficient: Tensor) -> Tensor:
         """(n, K) fp32 gradient of the factor's left side, for coefficients (n, 1). Once a factor and `fold`."""
