@@ -117,6 +117,18 @@ def token_logps_fwd_kernel(
 
 
 @triton.jit
+def d_block(
+    x, cols, label, row_max, log_sum, coefficient, logit_scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr
+):
+    """coefficient x d logp / dx for a block of a row's fp32 logits."""
+    z, t = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)  # a row of all -inf: p = 0
+    p = tl.exp((z - row_max) - log_sum)
+    d = coefficient * (tl.where(cols == label, 1.0, 0.0) - p)
+    return d * d_transform(t, logit_scale, inv_temperature, HAS_SOFTCAP)
+
+
+@triton.jit
 def token_logps_bwd_kernel(
     logits_ptr,  # (outer, inner, V)
     d_logits_ptr,  # (outer, inner, V) with strides of its own; may be logits_ptr: a program reads what it overwrites
@@ -152,14 +164,10 @@ def token_logps_bwd_kernel(
         return
     valid = (label >= 0) & (label < V)
     coefficient = tl.where(valid, tl.load(d_logps_ptr + row), float("nan"))
-    log_sum = tl.load(log_sum_ptr + row)
-    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)  # a row of all -inf: p = 0
+    row_max, log_sum = tl.load(row_max_ptr + row), tl.load(log_sum_ptr + row)
     in_ptrs = logits_ptr + outer_index * stride_outer + inner_index * stride_inner + cols.to(tl.int64) * stride_v
     x = tl.load(in_ptrs, mask=inside, other=0.0).to(tl.float32)
-    z, t = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-    p = tl.exp((z - tl.load(row_max_ptr + row)) - log_sum)
-    d = coefficient * (tl.where(cols == label, 1.0, 0.0) - p)
-    d *= d_transform(t, logit_scale, inv_temperature, HAS_SOFTCAP)
+    d = d_block(x, cols, label, row_max, log_sum, coefficient, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
     tl.store(out_ptrs, d.to(d_logits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -186,16 +194,12 @@ def token_logps_direction_kernel(
     coefficient = tl.load(coefficient_ptr + row)
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)  # a row of all -inf: p = 0
     in_ptr, out_ptr = tile_ptr + row * stride_tile, d_ptr + row * stride_d
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         inside = cols < V
         x = tl.load(in_ptr + cols, mask=inside, other=0.0)
-        z, t = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-        p = tl.exp((z - row_max) - log_sum)
-        d = coefficient * (tl.where(cols == label, 1.0, 0.0) - p)
-        d *= d_transform(t, logit_scale, inv_temperature, HAS_SOFTCAP)
+        d = d_block(x, cols, label, row_max, log_sum, coefficient, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
         # Bytes up to 2 (start + BLOCK_V) are written now; up to 4 (start + BLOCK_V) all warps have read before
         tl.debug_barrier()
         tl.store(out_ptr + cols, d.to(d_ptr.dtype.element_ty), mask=inside)

@@ -22,7 +22,7 @@ def impl(request, monkeypatch):
     """Eager also with an online softmax over slices, which real vocabularies need and those of tests do not."""
     if request.param == "torch-in-slices":
         monkeypatch.setattr("dpo_fast.ops.plan._CPU_ROWS", 7)
-        monkeypatch.setattr("dpo_fast.ops.plan._CPU_COLUMNS", 30)
+        monkeypatch.setattr("dpo_fast.ops.plan.CPU_COLUMNS", 30)
     return request.param.split("-")[0]
 
 

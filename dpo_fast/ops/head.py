@@ -8,42 +8,15 @@ With D_iv = k_iv ([v = y_i] - p_iv), k the derivative of the logit's transform, 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .logits_torch import Transform
+from .plan import CPU_COLUMNS
+
 _SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
-_SUMMED_COLUMNS = 2048
 _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
-
-
-@dataclass(frozen=True)
-class Transform:
-    """z = softcap tanh(x scale / softcap) / temperature."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def slope(self) -> float:
-        """dz/dx without the soft-cap's share."""
-        return self.scale / self.temperature
-
-    def bend_(self, x: Tensor) -> Tensor:
-        """In place, as far as the soft-cap's tanh, whose square its slope needs; `stretch_` goes on to z."""
-        if self.scale != 1.0:
-            x.mul_(self.scale)
-        return x if self.softcap is None else x.div_(self.softcap).tanh_()
-
-    def stretch_(self, t: Tensor) -> Tensor:
-        if self.softcap is not None:
-            t.mul_(self.softcap)
-        return t if self.temperature == 1.0 else t.div_(self.temperature)
-
-    def bend_slope(self, t: Tensor) -> Tensor:
-        return t.square().neg_().add_(1)
 
 
 # --- GEMMs ---------------------------------------------------------------------------------------------------------
@@ -118,8 +91,8 @@ def column_of(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _sum_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, 1) sums over columns: a few thousand in x's dtype, these in `dtype`."""
-    return torch.cat([part.sum(1, keepdim=True) for part in x.split(_SUMMED_COLUMNS, 1)], 1).sum(1, True, dtype=dtype)
+    """(n, 1) sums over columns: a slice's in x's dtype, these in `dtype`, whether slices come singly or together."""
+    return torch.cat([part.sum(1, keepdim=True) for part in x.split(CPU_COLUMNS, 1)], 1).sum(1, True, dtype=dtype)
 
 
 # --- one tile ------------------------------------------------------------------------------------------------------
@@ -160,15 +133,13 @@ class EagerTile:
         for start in range(0, vocab, self.columns):
             part = slice(start, min(start + self.columns, vocab))
             rights = [(left, right[part]) for left, right in factors]
-            z = logits_into(self._view(n, part), rights, None if bias is None else bias[part])
+            tile = logits_view(self.buffer, n, part.stop - part.start)
+            z = logits_into(tile, rights, None if bias is None else bias[part])
             rescale = self._fold_slice(z, part)
             if gradient and self.columns < vocab:
                 self._sum_directions(z, rights, rescale)
         self.tile = z
         return self._results(vocab)
-
-    def _view(self, rows: int, part: slice) -> Tensor:
-        return logits_view(self.buffer, rows, part.stop - part.start)
 
     def _fold_slice(self, z: Tensor, part: slice) -> Tensor:
         """Turn raw logits (n, width) into exp(z - max) k; returns what sums over earlier slices are to be scaled by."""

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import register_flop_formula
 from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
 from .dispatch import choose_impl, plan_device
 from .head import (
-    Transform,
     blocks_of_columns,
     column_of,
     gemm_operand,
@@ -24,7 +23,7 @@ from .head import (
     mm_into,
     times_right,
 )
-from .logits_torch import transform_
+from .logits_torch import Transform
 from .plan import DEFAULT_TILE_MIB, HeadPlan, plan_head
 from .reference import logits_token_stats_reference
 from .stats import STATS, TokenStats, check_outputs
@@ -399,7 +398,7 @@ def _slice_direction_(tile, local_labels, partition, coefficient, transform: Tra
     log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)
     scale = coefficient.unsqueeze(1) * -transform.slope
     for start, z in blocks_of_columns(tile, copied=transform.softcap is not None):
-        t = transform_(z, transform.scale, transform.softcap, transform.temperature)
+        t = transform.apply_(z)
         z.sub_(row_max).sub_(log_sum).exp_()
         here, inside = column_of(local_labels.unsqueeze(1) - start, z.shape[1])
         z.scatter_add_(1, here, -inside.to(z.dtype))

@@ -5,6 +5,7 @@ of the logits and no softmax of all of them.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,17 +27,39 @@ def row_blocks(x: Tensor, rows_per_block: int, first: int = 0) -> Iterator[tuple
             yield from row_blocks(part, rows_per_block, first + index * inner)
 
 
-def transform_(z: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor | None:
-    """Transform raw logits in place; returns the tanh of the soft-cap, which `d_transform_` needs."""
-    t = None
-    if logit_scale != 1.0:
-        z.mul_(logit_scale)
-    if softcap is not None:
-        t = z.div_(softcap).tanh_().clone()
-        z.mul_(softcap)
-    if temperature != 1.0:
-        z.div_(temperature)
-    return t
+@dataclass(frozen=True)
+class Transform:
+    """z = softcap tanh(x scale / softcap) / temperature."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def slope(self) -> float:
+        """dz/dx without the soft-cap's share."""
+        return self.scale / self.temperature
+
+    def bend_(self, x: Tensor) -> Tensor:
+        """In place, as far as the soft-cap's tanh, whose square its slope needs; `stretch_` goes on to z."""
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        return x if self.softcap is None else x.div_(self.softcap).tanh_()
+
+    def stretch_(self, t: Tensor) -> Tensor:
+        if self.softcap is not None:
+            t.mul_(self.softcap)
+        return t if self.temperature == 1.0 else t.div_(self.temperature)
+
+    def bend_slope(self, t: Tensor) -> Tensor:
+        return t.square().neg_().add_(1)
+
+    def apply_(self, x: Tensor) -> Tensor | None:
+        """Turn raw logits into z in place; returns the tanh of the soft-cap, which the slope needs."""
+        self.bend_(x)
+        t = None if self.softcap is None else x.clone()
+        self.stretch_(x)
+        return t
 
 
 def d_transform_(d: Tensor, t: Tensor | None, logit_scale: float, temperature: float) -> Tensor:
@@ -62,7 +85,7 @@ def token_logps_fwd(logits, labels, out, *, ignore_index, logit_scale, softcap, 
     rows, scratch = _scratch(logits)
     for block, where in row_blocks(logits, rows):
         z = scratch[: block.shape[0]].copy_(block)
-        transform_(z, logit_scale, softcap, temperature)
+        Transform(logit_scale, softcap, temperature).apply_(z)
         target = z.gather(-1, target_ids[where])
         if "mean_logits" in out:
             out["mean_logits"][where] = z.mean(-1)
@@ -101,7 +124,7 @@ def token_logps_bwd(
     rows, scratch = _scratch(logits)
     for (block, where), (d_block, _) in zip(row_blocks(logits, rows), row_blocks(d_logits, rows), strict=True):
         z = scratch[: block.shape[0]].copy_(block)
-        t = transform_(z, logit_scale, softcap, temperature)
+        t = Transform(logit_scale, softcap, temperature).apply_(z)
         d = z.sub_(row_max[where, None]).sub_(log_sum[where, None]).exp_()
         d.scatter_add_(-1, target_ids[where], torch.full_like(target_ids[where], -1, dtype=d.dtype))
         d.mul_(-coefficient[where, None])

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .head import Transform, make_tile
+from .head import make_tile
 from .linear import Factors, scored_rows, usable_labels
+from .logits_torch import Transform
 from .plan import HeadPlan
 from .sequence import sequence_logps
 

@@ -22,7 +22,7 @@ DEFAULT_TILE_MIB = 256
 # plans that may go through the vocabulary slice by slice; the others take whole rows, of which 384 are nearly as good.
 # Processor ms for `frozen` at N=H=1024, V=32,000 in fp32: 1453 with 1024 x 2048, 1499 with 1024 x 4096, 1462 with
 # 1024 x 8192, 1469 with 512 x 4096, 1537 with 256 x 8192; 1722 with whole rows, 256 at a time.
-_CPU_ROWS, _CPU_COLUMNS, _CPU_WHOLE_ROWS = 1024, 2048, 384
+_CPU_ROWS, CPU_COLUMNS, _CPU_WHOLE_ROWS = 1024, 2048, 384
 _CPU_SLICE_BYTES = 64 << 20  # of a slice with all tokens in `recompute`'s backward
 
 
@@ -85,7 +85,7 @@ def plan_head(
         rows = max(rows, longest_pair)
     columns = slice_columns = V
     if on_cpu and name in ("score", "frozen", "recompute"):
-        columns = min(V, _CPU_COLUMNS, budget // 4)
+        columns = min(V, CPU_COLUMNS, budget // 4)
         rows = max(1, min(N, _CPU_ROWS, rows_within(columns)))
     workspace = rows * (4 * columns + thin)
     if name == "recompute":
