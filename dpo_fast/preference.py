@@ -9,11 +9,11 @@ from torch import Tensor
 from .logps import PairLogps, pair_logps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
 from .ops.checks import check_finite, check_tensor, check_transform, checking
-from .ops.dispatch import choose_impl, plan_device
+from .ops.dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .ops.head import Transform
 from .ops.linear import check_head, check_head_values, compute_dtype, linear_token_stats
 from .ops.pairwise import Head, PairwiseLossFunction, group_tokens
-from .ops.plan import DEFAULT_TILE_MIB, HeadPlan, plan_head
+from .ops.plan import HeadPlan, plan_head
 from .ops.sequence import sequence_logps
 from .ops.stats import STATS, TokenStats, check_outputs
 
@@ -67,7 +67,7 @@ def linear_preference_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    tile_mib: int = DEFAULT_TILE_MIB,
+    tile_mib: int | None = None,
     impl: str = "auto",
     **params,
 ) -> PreferenceOutput:
@@ -117,9 +117,10 @@ def linear_preference_loss(
     down, up = low_rank or (None, None)
     trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, down, up)]
     head_grad = trains[1] or trains[2] or trains[4]
-    fused = head_grad and not objective.couples_pairs and impl != "reference" and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    separable = head_grad and not objective.couples_pairs and impl != "reference" and not compiling
     tokens = None
-    if fused:
+    if separable:
         tokens = group_tokens(labels, sequence_ids, num_pairs, context.weights, ignore_index, sequence_lengths)
     plan = plan_head(
         hidden.shape[0],
@@ -128,12 +129,13 @@ def linear_preference_loss(
         compute_dtype(hidden),
         hidden_grad=trains[0] or trains[3],
         head_grad=head_grad,
-        separable=fused,
-        longest_pair=tokens.longest_pair if fused else None,
+        separable=separable,
+        pair_lengths=tokens.pair_lengths if separable else None,
         tile_mib=tile_mib,
         device_type=plan_device(impl, hidden.device),
+        device_memory=None if compiling else device_memory(hidden.device),
     )
-    if not fused:
+    if plan.name not in ("pairwise", "pending"):
         stats = linear_token_stats(
             hidden,
             weight,
@@ -257,7 +259,7 @@ def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:
     if not isinstance(num_pairs, int) or num_pairs < 1:
         raise ValueError(f"{op}: num_pairs must be a positive int, got {num_pairs!r}")
     check_tensor(op, "sequence_ids", ids, (scored.shape[0],), (torch.int64,), scored.device)
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    if free_to_look(ids) and ids.numel() and not torch.compiler.is_compiling():
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= 2 * num_pairs:
             raise ValueError(
@@ -274,7 +276,7 @@ def _check_lengths(op: str, ids: Tensor, num_pairs: int, lengths) -> None:
             f"{op}: sequence_lengths must be {2 * num_pairs} counts that sum to N={N}, "
             f"got {len(lengths)} that sum to {sum(lengths)}"
         )
-    if (ids.device.type == "cpu" or checking()) and not torch.compiler.is_compiling():
+    if (free_to_look(ids) or checking()) and not torch.compiler.is_compiling():
         counts = torch.bincount(ids, minlength=2 * num_pairs).tolist()
         if counts != lengths:
             raise ValueError(f"{op}: sequence_lengths must be the counts in sequence_ids, {counts}, got {lengths}")

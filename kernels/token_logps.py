@@ -171,40 +171,6 @@ def token_logps_bwd_kernel(
     tl.store(out_ptrs, d.to(d_logits_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def token_logps_direction_kernel(
-    tile_ptr,  # (N, V) fp32 logits
-    d_ptr,  # (N, V) in 16 bits: row i lies over the first half of the tile's row i
-    labels_ptr,  # (N,)
-    row_max_ptr,  # (N,) fp32
-    log_sum_ptr,  # (N,) fp32
-    coefficient_ptr,  # (N,) fp32
-    V,
-    stride_tile,
-    stride_d,
-    logit_scale,
-    softcap,
-    inv_temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One program a row, from left to right: what it writes lies over what it has read, never over what is to come."""
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    coefficient = tl.load(coefficient_ptr + row)
-    row_max = tl.load(row_max_ptr + row)
-    log_sum = tl.load(log_sum_ptr + row)
-    in_ptr, out_ptr = tile_ptr + row * stride_tile, d_ptr + row * stride_d
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        inside = cols < V
-        x = tl.load(in_ptr + cols, mask=inside, other=0.0)
-        d = d_block(x, cols, label, row_max, log_sum, coefficient, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-        # Bytes up to 2 (start + BLOCK_V) are written now; up to 4 (start + BLOCK_V) all warps have read before
-        tl.debug_barrier()
-        tl.store(out_ptr + cols, d.to(d_ptr.dtype.element_ty), mask=inside)
-
-
 def token_logps_fwd(logits, rows, labels, out, *, ignore_index, logit_scale, softcap, temperature):
     """Launch the forward. `rows` is (outer, inner, stride_outer, stride_inner); `out` maps names to (N,) fp32 tensors,
     the statistics that are missing from it are not computed."""
@@ -254,7 +220,8 @@ def token_logps_bwd(
     softcap,
     temperature,
 ):
-    """Launch the backward; `d_logits` may be `logits`."""
+    """Launch the backward: d_logits = diag(d_logps) D, in its own dtype and strides; it may be `logits` itself. For the
+    head's fp32 tile it writes the D that GEMMs take: over the tile in fp32, into another tensor in 16 bits."""
     V = logits.shape[-1]
     _, inner, stride_outer, stride_inner = rows
     _, _, d_stride_outer, d_stride_inner = d_rows
@@ -283,28 +250,6 @@ def token_logps_bwd(
     )
 
 
-def token_logps_direction(tile, d, labels, row_max, log_sum, coefficient, *, logit_scale, softcap, temperature):
-    """Launch: d (N, V) = diag(coefficient) D in 16 bits over the fp32 tile (N, V) that it is computed from, both with
-    contiguous columns. Labels are in [0, V): a row without a label has coefficient 0."""
-    V = tile.shape[1]
-    token_logps_direction_kernel[(labels.numel(),)](
-        tile,
-        d,
-        labels,
-        row_max,
-        log_sum,
-        coefficient,
-        V,
-        tile.stride(0),
-        d.stride(0),
-        logit_scale,
-        softcap or 1.0,
-        1.0 / temperature,
-        HAS_SOFTCAP=softcap is not None,
-        **backward_config(V, target_name(tile.device), "token_logps_direction"),
-    )
-
-
 def forward_config(V: int, element_size: int, target: str = "other") -> dict[str, int]:
     """A rule where nothing was measured: four 16-byte loads in flight a thread, no more lanes than the row can fill. A
     vocabulary that is no multiple of 16 costs a predicate a logit, and half the lanes leave registers for them."""
@@ -314,8 +259,8 @@ def forward_config(V: int, element_size: int, target: str = "other") -> dict[str
     return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, warps * lanes // full)}
 
 
-def backward_config(V: int, target: str = "other", kernel: str = "token_logps_bwd") -> dict[str, int]:
+def backward_config(V: int, target: str = "other") -> dict[str, int]:
     """A rule where nothing was measured: two 16-byte bf16 loads a thread, one where predicates need the registers."""
-    full, warps = constants(target, kernel, (4096, 8))
+    full, warps = constants(target, "token_logps_bwd", (4096, 8))
     block = min(full if V % 16 == 0 else full // 2, triton.next_power_of_2(V))
     return {"BLOCK_V": block, "num_warps": max(1, min(warps, block // 256))}

@@ -4,7 +4,6 @@ Runs as a script of its own: the interpreter, which the tests need, replaces the
     python tests/aot_compile.py cuda:90 hip:gfx942
 """
 
-import itertools
 import json
 import os
 import re
@@ -55,52 +54,50 @@ def case(
     )
 
 
-def level_1(target: str, dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256):
-    label = f"{dtype} V={V}{' softcap' if softcap else ''}{' stats' if stats else ''}"
-    knobs = dict(
-        integers=("V", "inner", "stride_outer", "stride_inner", "ignore_index", "d_stride_outer", "d_stride_inner"),
+def label_of(dtype: str, V: int, softcap: bool, stats: bool = False) -> str:
+    return f"{dtype} V={V}{' softcap' if softcap else ''}{' stats' if stats else ''}"
+
+
+def level_1_knobs(V: int, aligned_rows: bool) -> dict:
+    """How level 1's arguments specialise: a vocabulary that is a multiple of 16 is read and written without masks."""
+    strides = ("stride_outer", "stride_inner", "d_stride_outer", "d_stride_inner")
+    return dict(
+        integers=("V", "inner", "ignore_index", *strides),
         floats=("logit_scale", "softcap", "inv_temperature"),
-        divisible=("V", "stride_outer", "stride_inner", "d_stride_outer", "d_stride_inner") if V % 16 == 0 else (),
+        divisible=("V", *strides) if V % 16 == 0 else strides if aligned_rows else (),
         loads=V % 16 == 0,
     )
+
+
+ROWS = {n: "*fp32" for n in ("logps_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "mean_logits_ptr")}
+ROWS |= {"is_top1_ptr": "*fp32", "log_sum_sq_probs_ptr": "*fp32", "d_logps_ptr": "*fp32", "labels_ptr": "*i64"}
+
+
+def forward(target: str, dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256):
     config = token_logps.forward_config(V, size, target)
-    rows = {n: "*fp32" for n in ("logps_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "mean_logits_ptr")}
-    rows |= {"is_top1_ptr": "*fp32", "log_sum_sq_probs_ptr": "*fp32", "d_logps_ptr": "*fp32", "labels_ptr": "*i64"}
     yield case(
-        f"token_logps_fwd {label}",
+        f"token_logps_fwd {label_of(dtype, V, softcap, stats)}",
         token_logps.token_logps_fwd_kernel,
-        {"logits_ptr": f"*{dtype}", **rows},
+        {"logits_ptr": f"*{dtype}", **ROWS},
         {"HAS_SOFTCAP": softcap, **dict.fromkeys(STATS, stats), "LANES": config["LANES"], "WIDTH": config["WIDTH"]},
         ones=("stride_v",),
         num_warps=config["num_warps"],
-        **knobs,
+        **level_1_knobs(V, aligned_rows=False),
     )
-    if not stats:
-        config = token_logps.backward_config(V, target)
-        yield case(
-            f"token_logps_bwd {label}",
-            token_logps.token_logps_bwd_kernel,
-            {"logits_ptr": f"*{dtype}", "d_logits_ptr": f"*{dtype}", **rows},
-            {"HAS_SOFTCAP": softcap, "BLOCK_V": config["BLOCK_V"]},
-            ones=("stride_v", "d_stride_v"),
-            num_warps=config["num_warps"],
-            **knobs,
-        )
 
 
-def direction(target: str, dtype: str, softcap: bool, V: int = 128_256):
-    config = token_logps.backward_config(V, target, "token_logps_direction")
+def backward(target: str, dtype: str, d_dtype: str, softcap: bool, V: int = 128_256):
+    """Of logits in the dtype of their gradient, or of the head's fp32 tile, whose rows are always aligned."""
+    config = token_logps.backward_config(V, target)
+    tile = dtype != d_dtype
     yield case(
-        f"token_logps_direction {dtype} V={V}{' softcap' if softcap else ''}",
-        token_logps.token_logps_direction_kernel,
-        {"tile_ptr": "*fp32", "d_ptr": f"*{dtype}", "labels_ptr": "*i64"}
-        | dict.fromkeys(("row_max_ptr", "log_sum_ptr", "coefficient_ptr"), "*fp32"),
+        f"token_logps_bwd {label_of(f'{dtype} to {d_dtype}' if tile else dtype, V, softcap)}",
+        token_logps.token_logps_bwd_kernel,
+        {"logits_ptr": f"*{dtype}", "d_logits_ptr": f"*{d_dtype}", **ROWS},
         {"HAS_SOFTCAP": softcap, "BLOCK_V": config["BLOCK_V"]},
-        integers=("V", "stride_tile", "stride_d"),
-        floats=("logit_scale", "softcap", "inv_temperature"),
-        divisible=("V", "stride_tile", "stride_d") if V % 16 == 0 else (),
-        loads=V % 16 == 0,
+        ones=("stride_v", "d_stride_v"),
         num_warps=config["num_warps"],
+        **level_1_knobs(V, aligned_rows=tile),
     )
 
 
@@ -152,15 +149,17 @@ def fused_heads(target: str):
 def cases(target: str):
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         for softcap in (False, True):
-            yield from level_1(target, dtype, size, softcap, stats=False)
-            yield from level_1(target, dtype, size, softcap, stats=False, V=50_257)  # GPT-2: rows are not aligned
-            yield from level_1(target, dtype, size, softcap, stats=True)
-    yield from level_1(target, "bf16", 2, True, stats=True, V=50_257)
-    yield from level_1(target, "fp16", 2, False, stats=False)
+            for V in (128_256, 50_257):  # GPT-2's: rows are not aligned
+                yield from forward(target, dtype, size, softcap, stats=False, V=V)
+                yield from backward(target, dtype, dtype, softcap, V=V)
+            yield from forward(target, dtype, size, softcap, stats=True)
+    yield from forward(target, "bf16", 2, True, stats=True, V=50_257)
+    yield from forward(target, "fp16", 2, False, stats=False)
+    yield from backward(target, "fp16", "fp16", False)
     for dtype in ("bf16", "fp16"):
         for softcap in (False, True):
-            yield from direction(target, dtype, softcap)
-            yield from direction(target, dtype, softcap, V=50_257)
+            for V in (128_256, 50_257):
+                yield from backward(target, "fp32", dtype, softcap, V=V)
     yield case(
         "sequence_sum",
         sequence_sum.sequence_sum_kernel,
@@ -201,7 +200,6 @@ def report(target: str, item: dict) -> dict:
         found |= {"registers": registers, "stack": stack, "local": local, "spills": spills}
         found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128", sass))
         found["tensor_core"] = len(re.findall(rf"\b(?:{TENSOR_CORE[arch]})\b", sass))
-        found["order"] = [m for m, _ in itertools.groupby(re.findall(r"\b(?:LDG|BAR|STG)\b", sass))]
     return found
 
 

@@ -18,9 +18,6 @@ def kernel_names() -> set[str]:
 # KiB of shared memory that one block of threads can have
 SHARED_KIB = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99, "hip:gfx942": 64}
 
-# Of a kernel that writes over what other warps read: one barrier between a block's loads and its stores
-READ_THEN_WRITE = ["LDG", "BAR", "STG"]
-
 
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_compiled_kernels(target):
@@ -37,6 +34,9 @@ def test_compiled_kernels(target):
     assert not scalar, scalar
     too_large = [r for r in reports if r["shared"] > SHARED_KIB[target] * 1024]
     assert not too_large, too_large
-    in_place = [r for r in reports if r["kernel"].startswith("token_logps_direction")]
-    overtaking = [r for r in in_place if r.get("order", READ_THEN_WRITE) != READ_THEN_WRITE]
-    assert not overtaking, overtaking
+
+
+def test_no_kernel_relies_on_a_debug_barrier():
+    """It orders threads on NVIDIA, by their machine code; on gfx942 a wave passes it with its loads in flight."""
+    kernels = Path(__file__).parents[1] / "kernels"
+    assert not [file.name for file in kernels.glob("*.py") if "debug_barrier" in file.read_text(encoding="utf-8")]

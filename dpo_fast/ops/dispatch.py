@@ -41,9 +41,47 @@ def reasons_against(impl: str, device: torch.device, dtype: torch.dtype = torch.
     return reasons
 
 
+_HOST_DEVICES = ("cpu",)  # replaced by tests that run the code for accelerators on CPU tensors
+
+
+def free_to_look(x: torch.Tensor) -> bool:
+    """Whether the host reads values of `x` without stopping a stream: what tells the code for CPU from the other."""
+    return x.device.type in _HOST_DEVICES
+
+
+@functools.cache
+def fp32_products(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether torch multiplies 16-bit matrices of `dtype` into an fp32 one on `device`: (as a result, and added to it).
+
+    Asked of torch itself, once: CUDA has the first since 2.8 and the second since 2.10, ROCm later.
+    """
+    operand, out = torch.zeros((16, 16), dtype=dtype, device=device), torch.zeros((16, 16), device=device)
+    can = []
+    for multiply in (
+        lambda: torch.mm(operand, operand, out_dtype=torch.float32, out=out),
+        lambda: torch.addmm(out, operand, operand, out_dtype=torch.float32, out=out),
+    ):
+        try:
+            multiply()
+            can.append(True)
+        except (RuntimeError, TypeError):  # TypeError: no such argument
+            can.append(False)
+    return can[0], can[1]
+
+
+@functools.cache
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory that an accelerator has; None where there is no telling."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if device.type not in _TRITON_DEVICES:
+        return None
+    return getattr(torch, device.type).get_device_properties(device).total_memory
+
+
 def plan_device(impl: str, device: torch.device) -> str:
     """Whose plan `impl` follows: Triton's is one, also where its interpreter stands in for a device."""
-    return "cuda" if impl == "triton" else device.type
+    return "cpu" if device.type in _HOST_DEVICES and impl != "triton" else "cuda"
 
 
 @functools.cache

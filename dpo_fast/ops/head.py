@@ -7,15 +7,18 @@ With D_iv = k_iv ([v = y_i] - p_iv), k the derivative of the logit's transform, 
     d left_f = diag(c) D right_f                  d right_f = D^T diag(c) left_f
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .dispatch import fp32_products, free_to_look
 from .logits_torch import Transform
-from .plan import CPU_COLUMNS
+from .plan import CPU_COLUMNS, row_stride
 
 _SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
+_PRODUCT_BYTES = 64 << 20  # of an fp32 product at a time, where it cannot be added where it belongs
 _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
 
 
@@ -23,8 +26,10 @@ _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a c
 
 
 def gemm_operand(x: Tensor) -> Tensor:
-    """`x` as the GEMMs take it: 16-bit only where the device multiplies it into an fp32 result."""
-    return x if x.dtype in (torch.float32, torch.float64) or x.device.type == "cuda" else x.float()
+    """`x` as the GEMMs take it: 16-bit only where an accelerator multiplies it into an fp32 result."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.float() if free_to_look(x) or not fp32_products(x.device, x.dtype)[0] else x
 
 
 def _slices(right: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -40,15 +45,29 @@ def _slices(right: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """out (+)= a @ b with an fp32 `out`, never rounding the product to the operands' dtype."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    if half and not accumulate:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif half and fp32_products(a.device, a.dtype)[1]:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    elif half:
+        for part, product in products(a, b):
+            out[part].add_(product)
     elif accumulate:
         torch.addmm(out, a, b, out=out)
     else:
         torch.mm(a, b, out=out)
+
+
+def products(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """a @ b in fp32, some rows at a time, each over the one before."""
+    step = max(1, _PRODUCT_BYTES // (4 * b.shape[1]))
+    buffer = torch.empty((min(step, a.shape[0]), b.shape[1]), dtype=torch.float32, device=a.device)
+    for start in range(0, a.shape[0], step):
+        part = slice(start, min(start + step, a.shape[0]))
+        product = buffer[: part.stop - start]
+        mm_into(product, a[part], b)
+        yield part, product
 
 
 def logits_into(tile: Tensor, factors: list[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
@@ -70,16 +89,29 @@ def times_right(matrix: Tensor, right: Tensor, out: Tensor, accumulate: bool = F
     return out
 
 
+def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns), uninitialised, whose rows are as far apart as an accelerator's GEMMs like them."""
+    return torch.empty((rows, row_stride(columns)), dtype=dtype, device=device)[:, :columns]
+
+
+def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory for a tile, which `logits_view` shapes."""
+    return like.new_empty(rows * (columns if free_to_look(like) else row_stride(columns)))
+
+
 def logits_view(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    """The buffer's first rows x columns elements as (rows, columns): on CPU column by column, in which its GEMM is a
-    fifth faster for a few hundred rows (752 instead of 957 processor ms at 4 x 256 rows, H=1024, V=32,000)."""
-    flat = buffer[: rows * columns]
-    return flat.view(columns, rows).T if buffer.device.type == "cpu" else flat.view(rows, columns)
+    """The start of a `logits_buffer` as (rows, columns), for as many columns as it was made for, or fewer. On CPU
+    column by column, in which its GEMM is a fifth faster for a few hundred rows (752 instead of 957 processor ms at
+    4 x 256 rows, H=1024, V=32,000)."""
+    if free_to_look(buffer):
+        return buffer[: rows * columns].view(columns, rows).T
+    stride = row_stride(columns)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def blocks_of_columns(tile: Tensor, copied: bool) -> Iterator[tuple[int, Tensor]]:
     """The tile's columns with where they start: all at once, or a few at a time where passes make copies of them."""
-    limit = _COPY_BYTES if tile.device.type == "cpu" else 8 * _COPY_BYTES
+    limit = _COPY_BYTES if free_to_look(tile) else 8 * _COPY_BYTES
     step = max(1, limit // max(1, tile.shape[0] * tile.element_size())) if copied else tile.shape[1]
     for start in range(0, tile.shape[1], step):
         yield start, tile[:, start : start + step]
@@ -93,6 +125,24 @@ def column_of(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def _sum_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, 1) sums over columns: a slice's in x's dtype, these in `dtype`, whether slices come singly or together."""
     return torch.cat([part.sum(1, keepdim=True) for part in x.split(CPU_COLUMNS, 1)], 1).sum(1, True, dtype=dtype)
+
+
+# --- fp16 ----------------------------------------------------------------------------------------------------------
+# The fp16 D of a gradient is stored without coefficients: the slope of a loss is small, a GradScaler multiplies it only
+# afterwards, and what is below 6e-8 is 0. Lifted so that its largest entry is some thousands, D keeps entries of 1e-11.
+# Coefficients go to thin fp32 results, and to a thin operand after division by the largest of them.
+
+
+def fp16_lift(transform: Transform) -> float:
+    """A power of two: |D| times it is at most 4,096, of fp16's 65,504."""
+    slope = abs(transform.slope)
+    return 2.0 ** (12 - math.ceil(math.log2(slope))) if slope else 1.0
+
+
+def fp16_weighted(left: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, K) fp16 left x c / s and s (), the largest |c|; coefficient: (n, 1) fp32."""
+    largest = coefficient.abs().amax().clamp(min=torch.finfo(coefficient.dtype).tiny)
+    return (left * (coefficient / largest)).to(torch.float16), largest
 
 
 # --- one tile ------------------------------------------------------------------------------------------------------
@@ -110,9 +160,9 @@ class EagerTile:
     """
 
     def __init__(self, rows: int, columns: int, like: Tensor):
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(like.dtype, torch.float32)
         self.columns = columns
-        self.buffer = torch.empty(rows * columns, dtype=dtype, device=like.device)
+        self.buffer = logits_buffer(rows, columns, like.new_empty(0, dtype=wide))
 
     def fold(self, factors, bias, labels: Tensor, transform: Transform, stats=(), gradient: bool = True) -> dict:
         """Score n tokens, labels (n,) int64 in [0, V): name -> (n,) fp32, the log-probs, row_max, log_sum and the
@@ -223,12 +273,15 @@ class EagerTile:
 
 
 class TritonTile:
-    """A tile of logits with Triton's passes over it: one read to score, one read and write for D with c in it. A 16-bit
-    D, which 16-bit GEMMs take, lies over the fp32 tile: its row i over the first half of the tile's row i."""
+    """A tile of logits with Triton's passes over it: one read to score, one read and write for D.
+
+    D takes the tile's place, and a buffer of its own where GEMMs take 16 bits. c is in it, but in fp16 (above).
+    """
 
     def __init__(self, rows: int, columns: int, like: Tensor):
-        self.buffer = torch.empty((rows, columns), dtype=torch.float32, device=like.device)
+        self.buffer = aligned(rows, columns, torch.float32, like.device)
         self.operand = gemm_operand(like[:0]).dtype
+        self.d_buffer = None  # made by the first gradient
 
     def fold(self, factors, bias, labels: Tensor, transform: Transform, stats=(), gradient: bool = True) -> dict:
         from dpo_fast.kernels.token_logps import token_logps_fwd
@@ -237,43 +290,53 @@ class TritonTile:
         self.knobs = dict(logit_scale=transform.scale, softcap=transform.softcap, temperature=transform.temperature)
         tile = self.tile = logits_into(self.buffer[: labels.numel()], factors, bias)
         self.out = {name: tile.new_empty(labels.numel()) for name in ("logps", "row_max", "log_sum", *stats)}
-        token_logps_fwd(tile, self._rows, labels, self.out, ignore_index=-1, **self.knobs)
-        self.coefficient = None
+        token_logps_fwd(tile, _rows_of(tile), labels, self.out, ignore_index=-1, **self.knobs)
+        self.lift = fp16_lift(transform) if self.operand == torch.float16 else None
+        self.coefficient = self.d = None
         return self.out
 
-    @property
-    def _rows(self) -> tuple[int, int, int, int]:
-        return 1, self.tile.shape[0], 0, self.tile.stride(0)
-
     def _direction(self, coefficient: Tensor) -> Tensor:
-        """diag(c) D in the operands' dtype; written on the first call for a tile."""
-        tile = self.tile
-        d = tile if self.operand == tile.dtype else tile.view(self.operand)[:, : tile.shape[1]]
-        if self.coefficient is None:
+        """diag(c) D in the operands' dtype, lifted instead in fp16; written on the first call for a tile."""
+        if self.d is None:
             self.coefficient = coefficient
-            self._write_direction(d, coefficient.reshape(-1).expand(tile.shape[0]).contiguous())
+            inside = coefficient if self.lift is None else torch.full_like(coefficient, self.lift)
+            self.d = self._write_direction(inside.reshape(-1).contiguous())
         elif coefficient is not self.coefficient:
             raise AssertionError("the tile holds D for other coefficients")
-        return d
+        return self.d
 
-    def _write_direction(self, d: Tensor, c: Tensor) -> None:
-        from dpo_fast.kernels.token_logps import token_logps_bwd, token_logps_direction
+    def _write_direction(self, c: Tensor) -> Tensor:
+        from dpo_fast.kernels.token_logps import token_logps_bwd
 
+        tile = d = self.tile
+        if self.operand != tile.dtype:
+            if self.d_buffer is None:
+                self.d_buffer = aligned(*self.buffer.shape, self.operand, tile.device)
+            d = self.d_buffer[: tile.shape[0]]
         row_max, log_sum = self.out["row_max"], self.out["log_sum"]
-        if d is self.tile:
-            rows = (self._rows, self._rows)
-            token_logps_bwd(d, d, *rows, self.labels, row_max, log_sum, c, ignore_index=-1, **self.knobs)
-        else:
-            token_logps_direction(self.tile, d, self.labels, row_max, log_sum, c, **self.knobs)
+        rows = _rows_of(tile), _rows_of(d)
+        token_logps_bwd(tile, d, *rows, self.labels, row_max, log_sum, c, ignore_index=-1, **self.knobs)
+        return d
 
     def d_left(self, index: int, coefficient: Tensor) -> Tensor:
         right = self.factors[index][1]
         d_left = self.tile.new_empty((self.tile.shape[0], right.shape[1]))
-        return times_right(self._direction(coefficient), right, d_left)
+        times_right(self._direction(coefficient), right, d_left)
+        return d_left if self.lift is None else d_left.mul_(coefficient / self.lift)
 
     def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor) -> None:
         d = self._direction(coefficient)
-        mm_into(total, d.T, left.to(d.dtype), accumulate=True)
+        if self.lift is None:
+            mm_into(total, d.T, left.to(d.dtype), accumulate=True)
+            return
+        weighted, largest = fp16_weighted(left, coefficient)
+        for part, product in products(d.T, weighted):
+            total[part].addcmul_(product, largest / self.lift)
+
+
+def _rows_of(x: Tensor) -> tuple[int, int, int, int]:
+    """(outer, inner, stride_outer, stride_inner) of a matrix with contiguous columns, as the kernels walk it."""
+    return 1, x.shape[0], 0, x.stride(0)
 
 
 def make_tile(impl: str, rows: int, columns: int, like: Tensor) -> "EagerTile | TritonTile":

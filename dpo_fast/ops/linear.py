@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
-from .dispatch import choose_impl, plan_device
+from .dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .head import (
+    aligned,
     blocks_of_columns,
     column_of,
+    fp16_lift,
+    fp16_weighted,
     gemm_operand,
+    logits_buffer,
     logits_into,
     logits_view,
     make_tile,
@@ -24,7 +28,7 @@ from .head import (
     times_right,
 )
 from .logits_torch import Transform
-from .plan import DEFAULT_TILE_MIB, HeadPlan, plan_head
+from .plan import HeadPlan, plan_head
 from .reference import logits_token_stats_reference
 from .stats import STATS, TokenStats, check_outputs
 
@@ -40,7 +44,7 @@ def linear_token_logps(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    tile_mib: int = DEFAULT_TILE_MIB,
+    tile_mib: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Log-probability of each label under softmax(hidden weight^T + bias), with every gradient.
@@ -50,14 +54,29 @@ def linear_token_logps(
     low_rank: (down, up) of shapes (N, r), (V, r): adds down up^T to the logits. For a LoRA-adapted head, down is
       scaling * lora_A(hidden) and up is lora_B's weight; both get gradients.
     The logits x become `softcap tanh(x scale / softcap) / temperature`. tile_mib: the budget for the one tile of logits
-    that exists at a time (MiB).
+    that exists at a time (MiB); None: what suits the device, see `ops.plan.plan_head`.
 
     Returns (N,) fp32 in nats, exactly 0 where ignored. Differentiable in hidden, weight, bias, down and up; where the
     head does not train, a backward costs no GEMM (its work is done in the forward, see `frozen`).
 
     Raises TypeError for dtypes, ValueError for shapes, devices, an `impl` that cannot run, and labels out of range.
     """
-    return _token_stats("linear_token_logps", **locals(), outputs=()).logps
+    stats = _token_stats(
+        "linear_token_logps",
+        hidden,
+        weight,
+        labels,
+        outputs=(),
+        bias=bias,
+        low_rank=low_rank,
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tile_mib=tile_mib,
+        impl=impl,
+    )
+    return stats.logps
 
 
 def linear_token_stats(
@@ -72,14 +91,28 @@ def linear_token_stats(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    tile_mib: int = DEFAULT_TILE_MIB,
+    tile_mib: int | None = None,
     impl: str = "auto",
 ) -> TokenStats:
     """As `linear_token_logps`, and from the same tiles the statistics named in `outputs` (see `TokenStats`)."""
-    return _token_stats("linear_token_stats", **locals())
+    return _token_stats(
+        "linear_token_stats",
+        hidden,
+        weight,
+        labels,
+        outputs=outputs,
+        bias=bias,
+        low_rank=low_rank,
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tile_mib=tile_mib,
+        impl=impl,
+    )
 
 
-def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int) -> None:
+def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int | None) -> None:
     """Shapes, dtypes and devices of level 2 and 3."""
     check_tensor(op, "hidden", hidden, ("N", "H"), FLOATS)
     N, H = hidden.shape
@@ -97,8 +130,8 @@ def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int) -
         check_tensor(op, "low_rank[1]", low_rank[1], (V, low_rank[0].shape[1]), FLOATS, hidden.device)
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}; cast one, or enable autocast")
-    if not isinstance(tile_mib, int) or tile_mib < 1:
-        raise ValueError(f"{op}: tile_mib must be an int of at least 1, got {tile_mib!r}")
+    if tile_mib is not None and (not isinstance(tile_mib, int) or isinstance(tile_mib, bool) or tile_mib < 1):
+        raise ValueError(f"{op}: tile_mib must be an int of at least 1 or None, got {tile_mib!r}")
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -113,6 +146,8 @@ def _token_stats(
     hidden,
     weight,
     labels,
+    *,
+    outputs,
     bias,
     low_rank,
     ignore_index,
@@ -121,7 +156,6 @@ def _token_stats(
     temperature,
     tile_mib,
     impl,
-    outputs,
 ) -> TokenStats:
     outputs = check_outputs(op, outputs)
     check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
@@ -174,7 +208,7 @@ def reference_logits(hidden, weight, bias, low_rank) -> Tensor:
 
 
 def check_head_values(op: str, hidden, weight, bias, low_rank, labels: Tensor, ignore_index: int) -> None:
-    if labels.device.type == "cpu" or checking():
+    if free_to_look(labels) or checking():
         check_labels(op, labels, weight.shape[0], ignore_index)
     if checking():
         down, up = low_rank or (None, None)
@@ -183,8 +217,8 @@ def check_head_values(op: str, hidden, weight, bias, low_rank, labels: Tensor, i
 
 def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
     """Indices of the tokens that are scored, None for all. On CPU, where counting them costs no sync, an ignored token
-    costs nothing; elsewhere it is computed and its row zeroed."""
-    if labels.device.type != "cpu" or not (labels == ignore_index).any():
+    costs nothing; elsewhere its row is computed from zeros (`Factors.rows`)."""
+    if not free_to_look(labels) or not (labels == ignore_index).any():
         return None
     return (labels != ignore_index).nonzero().squeeze(1)
 
@@ -192,7 +226,7 @@ def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
 def usable_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Labels that are safe to use as addresses, and where they were ignored or out of range: None on CPU, where
     `scored_rows` and `check_labels` have left neither."""
-    if labels.device.type == "cpu":
+    if free_to_look(labels):
         return labels.long().contiguous(), None, None
     return mask_labels(labels, ignore_index, vocab)
 
@@ -215,20 +249,29 @@ class Factors:
         self.bias = bias
         self.dtype = dtype
 
-    def rows(self, index) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some tokens: a slice or an index tensor."""
-        return [(left[index].to(self.dtype), right) for left, right in zip(self.lefts, self.rights, strict=True)]
+    def rows(self, index, ignored: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The factors of some tokens, a slice or an index tensor; zeros where a token is `ignored`: its hidden state
+        may hold anything, and 0 times infinity is NaN, in its own gradient and in all of the weight's."""
+        lefts = [left[index].to(self.dtype) for left in self.lefts]
+        if ignored is not None:
+            lefts = [left.masked_fill(ignored.unsqueeze(1), 0) for left in lefts]
+        return list(zip(lefts, self.rights, strict=True))
 
-    def columns(self, part: slice) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """The factors of all tokens and some vocabulary entries."""
-        pairs = [(left.to(self.dtype), right[part]) for left, right in zip(self.lefts, self.rights, strict=True)]
-        return pairs, None if self.bias is None else self.bias[part]
 
-
-def _plan(N: int, weight, name: str, tile_mib: int, dtype: torch.dtype, device_type: str) -> HeadPlan:
-    needs = dict(hidden_grad=name != "score", head_grad=name == "recompute", separable=False)
+def _plan(N: int, weight, name: str, tile_mib: int | None, dtype: torch.dtype, device_type: str) -> HeadPlan:
     V, H = weight.shape
-    return plan_head(N, H, V, dtype, tile_mib=tile_mib, device_type=device_type, **needs)
+    return plan_head(
+        N,
+        H,
+        V,
+        dtype,
+        hidden_grad=name != "score",
+        head_grad=name == "recompute",
+        separable=False,
+        tile_mib=tile_mib,
+        device_type=device_type,
+        device_memory=device_memory(weight.device),
+    )
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
@@ -245,7 +288,7 @@ def _forward(
     temperature: float,
     stats: str,
     plan: str,
-    tile_mib: int,
+    tile_mib: int | None,
     dtype: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -270,14 +313,13 @@ def _forward(
         for start in range(0, N, sizes.chunk_rows):
             part = slice(start, min(start + sizes.chunk_rows, N))
             index = part if rows is None else rows[part]
-            chunk = factors.rows(index)
-            tile = tile or make_tile(impl, min(N, sizes.chunk_rows), sizes.chunk_columns, chunk[0][0])
             label, ignored, invalid = usable_labels(labels[index], ignore_index, weight.shape[0])
+            chunk = factors.rows(index, ignored)
+            tile = tile or make_tile(impl, min(N, sizes.chunk_rows), sizes.chunk_columns, chunk[0][0])
             out = tile.fold(chunk, bias, label, transform, names, gradient=plan == "frozen")
             if ignored is not None:
                 for name in ("logps", "row_max"):  # the latter makes the gradients NaN, too
                     out[name].masked_fill_(invalid, torch.nan)
-                # row_max and log_sum of an ignored token stay: without them its exp could overflow, and 0 x inf is NaN
                 for name in ("logps", *names):
                     out[name].masked_fill_(ignored, 0)
             logps[index] = out["logps"]
@@ -342,7 +384,7 @@ def _recompute(
     softcap: float | None,
     scale: float,
     temperature: float,
-    tile_mib: int,
+    tile_mib: int | None,
     dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, weight, bias, down, up); those that `needs` does not ask for are empty.
@@ -360,35 +402,52 @@ def _recompute(
         N, V = labels.numel(), weight.shape[0]
         if N == 0:
             return results
-        wide = partition.dtype
+        _, ignored, _ = usable_labels(labels, ignore_index, V)
+        chunk = factors.rows(slice(None), ignored)
+        wide, operand = partition.dtype, gemm_operand(chunk[0][0][:0]).dtype
+        coefficient = d_logps.to(wide).masked_fill(labels == ignore_index, 0)
+        inside, d_left_scale, d_right_scale = coefficient, None, None  # what D is multiplied by, and what its products
+        weighted = [gemm_operand(left) for left, _ in chunk]
+        if operand == torch.float16:
+            lift = fp16_lift(transform)
+            inside, d_left_scale = torch.full_like(coefficient, lift), coefficient.unsqueeze(1) / lift
+            weighted, largest = zip(*(fp16_weighted(left, coefficient.unsqueeze(1)) for left, _ in chunk), strict=True)
+            d_right_scale = largest[0] / lift
         in_place = [rows is None and result.dtype == wide for result in results]
         d_lefts = [
             None if not needs[k] else results[k] if in_place[k] else left.new_zeros(left.shape, dtype=wide)
             for k, left in zip((0, 3), factors.lefts, strict=False)
         ]
-        step = _plan(N, weight, "recompute", tile_mib, getattr(torch, dtype), hidden.device.type).slice_columns
-        buffer = torch.empty(N * step, dtype=wide, device=hidden.device)
-        coefficient = d_logps.to(wide).masked_fill(labels == ignore_index, 0)
+        plan = _plan(N, weight, "recompute", tile_mib, getattr(torch, dtype), plan_device("torch", hidden.device))
+        step = plan.slice_columns
+        buffer = logits_buffer(N, step, partition)
+        d_buffer = None if operand == wide else aligned(N, step, operand, hidden.device)
         for start in range(0, V, step):
             part = slice(start, min(start + step, V))
-            chunk, part_bias = factors.columns(part)
-            tile = logits_into(logits_view(buffer, N, part.stop - start), chunk, part_bias)
-            d = _slice_direction_(tile, labels.long() - start, partition, coefficient, transform)
-            d = d.to(gemm_operand(chunk[0][0][:0]).dtype)
-            for k, (left, right) in enumerate(chunk):
+            rights = [(left, right[part]) for left, right in chunk]
+            tile = logits_into(logits_view(buffer, N, part.stop - start), rights, None if bias is None else bias[part])
+            d = _slice_direction_(tile, labels.long() - start, partition, inside, transform)
+            if d_buffer is not None:
+                d = d_buffer[:, : part.stop - start].copy_(tile)
+            for k, (_, right) in enumerate(rights):
                 if needs[0 if k == 0 else 3]:
                     times_right(d, right, d_lefts[k], accumulate=True)
                 if needs[1 if k == 0 else 4]:
                     target = results[1 if k == 0 else 4][part]
                     product = target if target.dtype == wide else torch.empty_like(target, dtype=wide)
-                    mm_into(product, d.T, gemm_operand(left).to(d.dtype))
+                    mm_into(product, d.T, weighted[k])
+                    if d_right_scale is not None:
+                        product.mul_(d_right_scale)
                     if product is not target:
                         target.copy_(product)
             if needs[2]:
-                results[2][part] = tile.sum(0).to(results[2].dtype)
+                d_bias = tile.sum(0) if d_left_scale is None else d_left_scale.T @ tile
+                results[2][part] = d_bias.view(-1).to(results[2].dtype)
     for k, d_left in zip((0, 3), d_lefts, strict=False):
-        if needs[k] and not in_place[k]:
-            results[k][slice(None) if rows is None else rows] = d_left.to(results[k].dtype)
+        if needs[k]:
+            d_left = d_left if d_left_scale is None else d_left.mul_(d_left_scale)
+            if not in_place[k]:
+                results[k][slice(None) if rows is None else rows] = d_left.to(results[k].dtype)
     return results
 
 

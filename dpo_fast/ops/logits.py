@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import logits_torch
 from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
-from .dispatch import choose_impl
+from .dispatch import choose_impl, free_to_look
 from .reference import logits_token_stats_reference
 from .stats import STATS, TokenStats, check_outputs
 
@@ -37,7 +37,18 @@ def logits_token_logps(
 
     Raises TypeError for dtypes, ValueError for shapes, devices, an `impl` that cannot run, and labels out of range.
     """
-    return _token_stats("logits_token_logps", **locals(), outputs=()).logps
+    stats = _token_stats(
+        "logits_token_logps",
+        logits,
+        labels,
+        outputs=(),
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        inplace_backward=inplace_backward,
+        impl=impl,
+    )
+    return stats.logps
 
 
 def logits_token_stats(
@@ -52,11 +63,21 @@ def logits_token_stats(
     impl: str = "auto",
 ) -> TokenStats:
     """As `logits_token_logps`, and in the same pass the statistics named in `outputs` (see `TokenStats`)."""
-    return _token_stats("logits_token_stats", **locals())
+    return _token_stats(
+        "logits_token_stats",
+        logits,
+        labels,
+        outputs=outputs,
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        inplace_backward=inplace_backward,
+        impl=impl,
+    )
 
 
 def _token_stats(
-    op, logits, labels, ignore_index, logit_softcap, temperature, inplace_backward, impl, outputs
+    op, logits, labels, *, outputs, ignore_index, logit_softcap, temperature, inplace_backward, impl
 ) -> TokenStats:
     outputs = check_outputs(op, outputs)
     check_tensor(op, "logits", logits, ("...",) * getattr(logits, "ndim", 1), FLOATS)
@@ -89,7 +110,7 @@ def _token_stats(
 
 
 def _check_values(op: str, logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    if labels.device.type == "cpu" or checking():
+    if free_to_look(labels) or checking():
         check_labels(op, labels, logits.shape[-1], ignore_index)
     if checking():
         check_finite(op, logits=logits)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .dispatch import free_to_look
+
 _BLOCK_BYTES = 4 << 20  # one block of fp32 logits; about the size of an L2 cache
 
 
@@ -129,6 +131,6 @@ def token_logps_bwd(
         d.scatter_add_(-1, target_ids[where], torch.full_like(target_ids[where], -1, dtype=d.dtype))
         d.mul_(-coefficient[where, None])
         d_transform_(d, t, logit_scale, temperature)
-        if d.device.type != "cpu" or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
+        if not free_to_look(d) or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
             d.masked_fill_(ignored[where, None], 0)
         d_block.copy_(d)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dispatch import free_to_look
 from .head import make_tile
 from .linear import Factors, scored_rows, usable_labels
 from .logits_torch import Transform
@@ -39,8 +40,8 @@ class Tokens:
     ignore_index: int
 
     @property
-    def longest_pair(self) -> int:
-        return max((sum(size) for size in self.sizes), default=0)
+    def pair_lengths(self) -> list[int]:
+        return [sum(size) for size in self.sizes]
 
 
 # (sequence log-probs (2p,), token values by name (n,), local sequence ids (n,), token index, pairs) -> losses (p,)
@@ -66,7 +67,7 @@ def group_tokens(
         flat = torch.bincount(key, minlength=2 * num_pairs).tolist()
         counts = flat[0::2] + flat[1::2]
     sizes = tuple(zip(counts[:num_pairs], counts[num_pairs:], strict=True))
-    in_order = key.device.type == "cpu" and bool((key.diff() >= 0).all())
+    in_order = free_to_look(key) and bool((key.diff() >= 0).all())
     order = rows if in_order else key.argsort(stable=True) if rows is None else rows[key.argsort(stable=True)]
     return Tokens(labels, sequence_ids, weights, order, sizes, ignore_index)
 
@@ -131,7 +132,7 @@ class PairwiseLossFunction(torch.autograd.Function):
                 "by the first backward; call the function again, or compose linear_token_logps and preference_loss"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = d_loss.device.type != "cpu" or d_loss != 1  # looking is free on CPU only
+        scaled = not free_to_look(d_loss) or d_loss != 1  # looking is free on CPU only
         handed = [
             None if d is None else (d.mul_(d_loss) if scaled else d).to(dtype)
             for d, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -158,8 +159,8 @@ class _Run:
 
     def score(self, index) -> tuple[list, Tensor | None]:
         """Fill the tile with the tokens at `index` and note their values; returns their factors and who is ignored."""
-        chunk = self.factors.rows(index)
         labels, ignored, invalid = usable_labels(self.tokens.labels[index], self.tokens.ignore_index, self.vocab)
+        chunk = self.factors.rows(index, ignored)
         out = self.tile.fold(chunk, self.bias, labels, self.head.transform, self.head.stats)
         if ignored is not None:
             out["logps"].masked_fill_(invalid, torch.nan)
@@ -190,7 +191,7 @@ class _Run:
         chunk, ignored = self.score(index)
         losses, slopes, local, weights = self.losses_and_slopes(pairs, index)
         # A pair beyond a hinge's margin owes nothing; looking is free on CPU only
-        if slopes.device.type == "cpu" and not slopes.any():
+        if free_to_look(slopes) and not slopes.any():
             return losses
         coefficient = slopes[local] if weights is None else slopes[local] * weights
         self.add_gradients(index, chunk, ignored, coefficient, self.d_rights, self.d_bias)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .dispatch import choose_impl
+from .dispatch import choose_impl, free_to_look
 from .reference import sequence_logps_reference
 
 _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,7 +43,7 @@ def sequence_logps(
 
 
 def _check_ids(ids: Tensor, num_sequences: int) -> None:
-    if ids.device.type == "cpu" and ids.numel() and not (0 <= ids.min() and ids.max() < num_sequences):
+    if free_to_look(ids) and ids.numel() and not (0 <= ids.min() and ids.max() < num_sequences):
         raise ValueError(
             f"sequence_logps: sequence_ids must be in [0, {num_sequences}), got values from {ids.min()} to {ids.max()}"
         )
@@ -60,7 +60,7 @@ def _forward(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences:
             weights = None if weights is None else weights.contiguous()
             sequence_sum_fwd(values.contiguous(), ids.contiguous(), weights, out)
         return out
-    if values.device.type != "cpu":
+    if not free_to_look(values):
         return _sum_on_device(values, ids, weights, num_sequences)
     partial = torch.zeros(num_sequences, dtype=torch.float64)
     terms = values.double() if weights is None else values.double() * weights.double()
