@@ -1,10 +1,13 @@
 """`FastDPOConfig`: every knob of `FastDPOTrainer`, declared once. Names are TRL's where TRL has the same one."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from dpo_fast.functional import EXTRA_METRICS
 from dpo_fast.losses import F_DIVERGENCES, LOSSES
@@ -12,6 +15,8 @@ from dpo_fast.objective import Objective
 from dpo_fast.ops.dispatch import IMPLS
 
 from .data import LAYOUTS, TRUNCATION_MODES, Truncation
+
+logger = logging.getLogger("dpo_fast")
 
 
 def _option(default, help: str, **metadata):
@@ -26,7 +31,13 @@ class FastDPOConfig(TrainingArguments):
 
     Defaults that differ from transformers': learning_rate 1e-6, logging_steps 10, remove_unused_columns False (the
     trainer keeps only its own columns anyway), logging_nan_inf_filter False (it waits for the device in each
-    micro-step, and hides a diverging run).
+    micro-step, and hides a diverging run). And by device, where they are not set:
+
+        default                  CPU      accelerator                   TRL
+        bf16 (autocast)          False    True where the device has it  True
+        gradient_checkpointing   False    True                          True
+        tf32                     None     None: torch's setting         None
+        weights from a path      float32  float32                       float32
 
     Raises ValueError for values out of range and combinations that do not fit, before any model is loaded.
     """
@@ -35,6 +46,18 @@ class FastDPOConfig(TrainingArguments):
     logging_steps: float = _option(10, "Log every that many steps; below 1, that share of all steps.")
     remove_unused_columns: bool = _option(False, "Must stay False: the trainer keeps only the columns it needs.")
     logging_nan_inf_filter: bool = _option(False, "Leave NaN and infinite losses out of the logs, at a sync per step.")
+    bf16: bool | None = _option(
+        None,
+        "Autocast to bfloat16. Default: on an accelerator that has it, unless fp16 is set; not on CPU.",
+        nargs="?",
+        const=True,
+    )
+    gradient_checkpointing: bool | None = _option(
+        None,
+        "Recompute activations in the backward, for memory. Default: on an accelerator, not on CPU.",
+        nargs="?",
+        const=True,
+    )
 
     # the objective
     loss_type: list[str] = _option(["sigmoid"], f"One loss or several to add up: {', '.join(LOSSES)}.")
@@ -88,7 +111,20 @@ class FastDPOConfig(TrainingArguments):
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         self._check()
+        self._choose_by_device()
         super().__post_init__()
+
+    def _choose_by_device(self) -> None:
+        """What is not set and depends on where training runs; the table above."""
+        accelerated = torch.accelerator.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = accelerated and not self.fp16 and is_torch_bf16_gpu_available()
+            if accelerated and not self.fp16 and not self.bf16:
+                logger.warning("bf16: this device has none, so training is in float32; fp16=True takes 16 bits")
+        # transformers calls it activation_checkpointing as well since 5.23
+        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+        if self.gradient_checkpointing is None and getattr(self, name) is None:
+            setattr(self, name, accelerated)
 
     def _check(self) -> None:
         self.objective().check_ld_alpha(self.ld_alpha)
