@@ -8,8 +8,8 @@ import platform
 import torch
 
 from . import attention
-from .ops.dispatch import IMPLS, choose_impl, reasons_against
-from .ops.plan import DEFAULT_TILE_MIB, plan_head
+from .ops.dispatch import IMPLS, choose_impl, device_memory, reasons_against
+from .ops.plan import plan_head
 
 PACKAGES = ("dpo_fast", "torch", "triton", "transformers", "accelerate", "datasets", "peft", "trl")
 LEVELS = {
@@ -56,15 +56,16 @@ def describe_implementations(where: torch.device) -> list[str]:
     return lines
 
 
-def describe_plans(N: int, H: int, V: int, dtype: torch.dtype, tile_mib: int, where: torch.device) -> list[str]:
-    common = dict(tile_mib=tile_mib, device_type=where.type)
+def describe_plans(N: int, H: int, V: int, dtype: torch.dtype, tile_mib: int | None, where: torch.device) -> list[str]:
+    common = dict(tile_mib=tile_mib, device_type=where.type, device_memory=device_memory(where))
     cases = {
         "reference, evaluation": dict(hidden_grad=False, head_grad=False),
         "frozen head (LoRA)": dict(head_grad=False),
         "trained head": dict(),
         "trained head, coupled loss (aot)": dict(separable=False),
     }
-    lines = [f"the head for N={N} tokens, H={H}, V={V}, {str(dtype)[6:]}, tiles of {tile_mib} MiB:"]
+    budget = "tiles as suits the device" if tile_mib is None else f"tiles of {tile_mib} MiB"
+    lines = [f"the head for N={N} tokens, H={H}, V={V}, {str(dtype)[6:]}, {budget}:"]
     for name, needs in cases.items():
         lines.append(f"    {name}: {plan_head(N, H, V, dtype, **common, **needs).describe()}")
     return lines
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--H", type=int, default=4096, help="width of the hidden states")
     parser.add_argument("--V", type=int, default=128_256, help="vocabulary")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tile-mib", type=int, default=DEFAULT_TILE_MIB)
+    parser.add_argument("--tile-mib", type=int, help="budget for a tile (default: by the device)")
     a = parser.parse_args(argv)
     where = device()
     sections = [

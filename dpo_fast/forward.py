@@ -92,14 +92,16 @@ class _Attachment:
     original: Callable  # the forward that the model had
     transform: HeadTransform
     impl: str
+    tile_mib: int | None
     checked: bool = False
 
 
-def attach(model: nn.Module, *, impl: str = "auto") -> nn.Module:
+def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None) -> nn.Module:
     """Install the forward on `model` (a causal LM, or a PEFT model around one), in place; returns `model`.
 
-    Repeating it only sets `impl`; `detach` undoes it. The head is checked once against the model's own logits on four
-    tokens, here or, if the weights are not materialised yet, at the first call.
+    impl, tile_mib: as `linear_token_logps` takes them. Repeating it only sets these; `detach` undoes it. The head is
+    checked once against the model's own logits on four tokens, here or, if the weights are not materialised yet, at the
+    first call.
 
     Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
     transform of its head's output that its config declares.
@@ -107,9 +109,9 @@ def attach(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     base = _causal_lm(model)
     state = getattr(base, _STATE, None)
     if state is not None:
-        state.impl = impl
+        state.impl, state.tile_mib = impl, tile_mib
         return model
-    state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl)
+    state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl, tile_mib)
     if all(p.numel() and not p.is_meta and not isinstance(p, DTensor) for p in base.parameters()):
         check_head(base, state)
     setattr(base, _STATE, state)
@@ -192,7 +194,7 @@ def score_batch(
     if objective is None:
         if any(value is not None for value in pair_knobs.values()):
             raise TypeError(f"model(batch, ...) takes {', '.join(pair_knobs)} only together with objective=")
-        return _token_scores(score_hidden(head, hidden, targets, state.transform, outputs, state.impl), outputs)
+        return _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
     tensors = _tensors_or_reason(head, hidden)
     common = dict(
         sequence_ids=batch.sequence_ids.to(hidden.device),
@@ -204,7 +206,7 @@ def score_batch(
     )
     if isinstance(tensors, str):
         needed = (*outputs, "log_sum_sq_probs") if objective.use_weighting else outputs
-        stats = score_hidden(head, hidden, targets, state.transform, needed, state.impl)
+        stats = score_hidden(head, hidden, targets, state, needed)
         out = preference_from_stats(stats, **common)
     else:
         out = linear_preference_loss(
@@ -216,6 +218,7 @@ def score_batch(
             logit_scale=state.transform.scale,
             logit_softcap=state.transform.softcap,
             sequence_lengths=batch.get("host_lengths"),
+            tile_mib=state.tile_mib,
             **common,
         )
     return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs))
@@ -240,10 +243,10 @@ def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tenso
 
 
 def score_hidden(
-    head: nn.Module, hidden: Tensor, targets: Tensor, transform: HeadTransform, outputs: Sequence[str], impl: str
+    head: nn.Module, hidden: Tensor, targets: Tensor, state: _Attachment, outputs: Sequence[str]
 ) -> TokenStats:
     """(N, H) hidden states -> statistics of the N targets, from the head's tensors, or by calling it (see heads.py)."""
-    tensors = _tensors_or_reason(head, hidden)
+    tensors, transform = _tensors_or_reason(head, hidden), state.transform
     if not isinstance(tensors, str):
         return linear_token_stats(
             hidden,
@@ -254,7 +257,8 @@ def score_hidden(
             low_rank=tensors.low_rank,
             logit_softcap=transform.softcap,
             logit_scale=transform.scale,
-            impl=impl,
+            tile_mib=state.tile_mib,
+            impl=state.impl,
         )
     logits = head(hidden)  # (N, V)
     if transform.scale != 1.0:
@@ -265,7 +269,7 @@ def score_hidden(
         outputs=outputs,
         logit_softcap=transform.softcap,
         inplace_backward=True,  # nothing else holds these logits
-        impl=impl,
+        impl=state.impl,
     )
 
 

@@ -11,7 +11,7 @@ from .objective import Objective, ld_dpo_token_weights, wpo_weights
 from .ops.checks import check_finite, check_tensor, check_transform, checking
 from .ops.dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .ops.head import Transform
-from .ops.linear import check_head, check_head_values, compute_dtype, linear_token_stats
+from .ops.linear import check_head, check_head_values, check_tile_mib, compute_dtype, linear_token_stats
 from .ops.pairwise import Head, PairwiseLossFunction, group_tokens
 from .ops.plan import HeadPlan, plan_head
 from .ops.sequence import sequence_logps
@@ -105,7 +105,8 @@ def linear_preference_loss(
         raise ValueError(f"{op}: loss is an Objective, which has its own knobs; give loss_weights, beta ... to it")
     asked = check_outputs(op, outputs)
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
-    check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
+    check_head(op, hidden, weight, labels, bias, low_rank)
+    tile_mib = check_tile_mib(op, tile_mib)
     check_transform(op, logit_softcap, temperature, logit_scale)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     scored = labels != ignore_index

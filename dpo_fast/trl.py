@@ -177,7 +177,7 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
     hidden = at_predictors(model, backbone[0], rows.predictors)
     targets, places = rows.targets.to(hidden.device), rows.places.to(hidden.device)
     wanted = [name for name in seam.outputs if name != "log_probs"]
-    stats = score_hidden(model.get_output_embeddings(), hidden, targets, state.transform, wanted, state.impl)
+    stats = score_hidden(model.get_output_embeddings(), hidden, targets, state, wanted)
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)

@@ -1,8 +1,8 @@
 """Level 2: token log-probs from hidden states and the head. No (N, V) tensor exists, whatever the plan (plan.py).
 
-    score      one GEMM a tile, nothing kept
-    frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its rows
-    recompute  the forward keeps two floats a token; the backward rebuilds the logits, vocabulary slice by slice
+score      one GEMM a tile, nothing kept
+frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its rows
+recompute  the forward keeps two floats a token; the backward rebuilds the logits, vocabulary slice by slice
 """
 
 import os
@@ -54,7 +54,7 @@ def linear_token_logps(
     low_rank: (down, up) of shapes (N, r), (V, r): adds down up^T to the logits. For a LoRA-adapted head, down is
       scaling * lora_A(hidden) and up is lora_B's weight; both get gradients.
     The logits x become `softcap tanh(x scale / softcap) / temperature`. tile_mib: the budget for the one tile of logits
-    that exists at a time (MiB); None: what suits the device, see `ops.plan.plan_head`.
+    that exists at a time (MiB); None: DPO_FAST_TILE_MIB, or what suits the device, see `ops.plan.plan_head`.
 
     Returns (N,) fp32 in nats, exactly 0 where ignored. Differentiable in hidden, weight, bias, down and up; where the
     head does not train, a backward costs no GEMM (its work is done in the forward, see `frozen`).
@@ -112,7 +112,18 @@ def linear_token_stats(
     )
 
 
-def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int | None) -> None:
+def check_tile_mib(op: str, tile_mib: int | None) -> int | None:
+    """The budget for a tile in MiB; DPO_FAST_TILE_MIB stands in for None where it is set."""
+    source = "tile_mib"
+    if tile_mib is None and os.environ.get("DPO_FAST_TILE_MIB"):
+        source, tile_mib = "DPO_FAST_TILE_MIB", os.environ["DPO_FAST_TILE_MIB"]
+        tile_mib = int(tile_mib) if tile_mib.isdecimal() else tile_mib
+    if tile_mib is not None and (not isinstance(tile_mib, int) or isinstance(tile_mib, bool) or tile_mib < 1):
+        raise ValueError(f"{op}: {source} must be an int of at least 1 or None, got {tile_mib!r}")
+    return tile_mib
+
+
+def check_head(op: str, hidden, weight, labels, bias, low_rank) -> None:
     """Shapes, dtypes and devices of level 2 and 3."""
     check_tensor(op, "hidden", hidden, ("N", "H"), FLOATS)
     N, H = hidden.shape
@@ -130,8 +141,6 @@ def check_head(op: str, hidden, weight, labels, bias, low_rank, tile_mib: int | 
         check_tensor(op, "low_rank[1]", low_rank[1], (V, low_rank[0].shape[1]), FLOATS, hidden.device)
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}; cast one, or enable autocast")
-    if tile_mib is not None and (not isinstance(tile_mib, int) or isinstance(tile_mib, bool) or tile_mib < 1):
-        raise ValueError(f"{op}: tile_mib must be an int of at least 1 or None, got {tile_mib!r}")
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -158,7 +167,8 @@ def _token_stats(
     impl,
 ) -> TokenStats:
     outputs = check_outputs(op, outputs)
-    check_head(op, hidden, weight, labels, bias, low_rank, tile_mib)
+    check_head(op, hidden, weight, labels, bias, low_rank)
+    tile_mib = check_tile_mib(op, tile_mib)
     check_transform(op, logit_softcap, temperature, logit_scale)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     if impl == "reference":

@@ -103,6 +103,9 @@ class FastDPOConfig(TrainingArguments):
     )
     precompute_ref_batch_size: int | None = _option(None, "Pairs per batch while precomputing; None: as in training.")
     impl: str = _option("auto", "Implementation of the kernels; see dpo-fast env.", choices=["auto", *IMPLS])
+    tile_mib: int | None = _option(
+        None, "Budget for a tile of logits in MiB. Default: 2,048 tokens on an accelerator with the memory, 256 on CPU."
+    )
     extra_metrics: list[str] = _option([], f"Metrics that cost extra passes: {', '.join(EXTRA_METRICS)}.")
 
     def __post_init__(self):
@@ -129,7 +132,13 @@ class FastDPOConfig(TrainingArguments):
     def _check(self) -> None:
         self.objective().check_ld_alpha(self.ld_alpha)
         self.truncation()
-        for name in ("tokens_per_batch", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
+        for name in (
+            "tokens_per_batch",
+            "pad_to_multiple_of",
+            "dataset_num_proc",
+            "precompute_ref_batch_size",
+            "tile_mib",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")

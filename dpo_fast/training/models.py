@@ -117,14 +117,15 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return reference.freeze(copy.deepcopy(model))
 
 
-def prepare_reference_model(model: nn.Module, accelerator, impl: str) -> nn.Module:
+def prepare_reference_model(model: nn.Module, accelerator, config: FastDPOConfig) -> nn.Module:
     """A reference model, frozen, attached, and placed as the accelerator places models for evaluation."""
     if str(accelerator.distributed_type).split(".")[-1] in ("DEEPSPEED", "FSDP"):
         raise ValueError(
             f"a separate reference model under {accelerator.distributed_type} is not supported yet: use "
             "precompute_ref_log_probs=True, or a PEFT adapter, whose reference is the policy without it"
         )
-    return attach(accelerator.prepare_model(reference.freeze(model), evaluation_mode=True), impl=impl)
+    prepared = accelerator.prepare_model(reference.freeze(model), evaluation_mode=True)
+    return attach(prepared, impl=config.impl, tile_mib=config.tile_mib)
 
 
 def disable_dropout(model: nn.Module) -> None:

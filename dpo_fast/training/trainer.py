@@ -78,7 +78,7 @@ class FastDPOTrainer(transformers.Trainer):
         )
         # The loss is a mean over pairs, which compute_loss takes care of; nothing depends on a count of labels
         self.model_accepts_loss_kwargs = False
-        attach(self.model, impl=args.impl)
+        attach(self.model, impl=args.impl, tile_mib=args.tile_mib)
         self.reference = self._make_reference(ref_model, new_adapter=peft_config is not None)
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
         if args.precompute_ref_log_probs:
@@ -142,7 +142,7 @@ class FastDPOTrainer(transformers.Trainer):
             if self.args.precompute_ref_log_probs:
                 return reference.FrozenModel(self.model)  # before training the policy is the reference
             ref_model = models.frozen_copy(self.model)
-        return reference.FrozenModel(models.prepare_reference_model(ref_model, self.accelerator, self.args.impl))
+        return reference.FrozenModel(models.prepare_reference_model(ref_model, self.accelerator, self.args))
 
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
