@@ -93,7 +93,8 @@ def plan_head(
         budget = DEFAULT_TILE_MIB << 20
     else:
         wanted = TILE_ROWS * (logit_bytes * V + thin)
-        budget = wanted if device_memory is None else min(wanted, max(device_memory // MEMORY_SHARE, 256 << 20))
+        allowed = wanted if device_memory is None else max(device_memory // MEMORY_SHARE, DEFAULT_TILE_MIB << 20)
+        budget = min(wanted, allowed)
 
     def rows_within(columns: int) -> int:
         """Rows of a tile within the budget and, with what goes along with a row, within a tenth above it."""
