@@ -1,9 +1,11 @@
 """Every option is checked before any work, and can be given on a command line."""
 
 import pytest
+import torch
 import transformers
 
 from dpo_fast import FastDPOConfig
+from dpo_fast.training import config as config_module
 from dpo_fast.training.data import Truncation
 
 
@@ -51,6 +53,7 @@ def test_objective_gets_every_knob(tmp_path):
         (dict(extra_metrics="entropy"), "extra_metrics must be a list"),
         (dict(impl="cuda"), "impl must be one of auto, triton"),
         (dict(pad_to_multiple_of=0), "pad_to_multiple_of must be at least 1 or None, got 0"),
+        (dict(tile_mib=0), "tile_mib must be at least 1 or None, got 0"),
         (dict(remove_unused_columns=True), "remove_unused_columns must be False"),
     ],
 )
@@ -83,3 +86,33 @@ def test_names_of_trl(tmp_path):
         "pad_token",
     }
     assert theirs - elsewhere <= set(FastDPOConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "options, bf16, checkpointing",
+    [
+        ({}, True, True),  # as TRL's DPOConfig
+        (dict(bf16=False, gradient_checkpointing=False), False, False),
+        (dict(fp16=True), False, True),
+        (dict(use_cpu=True), False, False),
+    ],
+)
+def test_defaults_on_an_accelerator(tmp_path, monkeypatch, options, bf16, checkpointing):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for module in (config_module, transformers.training_args):
+        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    args = FastDPOConfig(output_dir=str(tmp_path), report_to="none", **options)
+    assert (args.bf16, args.gradient_checkpointing, args.tf32) == (bf16, checkpointing, None)
+
+
+def test_an_accelerator_without_bf16_says_that_it_trains_in_float32(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: False)
+    args = FastDPOConfig(output_dir=str(tmp_path), report_to="none")
+    assert args.bf16 is False and args.gradient_checkpointing is True
+    assert "bf16: this device has none, so training is in float32" in caplog.text
+
+
+def test_defaults_on_a_cpu(tmp_path):
+    args = config(tmp_path)
+    assert (args.bf16, args.gradient_checkpointing) == (False, False)
