@@ -3,7 +3,7 @@
     tokenised pairs
       1  batch.py       -> PreferenceBatch: rows for the model, one-dimensional scored tokens; layout.py packs them,
                            each prompt once
-      2  attention.py      attention over a shared-prefix row
+      2  attention.py      attention over a shared-prefix row; block_mask.py: what FlexAttention needs for it
       3  forward.py     -> hidden states at the scored positions -> token log-probs, inside model.forward
       4  logps.py       -> sequence log-probs, PairLogps
       5  losses.py      -> loss per pair; objective.py combines and checks

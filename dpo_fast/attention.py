@@ -8,11 +8,14 @@ keyword argument `pair_layout` of the model's forward, through the layers, to th
     eager     CPU and anything else: two calls a pair, prefix + chosen (plainly causal) and rejected against its prefix
               and itself; no mask over the row
     varlen    CUDA: one variable-length flash attention call; the rejected branch's keys are its prefix's once more
-    flex      CUDA: FlexAttention with a block mask, where a soft-cap or sinks rule flash attention out
+    flex      CUDA: FlexAttention with a block mask (block_mask.py), where flash attention cannot run: a soft-cap, fp32,
+              values narrower than queries
 """
 
 import functools
+import importlib.util
 import inspect
+import math
 import os
 import sys
 
@@ -20,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block_mask import block_mask
 from .layout import SharedPrefixLayout
 
 PREFIX = "dpo_fast_over_"
 IMPLEMENTATIONS = ("eager", "varlen", "flex")
+_HALF = (torch.float16, torch.bfloat16)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 # --- on transformers' side -----------------------------------------------------------------------------------------
@@ -63,9 +69,10 @@ def _configs(model: nn.Module) -> list:
 def model_inputs(layout: SharedPrefixLayout, device: torch.device) -> dict:
     """Keyword arguments for a model's forward besides input_ids and position_ids.
 
-    A mask of four dimensions is taken as prepared and handed through: that is how no mask over the row is made.
+    A mask of four dimensions is taken as prepared and handed through: that is how no mask over the row is made. Nothing
+    reads it, and what did would compute NaN.
     """
-    return {"attention_mask": torch.empty((1, 1, 1, 1), device=device), "pair_layout": layout}
+    return {"attention_mask": torch.full((1, 1, 1, 1), torch.nan, device=device), "pair_layout": layout}
 
 
 def _attention(module, query, key, value, attention_mask, *args, original, pair_layout=None, **kwargs):
@@ -165,26 +172,157 @@ def shared_prefix_attention(
 
     window: a query sees keys less than `window` positions back. softcap: scores become cap tanh(score / cap). sinks:
     (heads,) one more logit in each softmax (gpt-oss). implementation: one of IMPLEMENTATIONS; None: by the rule of
-    `choose_implementation`; DPO_FAST_ATTENTION overrides it.
+    `choose_implementation`. Under autocast all three are cast to its dtype, and the result has it. Where they differ
+    without it (rotary embeddings in fp32), value's dtype is taken.
+
+    Raises `ValueError` for an implementation that cannot run, with every reason.
     """
     if query.shape[0] != 1 or query.shape[2] != layout.length:
         raise ValueError(f"the layout is of one row of {layout.length} tokens, the query of {tuple(query.shape)}")
-    implementation = implementation or choose_implementation(query, softcap, sinks)
+    query, key, value = _in_one_dtype(query, key, value)
+    if window is not None and window >= layout.longest[1]:
+        window = None  # it hides nothing, and layers of both kinds share their masks
+    implementation = choose_implementation(
+        query, softcap, sinks, key, value, scaling=scaling, window=window, implementation=implementation
+    )
     attend = {"eager": _eager, "varlen": _varlen, "flex": _flex}[implementation]
     return attend(query, key, value, layout.on(query.device), scaling, window, softcap, sinks)
 
 
-def choose_implementation(query: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
-    """varlen on CUDA in 16 bits, flex there otherwise, eager elsewhere and with sinks. A rule, not a measurement."""
-    forced = os.environ.get("DPO_FAST_ATTENTION")
-    if forced:
-        if forced not in IMPLEMENTATIONS:
-            raise ValueError(f"DPO_FAST_ATTENTION must be one of {', '.join(IMPLEMENTATIONS)}, got {forced!r}")
-        return forced
-    if query.device.type != "cuda" or sinks is not None:
-        return "eager"
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return "varlen" if softcap is None and half and _varlen_attn() is not None else "flex"
+def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In autocast's dtype, by the rule that SDPA has there; else in value's, which is what the layers compute in.
+
+    Rotary embeddings and norms of queries and keys may leave those in fp32; no kernel takes two dtypes.
+    """
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query.to(value.dtype), key.to(value.dtype), value
+
+
+def choose_implementation(
+    query: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> str:
+    """On CUDA the first of varlen, flex and eager that can run, elsewhere eager. A rule, not a measurement.
+
+    key, value: None: shaped like query. `implementation`, or else DPO_FAST_ATTENTION, is an explicit choice: it never
+    falls back, and raises `ValueError` where it cannot run, with every reason.
+    """
+    knobs = dict(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+    explicit, source = implementation, "implementation"
+    if explicit is None:
+        explicit, source = os.environ.get("DPO_FAST_ATTENTION"), "DPO_FAST_ATTENTION"
+    if explicit:
+        if explicit not in IMPLEMENTATIONS:
+            raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {explicit!r}")
+        reasons = reasons_against_implementation(explicit, query, key, value, **knobs)
+        if reasons:
+            raise ValueError(f"{source}={explicit!r} cannot run: {'; '.join(reasons)}")
+        return explicit
+    if _on_gpu(query):
+        for candidate in ("varlen", "flex"):
+            if not reasons_against_implementation(candidate, query, key, value, **knobs):
+                return candidate
+    return "eager"
+
+
+def reasons_against_implementation(
+    implementation: str,
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> list[str]:
+    """Every reason why `implementation` cannot run such tensors; an empty list means that it can. eager always can."""
+    if implementation == "eager":
+        return []
+    key, value = query if key is None else key, query if value is None else value
+    reasons = []
+    if not query.dtype == key.dtype == value.dtype:
+        dtypes = ", ".join(str(x.dtype)[6:] for x in (query, key, value))
+        reasons.append(f"query, key and value must have one dtype, got {dtypes}")
+    if implementation == "varlen":
+        return reasons + _reasons_against_varlen(query, value, scaling, window, softcap, sinks)
+    return reasons + _reasons_against_flex(query, value, sinks)
+
+
+def _reasons_against_varlen(query, value, scaling, window, softcap, sinks) -> list[str]:
+    reasons, attend, width = [], _varlen_attn(), query.shape[-1]
+    if softcap is not None or sinks is not None:
+        reasons.append("flash attention takes neither a soft-cap nor sinks here")
+    if attend is None:
+        return [*reasons, "this torch has no variable-length attention"]
+    known = _options(attend)
+    if "window_size" not in known and window is not None:
+        reasons.append("this torch's variable-length attention has no windows")
+    if "scale" not in known and scaling is not None and not math.isclose(scaling, width**-0.5):
+        reasons.append(f"this torch's variable-length attention scales by 1/sqrt({width}), not by {scaling:g}")
+    if not _on_gpu(query):
+        if getattr(attend, "__module__", "") == "torch.nn.attention.varlen":  # what stands in for it runs anywhere
+            reasons.append(f"flash attention needs a CUDA device, the tensors are on {query.device.type!r}")
+        return reasons
+    # From here what torch's kernel checks, and raises a RuntimeError for
+    capability = _capability(query.device)
+    if torch.version.hip is not None:
+        reasons.append("flash attention on ROCm is neither windowed nor aligned to the last key")
+    if capability < (8, 0):
+        reasons.append(f"flash attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
+    if query.dtype not in _HALF:
+        reasons.append(f"flash attention takes bfloat16 and float16, not {str(query.dtype)[6:]}")
+    if value.shape[-1] != width:
+        reasons.append(f"flash attention wants values as wide as queries, got {value.shape[-1]} and {width}")
+    if width % 8 or width > 256:
+        reasons.append(f"flash attention wants heads of a multiple of 8 and at most 256, got {width}")
+    if 192 < width <= 224 and capability not in ((8, 0), (9, 0)):
+        reasons.append(f"flash attention's backward has no heads of {width} on this GPU")
+    return reasons
+
+
+def _reasons_against_flex(query, value, sinks) -> list[str]:
+    reasons = []
+    if sinks is not None:
+        reasons.append("FlexAttention has no sinks here")
+    if not _on_gpu(query):
+        return reasons  # torch's own path on a CPU takes any widths
+    capability = _capability(query.device)
+    if not _TRITON_INSTALLED:
+        reasons.append("the package triton is not installed")
+    if capability < (8, 0):
+        reasons.append(f"Triton needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
+    if query.dtype not in (*_HALF, torch.float32):
+        reasons.append(f"FlexAttention takes bfloat16, float16 and float32, not {str(query.dtype)[6:]}")
+    widths = sorted((query.shape[-1], value.shape[-1]))
+    if widths[0] < 16:
+        reasons.append(f"FlexAttention wants heads of at least 16, got {widths[0]}")
+    # Its default tiles must fit into shared memory: half the width in fp32, and on GPUs with 100 KiB of it
+    widest = (256 if query.dtype in _HALF else 128) // (1 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 2)
+    if widths[1] > widest:
+        reasons.append(f"FlexAttention's tiles of heads wider than {widest} do not fit this GPU, got {widths[1]}")
+    return reasons
+
+
+def _on_gpu(query: Tensor) -> bool:
+    """Whether the kernels for CUDA are asked: an empty row starts none. A test answers for a GPU that is not there."""
+    return not (query.device.type != "cuda" or query.numel() == 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's compute capability; Hopper's where there is no GPU to ask, so that its code can be run without one."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else (9, 0)
 
 
 def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
@@ -199,6 +337,8 @@ def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor
         for q, k, v in ((query_run, keys, values), (query_branch, key_branch, value_branch)):
             if q.shape[2]:
                 outputs.append(_causal(q, k, v, layout, scaling, window, softcap, sinks))
+    if not outputs:
+        return value.new_zeros((1, 0, query.shape[1], value.shape[-1]))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
@@ -234,56 +374,56 @@ def _mask(layout, n: int, m: int, window: int | None, device) -> Tensor:
 
 @functools.cache
 def _varlen_attn():
-    """torch's variable-length flash attention; None where it does not take windows and grouped queries."""
+    """torch's variable-length flash attention; None before torch 2.10."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "scale", "enable_gqa"} <= set(known) else None
+    return varlen_attn
+
+
+@functools.cache
+def _options(attend) -> frozenset[str]:
+    """Which of the options that came with later versions of torch it takes."""
+    parameters = inspect.signature(attend).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return frozenset(name for name in ("scale", "window_size", "enable_gqa") if takes_any or name in parameters)
 
 
 def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
     """Flash attention aligns causality bottom-right, which is what a branch behind its prefix needs."""
-    if softcap is not None or sinks is not None:
-        raise ValueError("variable-length attention takes neither a soft-cap nor sinks; use 'flex' or 'eager'")
-    attend = _varlen_attn()
-    if attend is None:
-        raise ValueError("this torch has no variable-length attention with windows and grouped queries")
+    attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
+    known, options = _options(attend), {}
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (S, heads, D)
     keys, values = (x.index_select(0, layout.key_index) for x in rows[1:])
-    longest_query, longest_key = layout.longest
-    out = attend(
-        rows[0],
-        keys,
-        values,
-        layout.query_ends,
-        layout.key_ends,
-        longest_query,
-        longest_key,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    if "scale" in known:  # torch 2.10 has neither this nor windows
+        options["scale"] = scaling
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in known:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:
+        # Before torch 2.12 nothing promises grouped heads. Its kernel has them, so this copy, `groups` times the keys
+        # and values of a layer, is what a test on such a GPU could save
+        keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    out = attend(rows[0], keys, values, layout.query_ends, layout.key_ends, *layout.longest, **options)
     return out.unsqueeze(0)
 
 
 def _flex(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if sinks is not None:
-        raise ValueError("FlexAttention has no sinks here; use 'eager'")
-
-    def cap(score, *_):
-        return softcap * torch.tanh(score / softcap)
-
+    if ("blocks", window) not in layout.cache:
+        layout.cache["blocks", window] = block_mask(layout, window)
     attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
     out = attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else cap,
-        block_mask=_block_mask(layout, window, query.device),
+        score_mod=None if softcap is None else _cap(layout, softcap, query),
+        block_mask=layout.cache["blocks", window],
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -297,15 +437,17 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _block_mask(layout, window: int | None, device):
-    from torch.nn.attention.flex_attention import create_block_mask
+def _cap(layout, softcap: float, query: Tensor):
+    """The score_mod of a soft-cap, one for all layers.
 
-    if ("block", window) not in layout.cache:
-        pair_ids, branches, positions = layout.pair_ids, layout.branches, layout.positions
+    It captures a tensor: a number would be an input of the compiled graph, which the kernel cannot read.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if ("cap", softcap, dtype) not in layout.cache:
+        limit = torch.full((), softcap, dtype=dtype, device=query.device)
 
-        def sees(_batch, _head, q, k):
-            seen = (pair_ids[q] == pair_ids[k]) & (k <= q) & ((branches[k] == 0) | (branches[k] == branches[q]))
-            return seen if window is None else seen & (positions[q] - positions[k] < window)
+        def cap(score, *_):
+            return limit * torch.tanh(score / limit)
 
-        layout.cache["block", window] = create_block_mask(sees, None, None, layout.length, layout.length, device=device)
-    return layout.cache["block", window]
+        layout.cache["cap", softcap, dtype] = cap
+    return layout.cache["cap", softcap, dtype]

@@ -51,8 +51,12 @@ def describe_implementations(where: torch.device) -> list[str]:
     for impl in IMPLS:
         reasons = reasons_against(impl, where)
         lines.append(f"    {impl}: {'not here: ' + '; '.join(reasons) if reasons else 'can run'}")
-    query = torch.empty((1, 1, 1, 1), device=where, dtype=torch.bfloat16)
-    lines.append(f"attention over shared prefixes: {attention.choose_implementation(query, None, None)}")
+    query = torch.empty((1, 1, 1, 128), device=where, dtype=torch.bfloat16)
+    chosen = attention.choose_implementation(query, None, None)
+    lines.append(f"attention over shared prefixes (bfloat16, heads of 128): {chosen}")
+    for implementation in attention.IMPLEMENTATIONS:
+        reasons = attention.reasons_against_implementation(implementation, query)
+        lines.append(f"    {implementation}: {'not here: ' + '; '.join(reasons) if reasons else 'can run'}")
     return lines
 
 

@@ -31,18 +31,20 @@ class SharedPrefixLayout:
     pair_ids: Tensor  # (S,) int32
     branches: Tensor  # (S,) int32: 0 prefix, 1 chosen, 2 rejected
     positions: Tensor  # (S,) int32 position within the sequence
-    cache: dict = field(default_factory=dict, compare=False, repr=False)  # masks that every layer needs again
+    cache: dict = field(default_factory=dict, compare=False, repr=False)  # what every layer needs again
 
     @property
     def length(self) -> int:
         """S, tokens in the row."""
-        return sum(map(sum, self.pairs))
+        return len(self.positions)
 
     @property
     def longest(self) -> tuple[int, int]:
         """Longest query run and longest key run of variable-length attention."""
-        queries = max(max(p + c, r) for p, c, r in self.pairs)
-        return queries, max(max(p + c, p + r) for p, c, r in self.pairs)
+        if "longest" not in self.cache:  # every layer asks
+            queries = max(max(p + c, r) for p, c, r in self.pairs)
+            self.cache["longest"] = queries, max(max(p + c, p + r) for p, c, r in self.pairs)
+        return self.cache["longest"]
 
     def _map(self, function) -> "SharedPrefixLayout":
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
