@@ -1,5 +1,7 @@
 """Attention over a packed row against one sequence at a time, in fp64, values and gradients."""
 
+import importlib.util
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from dpo_fast import attention
 from dpo_fast.attention import shared_prefix_attention
+from dpo_fast.block_mask import block_mask
 from dpo_fast.layout import make_layout
 
 PAIRS = [(5, 3, 4), (0, 2, 3), (7, 0, 2), (1, 1, 1)]
@@ -93,8 +96,33 @@ def test_varlen_arguments(kind, monkeypatch):
     torch.testing.assert_close(out, oracle(*inputs, layout, 0.3, **KINDS[kind]))
 
 
-def test_torch_has_a_varlen_attention_that_fits():
-    assert attention._varlen_attn() is not None
+def test_torchs_varlen_attention_is_called_as_it_is_declared():
+    """Whichever torch this is: seven arguments by position, then causality by a window or by name, or there is none."""
+    attend = attention._varlen_attn()
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        assert attend is None
+        return
+    signature = inspect.signature(attend)
+    options = {name: None for name in attention._options(attend)}
+    signature.bind(*range(7), **options, **({} if "window_size" in options else {"is_causal": True}))
+    assert list(signature.parameters)[3:7] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert "enable_gqa" not in options or "window_size" in options
+
+
+def cuda_inputs(layout, heads=8, kv_heads=2, width=64, value_width=None, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((heads, width), (kv_heads, width), (kv_heads, value_width or width))
+    inputs = [torch.randn((1, h, layout.length, w), generator=generator, device="cuda") for h, w in shapes]
+    return [x.to(dtype).requires_grad_() for x in inputs]
+
+
+def errors(inputs, layout, implementation, scaling=0.125, **knobs):
+    """Relative error of the output and of each gradient against eager in fp64."""
+    results = []
+    for name, tensors in ((implementation, inputs), ("eager", [x.detach().double().requires_grad_() for x in inputs])):
+        out = shared_prefix_attention(*tensors, layout, scaling=scaling, implementation=name, **knobs)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
+    return [((ours.double() - true).norm() / true.norm()).item() for ours, true in zip(*results, strict=True)]
 
 
 @pytest.mark.gpu
@@ -104,17 +132,87 @@ def test_cuda(implementation, kind):
     if implementation == "varlen" and kind == "soft-cap":
         pytest.skip("flash attention has no soft-cap")
     layout = make_layout([(300, 200, 100), (0, 50, 70), (513, 1, 0)]).to("cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(1, heads, layout.length, 64) for heads in (8, 2, 2)]
-    inputs = [torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes]
-    inputs = [x.requires_grad_() for x in inputs]
+    inputs = cuda_inputs(layout)
     knobs = {**KINDS[kind], **({"window": 64} if kind == "window" else {})}
-    results = []
-    for name, tensors in ((implementation, inputs), ("eager", [x.detach().double().requires_grad_() for x in inputs])):
-        out = shared_prefix_attention(*tensors, layout, scaling=0.125, implementation=name, **knobs)
-        results.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
-    for ours, true in zip(*results, strict=True):
-        assert (ours.double() - true).norm() / true.norm() < 1e-2
+    reasons = attention.reasons_against_implementation(implementation, *inputs, scaling=0.125, **knobs)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    assert max(errors(inputs, layout, implementation, **knobs)) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [8, 4, 1])
+def test_cuda_grouped_heads(kv_heads):
+    """By the rule's choice: flash attention where torch has it, with or without enable_gqa in its signature."""
+    layout = make_layout([(300, 200, 100), (5, 1, 1), (40, 0, 70)]).to("cuda")
+    inputs = cuda_inputs(layout, kv_heads=kv_heads)
+    chosen = attention.choose_implementation(inputs[0], None, None, *inputs[1:], scaling=0.125)
+    assert attention._varlen_attn() is None or torch.version.hip or chosen == "varlen"
+    assert max(errors(inputs, layout, None)) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("widths", [(8, 8), (12, 12), (24, 8), (20, 20), (192, 128), (256, 256), (512, 512)])
+def test_cuda_head_widths(widths, softcap, dtype):
+    """What the rule chooses runs, forward and backward, with a window and without."""
+    layout = make_layout([(200, 60, 90), (0, 50, 70), (130, 1, 0)]).to("cuda")
+    inputs = cuda_inputs(layout, width=widths[0], value_width=widths[1], dtype=dtype)
+    for window in (None, 33):
+        found = errors(inputs, layout, None, scaling=widths[0] ** -0.5, window=window, softcap=softcap)
+        assert max(found) < {torch.bfloat16: 2e-2, torch.float16: 2.5e-3, torch.float32: 1e-5}[dtype]
+
+
+@pytest.mark.gpu
+def test_cuda_autocast():
+    layout = make_layout([(300, 200, 100), (0, 50, 70)]).to("cuda")
+    inputs = cuda_inputs(layout, dtype=torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = [inputs[0], inputs[1], inputs[2].bfloat16()]
+        out = shared_prefix_attention(*mixed, layout, scaling=0.125)
+    assert out.dtype == torch.bfloat16
+    true = shared_prefix_attention(*(x.double() for x in inputs), layout, scaling=0.125, implementation="eager")
+    assert (out - true).norm() / true.norm() < 1e-2
+
+
+@pytest.mark.gpu
+def test_cuda_waits_for_nothing():
+    """A layer's attention reads nothing back, its masks and their blocks included."""
+    layout = make_layout([(300, 200, 100), (0, 50, 70)]).to("cuda")
+    inputs = [x.detach() for x in cuda_inputs(layout)]
+    for knobs in ({}, dict(window=64), dict(softcap=5.0)):
+        shared_prefix_attention(*inputs, layout, scaling=0.125, **knobs)  # compiles
+        layout.cache.clear()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            shared_prefix_attention(*inputs, layout, scaling=0.125, **knobs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """A tensor on the meta device has no values: to read one raises."""
+    layout = make_layout([(300, 200, 100), (0, 50, 70)]).to("meta")
+    inputs = [torch.empty((1, heads, layout.length, 16), device="meta") for heads in (4, 2, 2)]
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: lambda query, key, value, *rest, **more: query)
+    for knobs in ({}, dict(window=3), dict(window=700)):
+        for implementation in ("eager", "varlen"):
+            out = shared_prefix_attention(*inputs, layout, scaling=1.0, implementation=implementation, **knobs)
+            assert out.shape == (1, layout.length, 4, 16)
+        block_mask(layout, knobs.get("window"))
+
+
+def test_empty_row():
+    layout = make_layout([(0, 0, 0)])
+    query, key, value = (torch.empty(1, heads, 0, width) for heads, width in ((4, 8), (2, 8), (2, 6)))
+    assert shared_prefix_attention(query, key, value, layout, scaling=1.0).shape == (1, 0, 4, 6)
+
+
+def test_stand_in_mask_can_only_poison():
+    """A model's forward takes it as prepared; what read it would compute NaN."""
+    inputs = attention.model_inputs(make_layout(PAIRS), torch.device("cpu"))
+    assert inputs["attention_mask"].shape == (1, 1, 1, 1) and inputs["attention_mask"].isnan().all()
 
 
 def test_choice_and_errors(monkeypatch):
@@ -124,6 +222,8 @@ def test_choice_and_errors(monkeypatch):
         shared_prefix_attention(inputs[0][:, :, 1:], *inputs[1:], layout, scaling=1.0)
     with pytest.raises(ValueError, match="takes neither a soft-cap nor sinks"):
         shared_prefix_attention(*inputs, layout, scaling=1.0, softcap=1.0, implementation="varlen")
+    with pytest.raises(ValueError, match="implementation must be one of eager, varlen, flex, got 'fast'"):
+        shared_prefix_attention(*inputs, layout, scaling=1.0, implementation="fast")
     monkeypatch.setenv("DPO_FAST_ATTENTION", "fast")
     with pytest.raises(ValueError, match="DPO_FAST_ATTENTION must be one of eager, varlen, flex, got 'fast'"):
         attention.choose_implementation(inputs[0], None, None)

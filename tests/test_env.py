@@ -15,6 +15,7 @@ def test_env_says_what_runs_and_why_not_the_rest(capsys, monkeypatch):
     if not torch.accelerator.is_available():
         assert "level 3, linear_preference_loss: torch" in out
         assert "triton: not here: the tensors are on 'cpu', Triton needs one of cuda, xpu" in out
+        assert "attention over shared prefixes (bfloat16, heads of 128): eager" in out and "varlen: not here: " in out
     for plan, gemms in (("score", 1), ("frozen", 2), ("pairwise", 3), ("recompute", 4)):
         assert f"{plan}: {gemms} GEMMs" in out
 
