@@ -168,7 +168,8 @@ def shared_prefix_attention(
     sinks: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Attention of a packed row: query (1, heads, S, D), key, value (1, kv heads, S, D) -> (1, S, heads, D).
+    """Attention of a packed row: query (1, heads, S, D), key (1, kv heads, S, D), value (1, kv heads, S, Dv) ->
+    (1, S, heads, Dv).
 
     window: a query sees keys less than `window` positions back. softcap: scores become cap tanh(score / cap). sinks:
     (heads,) one more logit in each softmax (gpt-oss). implementation: one of IMPLEMENTATIONS; None: by the rule of
@@ -277,7 +278,7 @@ def _reasons_against_varlen(query, value, scaling, window, softcap, sinks) -> li
     # From here what torch's kernel checks, and raises a RuntimeError for
     capability = _capability(query.device)
     if torch.version.hip is not None:
-        reasons.append("flash attention on ROCm is neither windowed nor aligned to the last key")
+        reasons.append("flash attention on ROCm is not known to align causality with the last key")
     if capability < (8, 0):
         reasons.append(f"flash attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
     if query.dtype not in _HALF:
@@ -319,10 +320,11 @@ def _on_gpu(query: Tensor) -> bool:
     return not (query.device.type != "cuda" or query.numel() == 0)
 
 
-@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     """The GPU's compute capability; Hopper's where there is no GPU to ask, so that its code can be run without one."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else (9, 0)
+    if not torch.cuda.is_available():
+        return 9, 0
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None)
 
 
 def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
@@ -394,8 +396,10 @@ def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tenso
     """Flash attention aligns causality bottom-right, which is what a branch behind its prefix needs."""
     attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
     known, options = _options(attend), {}
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (S, heads, D)
-    keys, values = (x.index_select(0, layout.key_index) for x in rows[1:])
+    rows, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()  # the kernel reads whole heads; keys and values are copied anyway
+    keys, values = (x.index_select(0, layout.key_index) for x in (keys, values))
     if "scale" in known:  # torch 2.10 has neither this nor windows
         options["scale"] = scaling
     if "window_size" in known:
@@ -408,7 +412,7 @@ def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tenso
         # Before torch 2.12 nothing promises grouped heads. Its kernel has them, so this copy, `groups` times the keys
         # and values of a layer, is what a test on such a GPU could save
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
-    out = attend(rows[0], keys, values, layout.query_ends, layout.key_ends, *layout.longest, **options)
+    out = attend(rows, keys, values, layout.query_ends, layout.key_ends, *layout.longest, **options)
     return out.unsqueeze(0)
 
 
