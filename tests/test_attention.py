@@ -147,20 +147,35 @@ def test_cuda_grouped_heads(kv_heads):
     layout = make_layout([(300, 200, 100), (5, 1, 1), (40, 0, 70)]).to("cuda")
     inputs = cuda_inputs(layout, kv_heads=kv_heads)
     chosen = attention.choose_implementation(inputs[0], None, None, *inputs[1:], scaling=0.125)
-    assert attention._varlen_attn() is None or torch.version.hip or chosen == "varlen"
+    if attention._varlen_attn() is not None and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
+        assert chosen == "varlen"
     assert max(errors(inputs, layout, None)) < 1e-2
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("widths", [(8, 8), (12, 12), (24, 8), (20, 20), (192, 128), (256, 256), (512, 512)])
-def test_cuda_head_widths(widths, softcap, dtype):
+@pytest.mark.parametrize(
+    "width, value_width, dtype, softcap",  # few that compile FlexAttention: half a minute each
+    [
+        (8, 8, torch.bfloat16, None),
+        (12, 12, torch.bfloat16, None),
+        (24, 8, torch.bfloat16, None),
+        (192, 128, torch.bfloat16, None),
+        (256, 256, torch.bfloat16, 5.0),
+        (512, 512, torch.bfloat16, None),
+        (512, 512, torch.bfloat16, 5.0),
+        (64, 64, torch.float16, None),
+        (64, 64, torch.float32, None),
+        (8, 8, torch.float32, None),
+        (256, 256, torch.float32, None),
+    ],
+)
+def test_cuda_head_widths(width, value_width, dtype, softcap):
     """What the rule chooses runs, forward and backward, with a window and without."""
+    torch.compiler.reset()  # past eight graphs Dynamo compiles no more
     layout = make_layout([(200, 60, 90), (0, 50, 70), (130, 1, 0)]).to("cuda")
-    inputs = cuda_inputs(layout, width=widths[0], value_width=widths[1], dtype=dtype)
+    inputs = cuda_inputs(layout, width=width, value_width=value_width, dtype=dtype)
     for window in (None, 33):
-        found = errors(inputs, layout, None, scaling=widths[0] ** -0.5, window=window, softcap=softcap)
+        found = errors(inputs, layout, None, scaling=width**-0.5, window=window, softcap=softcap)
         assert max(found) < {torch.bfloat16: 2e-2, torch.float16: 2.5e-3, torch.float32: 1e-5}[dtype]
 
 
