@@ -1,23 +1,25 @@
 """Accuracy in bf16: token log-probs and sequence sums against fp64, ours and TRL's on the same tensors.
 
-    python -m benchmarks.accuracy --N 2000 --H 512 --V 32000
+python -m benchmarks.accuracy --N 2000 --H 512 --V 32000
 """
 
 import argparse
+import sys
 
 import torch
 
 from dpo_fast import linear_token_logps, sequence_logps
 
-from .head import Problem, eager_fp64, trl
-from .measure import save, table
+from .head_gate import truth_of
+from .head_providers import Problem, trl
+from .record import Record, add_arguments, table
 
 
 def measure(N: int, H: int, V: int) -> dict:
     """One sequence of N tokens; errors in nats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     p = Problem.make(N, 1, H, V, torch.bfloat16, None, device)
-    truth = torch.cat([eager_fp64(p, slice(start, start + 64)) for start in range(0, N, 64)])
+    truth = truth_of(p)
     one = torch.zeros(len(truth), dtype=torch.int64, device=device)
     candidates = {"ours": linear_token_logps(p.hidden, p.weight, p.labels)}
     try:
@@ -43,12 +45,13 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.accuracy", description=__doc__.splitlines()[0])
     for name, default in (("N", 2000), ("H", 512), ("V", 32_000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--no-save", action="store_true")
+    add_arguments(parser)
+    argv = sys.argv[1:] if argv is None else argv
     a = parser.parse_args(argv)
+    record = Record.of("accuracy", argv, a, parser)
     result = measure(a.N, a.H, a.V)
     print(table(result["rows"], ["provider", "token_rms_error", "token_max_error", "sequence_error"]))
-    if not a.no_save:
-        print(f"written to {save('accuracy', result)}")
+    record.save("accuracy", result)
     return 0
 
 

@@ -4,21 +4,27 @@ python -m benchmarks.level1 --N 8192 --V 131072 --dtype bfloat16
 """
 
 import argparse
+import sys
 
 import torch
 
 from dpo_fast import logits_token_logps
-from dpo_fast.testing import make_logits
 
-from .measure import interleaved, save, table
+from .measure import interleaved, random_logits, ratios
+from .record import Record, add_arguments, line, table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def bench(N: int, V: int, dtype: torch.dtype, rounds: int) -> dict:
-    """The floor is bytes over bandwidth: the forward reads N V once, with the backward it is read twice and written."""
+COLUMNS = ["case", "wall_median_ms", "wall_min_ms", "gb_per_s", "share_of_copy", "share_min", "share_max"]
+
+
+def bench(N: int, V: int, dtype: torch.dtype, rounds: int, keep=lambda result, complete: None) -> dict:
+    """The floor is bytes over bandwidth: the forward reads N V once, with the backward it is read twice and written.
+
+    A case and the copy take turns; `keep` gets the result after each case."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits, labels = make_logits(N, V, dtype=dtype, ignored=0.0, device=device)
+    logits, labels = random_logits(N, V, dtype, device)
     leaf = logits.clone().requires_grad_()
     other = torch.empty_like(logits)
     cotangent = torch.ones(N, device=device)
@@ -36,21 +42,25 @@ def bench(N: int, V: int, dtype: torch.dtype, rounds: int) -> dict:
         torch.autograd.grad(leaf.float().log_softmax(-1).gather(1, labels[:, None])[:, 0], leaf, cotangent)
 
     cases = {
-        "copy": (lambda: other.copy_(logits), 2),
         "ours, forward": (forward, 1),
         "ours, forward + backward": (forward_backward, 3),
         "eager, forward": (eager_forward, 1),
         "eager, forward + backward": (eager_forward_backward, 3),
     }
-    timings = interleaved({name: run for name, (run, _) in cases.items()}, rounds)
+    result = {"N": N, "V": V, "dtype": str(dtype)[6:], "rows": []}
     unit = logits.nbytes / 1e6  # MB over ms is GB/s
-    rows = []
-    for name, (_, passes) in cases.items():
-        summary = timings[name].summary()
-        rows.append({"case": name, **summary, "gb_per_s": passes * unit / summary["wall_median_ms"]})
-    for row in rows:
-        row["share_of_copy"] = row["gb_per_s"] / rows[0]["gb_per_s"]
-    return {"N": N, "V": V, "dtype": str(dtype)[6:], "rows": rows}
+    for name, (run, passes) in cases.items():
+        timings = interleaved({"copy": lambda: other.copy_(logits), name: run}, rounds)
+        copy = timings["copy"].summary()
+        if not result["rows"]:
+            result["rows"].append({"case": "copy", **copy, "gb_per_s": 2 * unit / copy["wall_median_ms"]})
+        summary, share = timings[name].summary(), ratios(timings["copy"], timings[name], "wall_ms")
+        row = {"case": name, **summary, "gb_per_s": passes * unit / summary["wall_median_ms"]}
+        names = {"median": "share_of_copy", "min": "share_min", "max": "share_max"}
+        row |= {names[kind]: value * passes / 2 for kind, value in share.items()}
+        result["rows"].append(row)
+        keep(result, complete=name == list(cases)[-1])
+    return result
 
 
 def main(argv=None) -> int:
@@ -60,12 +70,16 @@ def main(argv=None) -> int:
     parser.add_argument("--V", type=int, default=131_072 if cuda else 32_000)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
     parser.add_argument("--rounds", type=int, default=20 if cuda else 5)
-    parser.add_argument("--no-save", action="store_true")
+    add_arguments(parser)
+    argv = sys.argv[1:] if argv is None else argv
     a = parser.parse_args(argv)
-    result = bench(a.N, a.V, DTYPES[a.dtype], a.rounds)
-    print(table(result["rows"], ["case", "wall_median_ms", "wall_min_ms", "gb_per_s", "share_of_copy"]))
-    if not a.no_save:
-        print(f"written to {save('level1', result)}")
+    record = Record.of("level1", argv, a, parser)
+
+    def keep(result, complete):
+        print(line(result["rows"][-1], COLUMNS), flush=True)
+        record.save("level1", result, complete=complete)
+
+    print(table(bench(a.N, a.V, DTYPES[a.dtype], a.rounds, keep)["rows"], COLUMNS))
     return 0
 
 

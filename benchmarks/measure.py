@@ -4,18 +4,12 @@ Times are of the wall and of the processor (all threads); on CUDA, of events on 
 allocator held beyond what was there before, gradients included: on CPU from the profiler's record of allocations.
 """
 
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -81,52 +75,16 @@ def peak_mib(run: Callable[[], object]) -> float:
     return peak / 2**20
 
 
-def stamp() -> dict:
-    """Where and with what a result was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "accelerate", "peft", "trl", "liger_kernel", "cut_cross_entropy"):
-        try:
-            versions[name] = __import__("importlib.metadata", fromlist=["version"]).version(name)
-        except ModuleNotFoundError:
-            versions[name] = None
-    return {
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def ratios(times: Timing, base: Timing, clock: str | None = None) -> dict[str, float]:
+    """times / base, round by round, so that the noise of a round hits both: median and range.
+
+    Of the processor's time where there is one, else of the wall's; or of the `clock` that is named."""
+    clock = clock or ("processor_ms" if times.processor_ms else "wall_ms")
+    found = [a / b for a, b in zip(getattr(times, clock), getattr(base, clock), strict=True)]
+    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace(" ", "-").lower()
-    return f"cpu-{platform.machine()}"
-
-
-def save(name: str, result: dict, folder: Path = RESULTS) -> Path:
-    """Write `result` with its stamp to <folder>/<device>/<name>.json, whole or not at all."""
-    path = folder / device_name() / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({**stamp(), **result}, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-    return path
-
-
-def table(rows: list[dict], columns: list[str]) -> str:
-    """Rows as aligned text; floats with four digits."""
-
-    def text(value) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    cells = [columns, *([text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def random_logits(rows: int, vocab: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows, vocab) of standard deviation 4 and int64 labels (rows,), made where they are needed."""
+    torch.manual_seed(0)
+    return torch.randn(rows, vocab, device=device).mul_(4).to(dtype), torch.randint(vocab, (rows,), device=device)

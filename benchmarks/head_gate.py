@@ -1,0 +1,125 @@
+"""Whether a provider of `benchmarks.head` computes the right numbers: in fp64, by the error budget of the tests.
+
+Ours must come as near to fp64 as logits in fp32 do, and its gradients as near as eager's. What other people's code
+may lose is bounded by what rounding can do, see `_others_budget`: they are here to be timed, not to be graded.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_fast.testing import assert_within_budget
+
+from .head_providers import Problem
+
+TOKENS = 64  # at a time, and those whose d_hidden is compared
+ENTRIES = 64  # of the vocabulary, whose d_weight is compared: half of them labels
+
+
+class Numbers(NamedTuple):
+    logps: Tensor  # (N,)
+    d_hidden: Tensor  # (rows, H) of the loss, at the gate's rows
+    d_weight: Tensor  # (columns, H), at its columns
+
+
+def truth_of(p: Problem) -> Tensor:
+    """Token log-probs (N,) in fp64."""
+    return _scores(p, Tensor.double, None)[0]
+
+
+def _logits(p: Problem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in fp32, or fp64 of fp64, and their derivative by what comes out of the GEMM."""
+    z = hidden @ weight.T
+    z = z if z.dtype == torch.float64 else z.float()
+    if p.softcap is None:
+        return z, torch.ones((), dtype=z.dtype, device=z.device)
+    bent = torch.tanh(z / p.softcap)
+    return p.softcap * bent, 1 - bent.square()
+
+
+def _scores(p: Problem, widen: Callable[[Tensor], Tensor], columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-probs, and d log-prob / d logit at `columns` of the vocabulary, (N, columns)."""
+    weight, logps, slopes = widen(p.weight), [], []
+    for rows in torch.arange(len(p.labels), device=p.labels.device).split(TOKENS):
+        z, bend = _logits(p, widen(p.hidden[rows]), weight)
+        log_sum = z.logsumexp(-1, keepdim=True)
+        logps.append((z.gather(1, p.labels[rows, None]) - log_sum)[:, 0])
+        if columns is not None:
+            chosen = (p.labels[rows, None] == columns).to(z.dtype)
+            slopes.append((chosen - (z[:, columns] - log_sum).exp()) * bend.expand_as(z)[:, columns])
+    return torch.cat(logps), torch.cat(slopes) if slopes else None
+
+
+def numbers(p: Problem, rows: Tensor, columns: Tensor, widen: Callable[[Tensor], Tensor]) -> Numbers:
+    """All by hand, with operands as `widen` makes them; a gradient of logits has the operands' dtype, too."""
+    hidden, weight = widen(p.hidden), widen(p.weight)
+    logps, at_columns = _scores(p, widen, columns)
+    leaf = logps.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(p.loss(leaf), leaf)
+    d_weight = (slopes[:, None] * at_columns).to(hidden.dtype).T @ hidden
+    z, bend = _logits(p, hidden[rows], weight)
+    chosen = torch.zeros_like(z).scatter_(1, p.labels[rows, None], 1.0)
+    d_logits = slopes[rows, None] * (chosen - z.softmax(-1)) * bend
+    return Numbers(logps, d_logits.to(hidden.dtype) @ weight, d_weight)
+
+
+def rms_error(result: Tensor, truth: Tensor) -> float:
+    return (result.double() - truth).square().mean().sqrt().item()
+
+
+class Gate:
+    def __init__(self, p: Problem):
+        N, V = len(p.labels), len(p.weight)
+        spread = torch.linspace(0, N - 1, min(TOKENS, N), device=p.labels.device).long()
+        entries = torch.linspace(0, V - 1, min(ENTRIES // 2, V), device=p.labels.device).long()
+        self.p, self.rows = p, spread
+        self.columns = torch.cat([p.labels[spread[: ENTRIES // 2]], entries]).unique()
+        self.truth, self.eager = (self._numbers(widen) for widen in (Tensor.double, lambda x: x))
+        half = p.hidden.dtype != torch.float32
+        self.wide = self._numbers(Tensor.float) if half else self.eager  # eager, with all products in fp32
+
+    def _numbers(self, widen) -> Numbers:
+        return numbers(self.p, self.rows, self.columns, widen)
+
+    def errors(self, name: str, out: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> dict[str, float]:
+        """Largest errors; those of gradients relative to the largest entry. AssertionError above the budget."""
+        ours, found = name.startswith("ours"), {}
+        given = {"logps": out} if out.ndim else {}
+        given |= {} if d_hidden is None else {"d_hidden": d_hidden[self.rows]}
+        given |= {} if d_weight is None else {"d_weight": d_weight[self.columns]}
+        if out.ndim == 0:
+            found["error"] = self._loss_error(out, (self.wide if ours else self.eager).logps)
+        for what, result in given.items():
+            truth = getattr(self.truth, what)
+            largest = (result.double() - truth).abs().max()
+            if what == "logps":
+                found["error"] = largest.item()
+            else:
+                found["gradient_error"] = max(found.get("gradient_error", 0.0), (largest / truth.abs().max()).item())
+            if ours:
+                best = self.wide if what == "logps" else self.eager
+                assert_within_budget(result, getattr(best, what), truth, what=what)
+            elif not (error := rms_error(result, truth)) <= (budget := self._others_budget(what)):
+                raise AssertionError(f"{what}: rms error {error:.3g} over the budget {budget:.3g}")
+        return found
+
+    def _others_budget(self, what: str) -> float:
+        """Root mean square. Where eager rounds to the model's dtype once, others may do so twice; and n summands in
+        fp32, taken in another order, may be off by sqrt(n) more: from errors that add up at random to all alike."""
+        summands = {"logps": self.p.hidden.shape[1], "d_hidden": len(self.p.weight), "d_weight": len(self.p.labels)}
+        eager, wide = (rms_error(getattr(n, what), getattr(self.truth, what)) for n in (self.eager, self.wide))
+        return 2 * eager + math.sqrt(summands[what]) * wide
+
+    def _loss_error(self, loss: Tensor, logps: Tensor) -> float:
+        """A loss is one number: it may be off by what the errors of `logps` add up to, all in one direction."""
+        leaf = self.truth.logps.clone().requires_grad_()
+        truth = self.p.loss(leaf)
+        (slopes,) = torch.autograd.grad(truth, leaf)
+        bound = (slopes.abs() * (logps.double() - leaf.detach()).abs()).sum().item() + 2.0**-23 * truth.item()
+        error = (loss.double() - truth.detach()).abs().item()
+        if not error <= bound:
+            raise AssertionError(f"loss: error {error:.3g} over the budget {bound:.3g}")
+        return error
