@@ -67,6 +67,14 @@ def uncommitted(paths: tuple[str, ...], root: Path = ROOT) -> list[str]:
     return [line[3:] for line in lines]
 
 
+def top_of(folder: Path) -> Path:
+    """The top of the repository that holds `folder`; this checkout's where there is none."""
+    try:
+        return Path(_git(folder if folder.is_dir() else ROOT, "rev-parse", "--show-toplevel").strip())
+    except NoHistory:
+        return ROOT
+
+
 def reason_against(commit: str | None, paths: tuple[str, ...], root: Path = ROOT) -> str | None:
     """Why what was measured at `commit` does not tell about the code checked out at `root`; None if it does."""
     if not commit:
