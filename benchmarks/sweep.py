@@ -5,15 +5,17 @@ python -m benchmarks.sweep --kernel fwd bwd direction score
 
 import argparse
 import ast
+import functools
 import itertools
+import sys
 
 import torch
 import triton
 
 from dpo_fast.kernels import linear_score, token_logps
-from dpo_fast.testing import make_logits
 
-from .measure import device_name, interleaved, save, table
+from .measure import interleaved, random_logits
+from .record import Record, add_arguments, device_name, table
 
 # what is swept -> its entry in kernels/tuned.py, and the entry's fields
 NAMES = {
@@ -36,66 +38,61 @@ def backward_candidates():
 
 def score_candidates():
     for n, v, h, warps, stages in itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (3, 4)):
-        yield {"BLOCK_N": n, "BLOCK_V": v, "FOLD_V": v, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
+        if (n, v, warps) == (128, 256, 4):
+            continue  # 256 floats of the accumulator a thread: 862 registers spill
+        for fold in (v, v // 2):
+            yield {"BLOCK_N": n, "BLOCK_V": v, "FOLD_V": fold, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
 
 
-def runs(kernel: str, N: int, H: int, V: int, dtype: torch.dtype, device: str):
-    """(label, callable) of the rule's choice and of each candidate."""
-    knobs = dict(ignore_index=-100, logit_scale=1.0, softcap=None, temperature=1.0)
-    labels = torch.randint(V, (N,), device=device)
-    names = ("logps", "row_max", "log_sum")
-    out = {name: torch.empty(N, device=device) for name in names}
-    if kernel == "score":
-        hidden, weight = (torch.randn(rows, H, device=device).to(dtype) for rows in (N, V))
+KNOBS = dict(logit_scale=1.0, softcap=None, temperature=1.0)
 
-        def score(config):
-            return lambda: linear_score.linear_score_fwd(hidden, weight, labels, None, out, config=config, **knobs)
 
-        yield "rule", score(None)
-        yield from ((str(c), score(c)) for c in score_candidates())
-        return
-    logits, labels = make_logits(N, V, dtype=dtype, ignored=0.0, device=device)
-    rows, d_logits = (1, N, 0, V), torch.empty_like(logits)
-    token_logps.token_logps_fwd(logits, rows, labels, out, **knobs)
-    d_logps = torch.ones(N, device=device)
+class ScoreRuns:
+    """linear_score_fwd on N hidden states and V entries."""
 
-    def forward(config):
-        def run():
-            with replaced("forward_config", config):
-                token_logps.token_logps_fwd(logits, rows, labels, out, **knobs)
+    def __init__(self, N: int, H: int, V: int, dtype: torch.dtype, device: str):
+        self.hidden, self.weight = (torch.randn(rows, H, device=device).to(dtype) for rows in (N, V))
+        self.labels = torch.randint(V, (N,), device=device)
+        self.out = {name: torch.empty(N, device=device) for name in ("logps", "row_max", "log_sum")}
+        self.candidates = list(score_candidates())
 
-        return run
+    def run(self, config: dict | None) -> None:
+        knobs = dict(config=config, ignore_index=-100, **KNOBS)
+        linear_score.linear_score_fwd(self.hidden, self.weight, self.labels, None, self.out, **knobs)
 
-    def backward(config):
-        def run():
-            with replaced("backward_config", config):
-                arguments = (logits, d_logits, rows, rows, labels, out["row_max"], out["log_sum"], d_logps)
-                token_logps.token_logps_bwd(*arguments, **knobs)
 
-        return run
+class LogitsRuns:
+    """A kernel over rows of logits."""
 
-    def direction(config):
+    def __init__(self, kernel: str, N: int, V: int, dtype: torch.dtype, device: str):
+        self.kernel = kernel
+        self.logits, self.labels = random_logits(N, V, dtype, device)
+        self.rows, self.d_logits = (1, N, 0, V), torch.empty_like(self.logits)
+        self.d_logps = torch.ones(N, device=device)
+        self.out = {name: torch.empty(N, device=device) for name in ("logps", "row_max", "log_sum")}
+        self.forward()
+        self.candidates = list(forward_candidates() if kernel == "fwd" else backward_candidates())
+        for candidate in self.candidates if kernel == "fwd" else ():
+            candidate["WIDTH"] = 16 // self.logits.element_size()
+        self.tile = torch.zeros(N, V, device=device) if kernel == "direction" else None
+
+    def forward(self) -> None:
+        token_logps.token_logps_fwd(self.logits, self.rows, self.labels, self.out, ignore_index=-100, **KNOBS)
+
+    def run(self, config: dict | None) -> None:
+        with replaced("forward_config" if self.kernel == "fwd" else "backward_config", config):
+            {"fwd": self.forward, "bwd": self.backward, "direction": self.direction}[self.kernel]()
+
+    def backward(self) -> None:
+        saved = (self.labels, self.out["row_max"], self.out["log_sum"], self.d_logps)
+        arguments = (self.logits, self.d_logits, self.rows, self.rows, *saved)
+        token_logps.token_logps_bwd(*arguments, ignore_index=-100, **KNOBS)
+
+    def direction(self) -> None:
         """Over a tile of its own, again and again: what D looks like as fp32 does not change the time."""
-
-        def run():
-            with replaced("backward_config", config):
-                over = tile.view(torch.bfloat16)[:, :V]
-                token_logps.token_logps_direction(tile, over, labels, out["row_max"], out["log_sum"], d_logps, **free)
-
-        return run
-
-    free = {name: value for name, value in knobs.items() if name != "ignore_index"}
-    tile = torch.zeros(N, V, device=device) if kernel == "direction" else None
-    make, candidates = {
-        "fwd": (forward, forward_candidates),
-        "bwd": (backward, backward_candidates),
-        "direction": (direction, backward_candidates),
-    }[kernel]
-    yield "rule", make(None)
-    for candidate in candidates():
-        if kernel == "fwd":
-            candidate["WIDTH"] = 16 // logits.element_size()
-        yield str(candidate), make(candidate)
+        over = self.tile.view(torch.bfloat16)[:, : self.tile.shape[1]]
+        saved = (self.labels, self.out["row_max"], self.out["log_sum"], self.d_logps)
+        token_logps.token_logps_direction(self.tile, over, *saved, **KNOBS)
 
 
 class replaced:
@@ -114,8 +111,10 @@ class replaced:
 
 def sweep(kernel: str, N: int, H: int, V: int, dtype: torch.dtype, rounds: int) -> list[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = ScoreRuns(N, H, V, dtype, device) if kernel == "score" else LogitsRuns(kernel, N, V, dtype, device)
     cases = {}
-    for label, run in runs(kernel, N, H, V, dtype, device):
+    for label, config in {"rule": None, **{str(c): c for c in runs.candidates}}.items():
+        run = functools.partial(runs.run, config)
         try:
             run()
         except (triton.OutOfResources, ValueError) as reason:
@@ -147,14 +146,18 @@ def main(argv=None) -> int:
     parser.add_argument("--H", type=int, default=4096 if cuda else 32)
     parser.add_argument("--V", type=int, default=131_072 if cuda else 512)
     parser.add_argument("--rounds", type=int, default=10 if cuda else 1)
-    parser.add_argument("--no-save", action="store_true")
+    add_arguments(parser)
+    argv = sys.argv[1:] if argv is None else argv
     a = parser.parse_args(argv)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    rows = [row for kernel in a.kernel for row in sweep(kernel, a.N, a.H, a.V, dtype, a.rounds)]
-    print(table(rows, ["kernel", "config", "wall_median_ms", "wall_min_ms"]))
-    print("entries for kernels/tuned.py, where they beat the rule:", entries(rows))
-    if not a.no_save:
-        print(f"written to {save('sweep', {'N': a.N, 'H': a.H, 'V': a.V, 'rows': rows})}")
+    record = Record.of("sweep", argv, a, parser)
+    dtype, rows = torch.bfloat16 if cuda else torch.float32, []
+    for kernel in a.kernel:
+        found = sweep(kernel, a.N, a.H, a.V, dtype, a.rounds)
+        print(table(found, ["kernel", "config", "wall_median_ms", "wall_min_ms"]))
+        print("for kernels/tuned.py, where it beats the rule:", entries(found), flush=True)
+        rows += found
+        result = {"N": a.N, "H": a.H, "V": a.V, "entries": entries(rows), "rows": rows}
+        record.save("sweep", result, complete=kernel == a.kernel[-1])
     return 0
 
 

@@ -10,6 +10,11 @@ step, so that noise of the machine hits all alike; on a GPU, whose memory they w
 step is timed from the end of the one before: collation, logging and optimizer included. The first steps are not
 counted. All compute the same numbers, or the result says by how much they differ: see `differences`.
 
+`trl` is TRL as it is; `trl-compact` is TRL with its head on completion tokens only, which is its own rule where Triton
+runs and is switched on here where it does not. `times_faster` and `peak_ratio` compare with the first,
+`times_faster_compact` and `peak_ratio_compact` with the second: medians and ranges over steps on the same batches.
+What a GPU user may expect from shared prefixes, no padding and fewer GEMMs is the second.
+
 TRL's metrics cannot be switched off; ours report what FastDPOTrainer reports by default. With a precomputed
 reference, computing it is part of `setup_s`, not of the steps.
 """
@@ -27,12 +32,13 @@ from pathlib import Path
 
 import torch
 
-from .measure import RESULTS, save, table
+from .record import RESULTS, Record, add_arguments, table
 from .train_step_inputs import MIXES, SHAPES, packed_tokens, padded_tokens, real_tokens, write_inputs
 from .train_step_plot import plot
-from .train_step_worker import PROVIDERS, Job
+from .train_step_worker import PROVIDERS, Job, reason_against
 
-BASELINE = PROVIDERS[0]
+BASELINE = "trl"
+COMPARED = {"": BASELINE, "_compact": "trl-compact"}  # suffix of a column -> with whom
 CURVES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 CURVES += ("logps/chosen", "logps/rejected")
 RELATIVE = ("grad_norm",)  # differences relative to the baseline's value; absolute for the others
@@ -41,7 +47,7 @@ LIMITS = {
     "bfloat16": {"loss": 0.05, "grad_norm (relative)": 0.1},  # logits that one of them rounds to 8 bits
 }
 COLUMNS = ["provider", "processor_s", "processor_min_s", "processor_max_s", "wall_s", "tokens_per_s", "pairs_per_s"]
-COLUMNS += ["times_faster", "peak_mib", "peak_ratio"]
+COLUMNS += ["times_faster", "times_faster_compact", "peak_mib", "peak_ratio", "peak_ratio_compact"]
 
 
 # --- workers -------------------------------------------------------------------------------------------------------
@@ -110,60 +116,58 @@ def run_together(jobs: list[Job], folder: Path) -> dict[str, dict]:
         return found
 
 
-def run_apart(jobs: list[Job], folder: Path) -> dict[str, dict]:
-    """One job at a time."""
-    found = {}
-    for job in jobs:
-        found |= run_together([job], folder)
-    return found
-
-
 # --- one comparison ------------------------------------------------------------------------------------------------
 
 
-def bench(arguments, folder: Path) -> dict:
-    """Run a comparison; returns what goes into the result file."""
+def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
+    """Run a comparison; returns what goes into the result file. `keep` gets the result so far, on a GPU after each
+    provider: a provider that fails there is printed, and the others go on."""
     shape, mix = SHAPES[arguments.shape], MIXES[arguments.mix]
     steps = arguments.warmup + arguments.steps
     dtype = getattr(torch, arguments.dtype)
     inputs = write_inputs(folder, shape, mix, steps * arguments.pairs, arguments.longest, dtype, arguments.seed)
     batches = [inputs["lengths"][i : i + arguments.pairs] for i in range(0, inputs["pairs"], arguments.pairs)]
     jobs = [make_job(arguments, provider, folder, steps) for provider in arguments.providers]
-    run = run_apart if torch.cuda.is_available() else run_together
-    rounds = []
+    rounds, failed = [], []
     for turn in range(arguments.rounds):
         first = turn % len(jobs)
-        rounds.append(run(jobs[first:] + jobs[:first], folder))
+        order = jobs[first:] + jobs[:first]
+        rounds.append({})
+        for group in [[job] for job in order] if torch.cuda.is_available() else [order]:
+            if group[0].provider in failed:
+                continue
+            try:
+                rounds[-1] |= run_together(group, folder)
+            except WorkerFailed as reason:
+                if not torch.cuda.is_available():
+                    raise
+                print(f"{group[0].provider}: no speed, {reason}", flush=True)
+                failed.append(group[0].provider)
+                continue
+            keep(outcome(arguments, rounds, batches, failed))
+    return outcome(arguments, rounds, batches, failed)
+
+
+def outcome(arguments, rounds: list[dict], batches: list, failed: list[str]) -> dict:
+    """What is known after these rounds, the last of which may be unfinished."""
+    whole = [found for found in rounds if found.keys() == rounds[0].keys()]
     counted = batches[arguments.warmup :]
-    rows = summarize(rounds, counted, arguments.warmup)
-    curves = {p: curve_of(rounds[0][p]["done"]["logs"]) for p in arguments.providers}
-    knobs = (
-        "command",
-        "shape",
-        "mix",
-        "mode",
-        "reference",
-        "checkpointing",
-        "dtype",
-        "pairs",
-        "steps",
-        "warmup",
-        "rounds",
-    )
+    curves = {p: curve_of(found["done"]["logs"]) for p, found in whole[0].items()}
+    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "pairs", "steps", "warmup", "rounds")
+    apart = {p: differences(curves[p], curves[BASELINE]) for p in curves if p != BASELINE} if BASELINE in curves else {}
     return {
         **{name: getattr(arguments, name) for name in (*knobs, "learning_rate", "longest", "threads", "seed")},
-        "model": vars(shape),
-        "lengths": vars(mix),
+        "model": vars(SHAPES[arguments.shape]),
+        "lengths": vars(MIXES[arguments.mix]),
         "tokens_per_step": {
             "real": statistics.mean(map(real_tokens, counted)),
             "padded": statistics.mean(map(padded_tokens, counted)),
             "packed": statistics.mean(map(packed_tokens, counted)),
         },
-        "rows": rows,
-        "differences": {p: differences(curves[p], curves[BASELINE]) for p in curves if p != BASELINE}
-        if BASELINE in curves
-        else {},
+        "rows": summarize(whole, counted, arguments.warmup),
+        "differences": apart,
         "curves": curves,
+        "failed": failed,
     }
 
 
@@ -185,42 +189,41 @@ def make_job(arguments, provider: str, folder: Path, steps: int, pairs: int | No
 
 
 def summarize(rounds: list[dict], batches: list, warmup: int) -> list[dict]:
-    """A row per provider. Seconds per step are medians over steps and rounds, rates are over all of them;
-    `times_faster` is the baseline's processor seconds (on a GPU: wall) over the provider's, on the same batches."""
+    """A row per provider. Seconds per step are medians over steps and rounds, rates are over all of them."""
     clock = "wall_s" if torch.cuda.is_available() else "processor_s"
-    rows, totals = [], {}
+    rows, times = [], {}
     for provider in sorted(rounds[0], key=PROVIDERS.index):
         runs = [found[provider] for found in rounds]
         steps = [step for run in runs for step in run["steps"][warmup:]]
         wall, processor = ([step[name] for step in steps] for name in ("wall_s", "processor_s"))
-        total = sum(step[clock] for step in steps)
-        totals[provider] = total, max(peak_of(run["done"]) for run in runs)
-        row = {
-            "provider": provider,
-            "processor_s": statistics.median(processor),
-            "processor_min_s": min(processor),
-            "processor_max_s": max(processor),
-            "wall_s": statistics.median(wall),
-            "wall_min_s": min(wall),
-            "wall_max_s": max(wall),
-            "tokens_per_s": len(rounds) * sum(map(real_tokens, batches)) / sum(wall),
-            "tokens_per_processor_s": len(rounds) * sum(map(real_tokens, batches)) / sum(processor),
-            "pairs_per_s": len(rounds) * sum(map(len, batches)) / sum(wall),
-            "peak_mib": totals[provider][1],
-            **{name: value for name, value in runs[0]["done"].items() if name.startswith("peak")},
-            "imported_mib": runs[0]["ready"]["imported_mib"],
-            "setup_s": runs[0]["ready"]["setup"]["wall_s"],
-            "steps": [[{k: step[k] for k in ("wall_s", "processor_s")} for step in run["steps"]] for run in runs],
-        }
-        if BASELINE in totals:
-            row["times_faster"] = totals[BASELINE][0] / total
-            row["peak_ratio"] = totals[provider][1] / totals[BASELINE][1]
-            row["times_faster_by_round"] = [
-                sum(s[clock] for s in found[BASELINE]["steps"][warmup:])
-                / sum(s[clock] for s in found[provider]["steps"][warmup:])
-                for found in rounds
-            ]
-        rows.append(row)
+        times[provider] = [step[clock] for step in steps]
+        rows.append(
+            {
+                "provider": provider,
+                "processor_s": statistics.median(processor),
+                "processor_min_s": min(processor),
+                "processor_max_s": max(processor),
+                "wall_s": statistics.median(wall),
+                "wall_min_s": min(wall),
+                "wall_max_s": max(wall),
+                "tokens_per_s": len(rounds) * sum(map(real_tokens, batches)) / sum(wall),
+                "tokens_per_processor_s": len(rounds) * sum(map(real_tokens, batches)) / sum(processor),
+                "pairs_per_s": len(rounds) * sum(map(len, batches)) / sum(wall),
+                "peak_mib": max(peak_of(run["done"]) for run in runs),
+                **{name: value for name, value in runs[0]["done"].items() if name.startswith("peak")},
+                "imported_mib": runs[0]["ready"]["imported_mib"],
+                "setup_s": runs[0]["ready"]["setup"]["wall_s"],
+                "steps": [[{k: step[k] for k in ("wall_s", "processor_s")} for step in run["steps"]] for run in runs],
+            }
+        )
+    peaks = {row["provider"]: row["peak_mib"] for row in rows}
+    for row in rows:
+        for suffix, other in COMPARED.items():
+            if other in times:
+                ratios = [theirs / own for theirs, own in zip(times[other], times[row["provider"]], strict=True)]
+                row[f"times_faster{suffix}"] = statistics.median(ratios)
+                row[f"times_faster{suffix}_min"], row[f"times_faster{suffix}_max"] = min(ratios), max(ratios)
+                row[f"peak_ratio{suffix}"] = row["peak_mib"] / peaks[other]
     return rows
 
 
@@ -263,7 +266,7 @@ def largest_batch(arguments, folder: Path, most: int = 512) -> dict:
 
         def fits(pairs: int, provider=provider, speeds=speeds) -> bool:
             try:
-                found = run_apart([make_job(arguments, provider, folder, 2, pairs)], folder)[provider]
+                found = run_together([make_job(arguments, provider, folder, 2, pairs)], folder)[provider]
                 speeds[pairs] = pairs / found["steps"][-1]["wall_s"]
             except WorkerFailed as failure:
                 if "out of memory" not in str(failure):
@@ -325,7 +328,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10 if cuda else 4, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3 if cuda else 1, help="steps before them")
     parser.add_argument("--rounds", type=int, default=1, help="times that everything is done, in new processes")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="all that can run here, if omitted")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--longest", type=int, default=2048, help="tokens of prompt + completion; lengths stay below")
     parser.add_argument("--threads", type=int, default=2, help="of the processor, per provider")
@@ -334,15 +337,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--suite", action="store_true", help="all comparisons for this device")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two steps, to see that it runs")
     parser.add_argument("--name", help="of the result files; made from the options if omitted")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--no-save", action="store_true")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
-    arguments.command = "python -m benchmarks.train_step " + " ".join(argv)
+    arguments.parser = parser
     if arguments.largest_batch and not cuda:
         parser.error("--largest-batch needs a GPU: without one, memory that runs out takes the machine with it")
     if arguments.smoke:
         for name, value in dict(shape="tiny", mix="tiny", pairs=2, steps=2, warmup=1, longest=64, threads=1).items():
             setattr(arguments, name, value)
+    against = {provider: reason_against(provider) for provider in arguments.providers or PROVIDERS}
+    absent = [f"{provider}: left out, {reason}" for provider, reason in against.items() if reason]
+    if arguments.providers and absent:
+        parser.error("; ".join(absent))
+    if absent:
+        print("\n".join(absent))
+    arguments.providers = [provider for provider, reason in against.items() if reason is None]
     return arguments
 
 
@@ -362,16 +371,26 @@ def main(argv: list[str] | None = None) -> int:
         for options in GPU_SUITE if torch.cuda.is_available() else CPU_SUITE:
             failed |= main([*options, *others])
         return failed
+    if not arguments.providers:
+        print("nothing was measured: no trainer can run here")
+        return 0
+    record = Record.of("train_step", argv, arguments, arguments.parser)
+    name = arguments.name or result_name(arguments)
     torch.set_num_threads(arguments.threads)  # what the stamp of the result reports
+
+    def keep(result: dict) -> None:
+        if len(result["rows"]) < len(arguments.providers):
+            print(table(result["rows"], COLUMNS), flush=True)
+        record.save(name, result, complete=False)
+
     with tempfile.TemporaryDirectory(prefix="train_step_") as folder:
-        result = (largest_batch if arguments.largest_batch else bench)(arguments, Path(folder))
+        path = Path(folder)
+        result = largest_batch(arguments, path) if arguments.largest_batch else bench(arguments, path, keep)
     report(result)
-    if not arguments.no_save:
-        path = save(arguments.name or result_name(arguments), result, arguments.out)
-        if "curves" in result:
-            plot(result, path.with_suffix(".png"))
-        print(f"written to {path}")
-    return 1 if wrong_providers(result) else 0
+    saved = record.save(name, result)
+    if saved and "curves" in result:
+        plot(result, saved.with_suffix(".png"))
+    return 1 if wrong_providers(result) or result.get("failed") else 0
 
 
 def wrong_providers(result: dict) -> list[str]:

@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
-COLOURS = {"trl": "#c9b37e", "dpo_fast.trl": "#7fb39f", "FastDPOTrainer": "#2a7f62"}
-NAMES = {"trl": "TRL's DPOTrainer", "dpo_fast.trl": "dpo_fast.trl.DPOTrainer", "FastDPOTrainer": "FastDPOTrainer"}
+COLOURS = {"trl": "#c9b37e", "trl-compact": "#e0d3b0", "dpo_fast.trl": "#7fb39f", "FastDPOTrainer": "#2a7f62"}
+NAMES = {
+    "trl": "TRL's DPOTrainer",
+    "trl-compact": "TRL's, head on completions",
+    "dpo_fast.trl": "dpo_fast.trl.DPOTrainer",
+    "FastDPOTrainer": "FastDPOTrainer",
+}
 
 
 def plot(result: dict, path: Path) -> None:
@@ -32,7 +37,7 @@ def plot(result: dict, path: Path) -> None:
     for axis in axes[:2]:
         axis.invert_yaxis()
     for axis, curve in zip(axes[2:], ("loss", "grad_norm"), strict=True):
-        for width, (provider, values) in zip((5, 2.5, 1), result["curves"].items(), strict=False):
+        for width, (provider, values) in zip((6, 4, 2.5, 1), result["curves"].items(), strict=False):
             axis.plot(range(1, len(values[curve]) + 1), values[curve], color=COLOURS[provider], linewidth=width)
         axis.set_title(f"{curve.replace('_', ' ')} by step")
     figure.suptitle(

@@ -6,6 +6,8 @@ Builds the trainer, then waits for a line on stdin before each optimizer step, s
 machine. Answers on stdout in lines of JSON: ready, one per step, done; whatever libraries print goes to stderr.
 """
 
+import importlib.util
+import inspect
 import json
 import os
 import resource
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-PROVIDERS = ("trl", "dpo_fast.trl", "FastDPOTrainer")
+PROVIDERS = ("trl", "trl-compact", "dpo_fast.trl", "FastDPOTrainer")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,34 @@ class Job:
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
+
+
+def reason_against(provider: str) -> str | None:
+    """Why it cannot run here; None if it can."""
+    needed = ("datasets",) if provider == "FastDPOTrainer" else ("datasets", "trl")
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{' and '.join(absent)} not installed"
+    if provider != "trl-compact":
+        return None
+    if torch.cuda.is_available():
+        return "trl scores completion tokens only on this device by itself"
+    try:
+        from trl.trainer import utils
+
+        if "compact = _use_triton(" in inspect.getsource(utils.add_fused_lm_head):
+            return None
+    except (ImportError, AttributeError):
+        pass
+    return "this trl has no rule to switch on: no `compact` in trl.trainer.utils.add_fused_lm_head"
+
+
+def score_completions_only() -> None:
+    """TRL's head gathers the tokens that have a label before its products where Triton runs, and takes prompts and
+    padding along elsewhere. From here on it gathers here, too; its kernels ask a function of their own."""
+    from trl.trainer import utils
+
+    utils._use_triton = lambda device: True
 
 
 def main() -> int:
@@ -105,10 +135,12 @@ def build(job: Job):
     else:
         from trl import DPOConfig as Config
 
-        if job.provider == "trl":
-            from trl import DPOTrainer as Trainer
-        else:
+        if job.provider == "dpo_fast.trl":
             from dpo_fast.trl import DPOTrainer as Trainer
+        else:
+            from trl import DPOTrainer as Trainer
+        if job.provider == "trl-compact":
+            score_completions_only()
     peft_config = None
     if job.mode == "lora":
         import peft
