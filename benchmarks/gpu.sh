@@ -57,6 +57,7 @@ stage() { # name, command...: run it within its share of what is left
     shift
     if [ -n "$only" ] && ! listed "$only" "$name"; then return; fi
     limit=$(((end - SECONDS) * SHARE[$name] / left))
+    if [ "$limit" -lt 1 ] && [ "$SECONDS" -lt "$end" ]; then limit=1; fi
     left=$((left - SHARE[$name]))
     if listed "$fail" "$name"; then set -- "$PYTHON" -c "import sys; sys.exit('this failure was asked for')"; fi
     echo "== $name: $limit s at most"

@@ -33,7 +33,11 @@ CODE = {
         *(f"benchmarks/{name}.py" for name in ("train_step", "train_step_inputs", "train_step_worker")),
     ),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
-    "attention": ("dpo_fast/attention.py", "dpo_fast/layout.py", "benchmarks/attention.py", _MEASURE),
+    "attention": (
+        *(f"dpo_fast/{name}.py" for name in ("attention", "layout", "batch")),
+        "benchmarks/attention.py",
+        _MEASURE,
+    ),
     "sweep": ("kernels", "benchmarks/sweep.py", _MEASURE),
 }
 

@@ -1,9 +1,12 @@
-"""benchmarks.train_step: its inputs, its sums, and one tiny run of all three trainers."""
+"""benchmarks.train_step: its inputs, its sums, and one tiny run of all trainers."""
 
+import importlib.util
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -58,15 +61,68 @@ def test_a_worker_that_dies_says_why(tmp_path):
         train_step.run_together([job], tmp_path)
 
 
+def test_the_second_row_of_trl_scores_completion_tokens_only(monkeypatch):
+    """As the first row does where Triton runs; the switch does not reach TRL's kernels."""
+    from tiny import tiny_model
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from benchmarks import train_step_worker
+
+    rows, original = [], utils._ChunkedLogProbFunction
+    head = SimpleNamespace(apply=lambda hidden, *rest: (rows.append(len(hidden)), original.apply(hidden, *rest))[1])
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", head)
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # puts it back afterwards
+    model = tiny_model("llama")
+    utils.add_fused_lm_head(model)
+    ids = torch.arange(1, 21).view(2, 10)
+    labels = ids.clone()
+    labels[:, :7] = -100
+    plain = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    train_step_worker.score_completions_only()
+    compact = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert rows == [2 * 9, 2 * 3]
+    torch.testing.assert_close(compact, plain)
+    assert not chunked_logprob._use_triton(torch.device("cpu"))
+
+
+def test_providers_that_cannot_run_are_left_out_with_a_reason(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else find(name))
+    assert train_step.parse([]).providers == ["FastDPOTrainer"]
+    assert "trl-compact: left out, trl not installed" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        train_step.parse(["--providers", "trl"])
+    assert stopped.value.code == 2 and "trl: left out, trl not installed" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert train_step.main(["--no-save"]) == 0
+    assert "nothing was measured: no trainer can run here" in capsys.readouterr().out
+
+
+def test_factors_are_medians_over_steps_on_the_same_batches():
+    def found(*seconds):
+        steps = [{"wall_s": s, "processor_s": s} for s in (99.0, *seconds)]
+        ready = {"imported_mib": 1, "setup": {"wall_s": 1}}
+        return {"steps": steps, "done": {"peak_process_mib": 10 * seconds[0]}, "ready": ready}
+
+    seconds = {"trl": (8.0, 16.0, 9.0), "trl-compact": (4.0, 8.0, 3.0), "FastDPOTrainer": (2.0, 2.0, 3.0)}
+    rounds = [{provider: found(*each) for provider, each in seconds.items()}]
+    lengths = [[(1, 1, 1)]] * 3
+    trl, compact, ours = train_step.summarize(rounds, lengths, warmup=1)
+    assert (ours["times_faster"], ours["times_faster_min"], ours["times_faster_max"]) == (4.0, 3.0, 8.0)
+    assert (ours["times_faster_compact"], ours["times_faster_compact_max"]) == (2.0, 4.0)
+    assert (ours["peak_ratio"], ours["peak_ratio_compact"], compact["times_faster"]) == (0.25, 0.5, 2.0)
+
+
 @pytest.mark.slow
-def test_three_trainers_take_turns_and_agree(tmp_path):
-    assert train_step.main(["--smoke", "--name", "smoke", "--out", str(tmp_path)]) == 0
+def test_all_trainers_take_turns_and_agree(tmp_path):
+    assert train_step.main(["--smoke", "--allow-dirty", "--name", "smoke", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/smoke.json")
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["provider"] for row in result["rows"]] == ["trl", "dpo_fast.trl", "FastDPOTrainer"]
+    assert [row["provider"] for row in result["rows"]] == ["trl", "trl-compact", "dpo_fast.trl", "FastDPOTrainer"]
     assert all(len(row["steps"][0]) == 3 and row["peak_mib"] > row["imported_mib"] for row in result["rows"])
-    assert result["commit"] and result["versions"]["trl"]
-    for provider in ("dpo_fast.trl", "FastDPOTrainer"):
+    assert result["versions"]["trl"] and result["complete"]
+    for provider in ("trl-compact", "dpo_fast.trl", "FastDPOTrainer"):
         assert all(value < 1e-4 for value in result["differences"][provider].values()), provider
     losses = result["curves"]["trl"]["loss"]
     assert len(losses) == 3 and losses[2] != losses[0]
@@ -74,7 +130,7 @@ def test_three_trainers_take_turns_and_agree(tmp_path):
 
 def test_largest_batches_are_compared_and_other_failures_are_not_mistaken_for_memory(tmp_path, monkeypatch):
     arguments = train_step.parse(["--smoke"])
-    limits = {"trl": 5, "dpo_fast.trl": 10, "FastDPOTrainer": 12}
+    limits = {"trl": 5, "trl-compact": 5, "dpo_fast.trl": 10, "FastDPOTrainer": 12}
     message = "torch.OutOfMemoryError: CUDA out of memory"
 
     def run(jobs, folder):
@@ -82,10 +138,10 @@ def test_largest_batches_are_compared_and_other_failures_are_not_mistaken_for_me
             raise train_step.WorkerFailed(message)
         return {jobs[0].provider: {"steps": [{"wall_s": 9.0}, {"wall_s": 2.0}]}}
 
-    monkeypatch.setattr(train_step, "run_apart", run)
+    monkeypatch.setattr(train_step, "run_together", run)
     rows = train_step.largest_batch(arguments, tmp_path, most=64)["rows"]
-    assert [row["largest_batch"] for row in rows] == [5, 10, 12]
-    assert [row["times_larger"] for row in rows] == [1, 2, 12 / 5]
+    assert [row["largest_batch"] for row in rows] == [5, 5, 10, 12]
+    assert [row["times_larger"] for row in rows] == [1, 1, 2, 12 / 5]
     assert rows[0]["pairs_per_s"] == 2.5
     message = "ValueError: something else"
     with pytest.raises(train_step.WorkerFailed, match="something else"):
