@@ -24,12 +24,12 @@ STAGES = ("tests", "memcheck", "train_step", "gemm", "head", "level1", "attentio
 def gpu(*words: str, python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHON": str(python), **environment}
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_gpu_dry_run():
-    run = gpu("--dry-run")
+    run = gpu("--dry-run", "--minutes", "60")  # no time decides anything
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert "all stages done" in run.stdout
     for stage in STAGES:
