@@ -153,10 +153,12 @@ def outcome(arguments, rounds: list[dict], batches: list, failed: list[str]) -> 
     whole = [found for found in rounds if found.keys() == rounds[0].keys()]
     counted = batches[arguments.warmup :]
     curves = {p: curve_of(found["done"]["logs"]) for p, found in whole[0].items()}
-    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "pairs", "steps", "warmup", "rounds")
+    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "autocast", "pairs", "steps", "warmup")
     apart = {p: differences(curves[p], curves[BASELINE]) for p in curves if p != BASELINE} if BASELINE in curves else {}
     return {
-        **{name: getattr(arguments, name) for name in (*knobs, "learning_rate", "longest", "threads", "seed")},
+        **{
+            name: getattr(arguments, name) for name in (*knobs, "rounds", "learning_rate", "longest", "threads", "seed")
+        },
         "model": vars(SHAPES[arguments.shape]),
         "lengths": vars(MIXES[arguments.mix]),
         "tokens_per_step": {
@@ -179,6 +181,7 @@ def make_job(arguments, provider: str, folder: Path, steps: int, pairs: int | No
         reference=arguments.reference,
         checkpointing=arguments.checkpointing,
         dtype=arguments.dtype,
+        bf16=arguments.autocast or arguments.dtype == "bfloat16",
         pairs_per_step=pairs or arguments.pairs,
         steps=steps,
         learning_rate=arguments.learning_rate,
@@ -324,6 +327,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference", choices=("memory", "precomputed"), default="memory")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, over float32 weights")
     parser.add_argument("--pairs", type=int, default=8 if cuda else 4, help="pairs a step")
     parser.add_argument("--steps", type=int, default=10 if cuda else 4, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3 if cuda else 1, help="steps before them")
@@ -342,6 +346,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments.parser = parser
     if arguments.largest_batch and not cuda:
         parser.error("--largest-batch needs a GPU: without one, memory that runs out takes the machine with it")
+    if arguments.autocast:
+        arguments.dtype = "float32"
     if arguments.smoke:
         for name, value in dict(shape="tiny", mix="tiny", pairs=2, steps=2, warmup=1, longest=64, threads=1).items():
             setattr(arguments, name, value)
@@ -358,6 +364,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def result_name(arguments) -> str:
     parts = ["train-step", arguments.shape, arguments.mix, arguments.mode]
     parts += ["checkpointing"] * arguments.checkpointing + ["precomputed"] * (arguments.reference == "precomputed")
+    parts += ["autocast"] * arguments.autocast
     parts += ["largest-batch"] * arguments.largest_batch
     return "-".join(parts)
 
@@ -394,7 +401,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def wrong_providers(result: dict) -> list[str]:
-    return [p for p, found in result.get("differences", {}).items() if not coincide(found, result["dtype"])]
+    precision = "bfloat16" if result.get("autocast") else result["dtype"]
+    return [p for p, found in result.get("differences", {}).items() if not coincide(found, precision)]
 
 
 def report(result: dict) -> None:

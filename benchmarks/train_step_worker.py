@@ -31,6 +31,7 @@ class Job:
     reference: str  # memory, precomputed
     checkpointing: bool
     dtype: str  # of the parameters: float32, bfloat16
+    bf16: bool  # autocast
     pairs_per_step: int
     steps: int
     learning_rate: float
@@ -153,7 +154,7 @@ def build(job: Job):
         output_dir=str(Path(job.folder) / job.provider),
         model_init_kwargs={"dtype": job.dtype},
         use_cpu=not torch.cuda.is_available(),
-        bf16=job.dtype == "bfloat16",
+        bf16=job.bf16,
         per_device_train_batch_size=job.pairs_per_step,
         max_steps=job.steps,
         learning_rate=job.learning_rate,

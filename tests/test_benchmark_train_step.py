@@ -114,6 +114,29 @@ def test_factors_are_medians_over_steps_on_the_same_batches():
     assert (ours["peak_ratio"], ours["peak_ratio_compact"], compact["times_faster"]) == (0.25, 0.5, 2.0)
 
 
+def test_on_a_gpu_one_provider_at_a_time_is_kept_and_one_that_fails_does_not_end_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "write_inputs", lambda *_: {"pairs": 4, "lengths": [(3, 2, 2)] * 4})
+    arguments = train_step.parse(["--smoke"])
+    arguments.steps, arguments.warmup, arguments.providers = 1, 1, ["trl", "dpo_fast.trl", "FastDPOTrainer"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def run(jobs, folder):
+        (job,) = jobs
+        if job.provider == "dpo_fast.trl":
+            raise train_step.WorkerFailed("dpo_fast.trl: no 'step', it ended")
+        log = dict.fromkeys(train_step.CURVES, 1.0)
+        done = {"logs": [log, log], "peak_process_mib": 1.0, "peak_device_mib": 2.0}
+        ready = {"imported_mib": 1.0, "setup": {"wall_s": 1.0}}
+        return {job.provider: {"ready": ready, "steps": [{"wall_s": 1.0, "processor_s": 1.0}] * 2, "done": done}}
+
+    monkeypatch.setattr(train_step, "run_together", run)
+    kept = []
+    result = train_step.bench(arguments, tmp_path, lambda result: kept.append([r["provider"] for r in result["rows"]]))
+    assert kept == [["trl"], ["trl", "FastDPOTrainer"]] and result["failed"] == ["dpo_fast.trl"]
+    assert result["rows"][1]["times_faster"] == 1.0 and result["rows"][1]["peak_mib"] == 2.0
+    assert "dpo_fast.trl: no speed, dpo_fast.trl: no 'step'" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_all_trainers_take_turns_and_agree(tmp_path):
     assert train_step.main(["--smoke", "--allow-dirty", "--name", "smoke", "--out", str(tmp_path)]) == 0
