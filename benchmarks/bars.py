@@ -61,6 +61,13 @@ def row_of(result: dict, **wanted) -> dict:
     raise KeyError("row of " + ", ".join(map(str, wanted.values())))
 
 
+def of_size(result: dict, **sizes: int) -> dict:
+    """The result, if it is of these sizes: a smaller one says nothing about them."""
+    if any(result.get(name) != size for name, size in sizes.items()):
+        raise KeyError("result of " + ", ".join(f"{name}={size}" for name, size in sizes.items()))
+    return result
+
+
 def ranged(row: dict, name: str) -> tuple:
     return row[name], row[f"{name}_min"], row[f"{name}_max"]
 
@@ -72,7 +79,7 @@ def level1_bars() -> Iterator[Bar]:
     for case, share in (("forward", 0.90), ("forward + backward", 0.85)):
 
         def find(result, case=case):
-            row = row_of(result, case=f"ours, {case}")
+            row = row_of(of_size(result, N=8192, V=131_072), case=f"ours, {case}")
             return row["share_of_copy"], row["share_min"], row["share_max"]
 
         yield Bar(f"level 1, {case}: share of the copy bandwidth", "level1", find, ">=", share)
@@ -139,10 +146,12 @@ def growth_bar() -> Bar:
 
 def accuracy_bars() -> Iterator[Bar]:
     def share(result):
+        of_size(result, N=2000, H=512, V=32_000)
         ours, trl = (row_of(result, provider=name)["token_rms_error"] for name in ("ours", "trl-1.16"))
         return (ours / trl,)
 
     def sequence(result):
+        of_size(result, N=2000, H=512, V=32_000)
         return (row_of(result, provider="ours")["sequence_error"],)
 
     yield Bar("bf16 token log-probs: error, share of TRL's", "accuracy", share, "<=", 0.1)

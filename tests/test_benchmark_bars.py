@@ -43,7 +43,7 @@ def level1(root: Path, forward: float = 0.93, both: float = 0.86, **changes) -> 
     ]
     stamp = {"commit": git(root, "rev-parse", "HEAD").strip(), "command": "python -m benchmarks.level1 --rounds 9"}
     path = root / "results" / "gpu" / "level1.json"
-    path.write_text(json.dumps({**stamp, "complete": True, "rows": rows, **changes}))
+    path.write_text(json.dumps({**stamp, "N": 8192, "V": 131_072, "complete": True, "rows": rows, **changes}))
 
 
 def run(root: Path, capsys) -> tuple[int, str]:
@@ -150,6 +150,9 @@ def test_missing_results_are_named(repository, capsys):
     level1(repository, rows=[])
     status, out = run(repository, capsys)
     assert status == 1 and "level1.json has no 'row of ours, forward'\n  measure anew" in out
+    level1(repository, N=16)  # smaller than what is asked about
+    status, out = run(repository, capsys)
+    assert status == 1 and "level1.json has no 'result of N=8192, V=131072'\n  measure anew" in out
     level1(repository, complete=False)
     status, out = run(repository, capsys)
     assert status == 1 and "level1.json stopped before its end" in out and "2 met" in out
