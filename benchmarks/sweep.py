@@ -1,6 +1,6 @@
 """Block sizes and warps of each kernel, timed: what a table of tuned sizes would be made of. Nothing tunes at run time.
 
-python -m benchmarks.sweep --kernel fwd bwd direction score
+python -m benchmarks.sweep --kernel fwd bwd score
 """
 
 import argparse
@@ -21,7 +21,6 @@ from .record import Record, add_arguments, device_name, table
 NAMES = {
     "fwd": ("token_logps_fwd", ("LANES", "num_warps")),
     "bwd": ("token_logps_bwd", ("BLOCK_V", "num_warps")),
-    "direction": ("token_logps_direction", ("BLOCK_V", "num_warps")),
     "score": ("linear_score_fwd", ("BLOCK_N", "BLOCK_V", "BLOCK_H", "FOLD_V", "num_warps", "num_stages")),
 }
 
@@ -74,25 +73,20 @@ class LogitsRuns:
         self.candidates = list(forward_candidates() if kernel == "fwd" else backward_candidates())
         for candidate in self.candidates if kernel == "fwd" else ():
             candidate["WIDTH"] = 16 // self.logits.element_size()
-        self.tile = torch.zeros(N, V, device=device) if kernel == "direction" else None
+        if kernel == "bwd":  # where it is used most: from the head's fp32 tile to the D that 16-bit GEMMs take
+            self.logits = self.logits.float()
 
     def forward(self) -> None:
         token_logps.token_logps_fwd(self.logits, self.rows, self.labels, self.out, ignore_index=-100, **KNOBS)
 
     def run(self, config: dict | None) -> None:
         with replaced("forward_config" if self.kernel == "fwd" else "backward_config", config):
-            {"fwd": self.forward, "bwd": self.backward, "direction": self.direction}[self.kernel]()
+            {"fwd": self.forward, "bwd": self.backward}[self.kernel]()
 
     def backward(self) -> None:
         saved = (self.labels, self.out["row_max"], self.out["log_sum"], self.d_logps)
         arguments = (self.logits, self.d_logits, self.rows, self.rows, *saved)
         token_logps.token_logps_bwd(*arguments, ignore_index=-100, **KNOBS)
-
-    def direction(self) -> None:
-        """Over a tile of its own, again and again: what D looks like as fp32 does not change the time."""
-        over = self.tile.view(torch.bfloat16)[:, : self.tile.shape[1]]
-        saved = (self.labels, self.out["row_max"], self.out["log_sum"], self.d_logps)
-        token_logps.token_logps_direction(self.tile, over, *saved, **KNOBS)
 
 
 class replaced:
