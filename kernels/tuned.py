@@ -28,7 +28,7 @@ def constants(target: str, kernel: str, rule: tuple[int, ...]) -> tuple[int, ...
 
 @functools.cache
 def target_name(device: torch.device) -> str:
-    """"cuda:90", "hip:gfx942"; "other" for the interpreter and anything else."""
+    """As in "cuda:90" or "hip:gfx942"; "other" for the interpreter and anything else."""
     if device.type != "cuda":
         return "other"
     if torch.version.hip:

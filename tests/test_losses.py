@@ -34,8 +34,7 @@ HAND = {
     "sigmoid_norm": -math.log(s(0.1 * (1 / 4 + 0.5 / 5))),
     "simpo": -math.log(s(0.1 * (-10 / 4 + 12 / 5) - 0.5)),
     "cpo": -math.log(s(0.1 * 2)) + 10 / 4,
-    "orpo": 10 / 4
-    - 0.1 * math.log(s((-2.5 + 2.4) - (math.log(1 - math.exp(-2.5)) - math.log(1 - math.exp(-2.4))))),
+    "orpo": 10 / 4 - 0.1 * math.log(s((-2.5 + 2.4) - (math.log(1 - math.exp(-2.5)) - math.log(1 - math.exp(-2.4))))),
 }
 
 

@@ -78,9 +78,7 @@ def test_values_and_gradients_are_within_the_budget(impl, knobs, dtype, needs):
     tensors, labels = make(dtype=dtype)
     coefficient = torch.randn(23, generator=torch.Generator().manual_seed(1))
     logps, gradients = run(ours(impl, **knobs), tensors, labels, needs, coefficient)
-    eager_logps, eager_gradients = run(
-        lambda **x: eager(**x, **knobs), tensors, labels, needs, coefficient
-    )
+    eager_logps, eager_gradients = run(lambda **x: eager(**x, **knobs), tensors, labels, needs, coefficient)
     wide = {k: v.double() for k, v in tensors.items()}
     true_logps, true_gradients = run(ours("reference", **knobs), wide, labels, needs, coefficient)
     assert logps.dtype == torch.float32 and (logps[labels == -100] == 0).all()

@@ -316,7 +316,5 @@ def test_kernels_never_read_at_a_label_out_of_range():
     assert out["logps"].isnan().tolist() == [False, True, True, True]
     d_logits = torch.empty_like(logits)
     rows = row_strides(logits)
-    token_logps_bwd(
-        logits, d_logits, rows, rows, labels, out["row_max"], out["log_sum"], torch.ones(4), **knobs
-    )
+    token_logps_bwd(logits, d_logits, rows, rows, labels, out["row_max"], out["log_sum"], torch.ones(4), **knobs)
     assert d_logits.isnan().all(-1).tolist() == [False, True, True, True]

@@ -36,7 +36,7 @@ def test_text_rows():
 
 
 def test_tokens_that_merge_across_the_boundary():
-    """"the c" + "at": the text "the cat" has no token boundary where the prompt ends."""
+    """For "the c" + "at": the text "the cat" has no token boundary where the prompt ends."""
     prompt, chosen, rejected, cut = tokenize_pair("the c", "at", "ot", TOKENIZER)
     assert ids("the cat")[:1] == ids("the")
     assert prompt == ids("the c")[: len(prompt)] and cut == len(ids("the c")) - len(prompt) > 0
@@ -73,9 +73,8 @@ def test_the_prompt_is_implied_by_the_common_beginning():
     assert read_row({"chosen": "a b c", "rejected": "a b d"}) == ("a b ", "c", "d")
     user, good, bad = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "y"), ("assistant", "n")))
     assert read_row({"chosen": [user, good], "rejected": [user, bad]}) == ([user], [good], [bad])
-    explicit, implied = tiny_rows(4), [
-        {name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in tiny_rows(4)
-    ]
+    explicit = tiny_rows(4)
+    implied = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in explicit]
     for a, b in zip(prepare(explicit), prepare(implied), strict=True):
         assert a["prompt_ids"] + a["chosen_ids"] == b["prompt_ids"] + b["chosen_ids"]
         assert a["prompt_ids"] == b["prompt_ids"][: len(a["prompt_ids"])]
