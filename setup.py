@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 EXTRAS = {
-    "trl": ["trl>=1.15,<1.17"],
+    "trl": ["trl>=1.15; python_version >= '3.11'"],  # TRL's own bound
     "peft": ["peft>=0.18"],
     "examples": ["matplotlib>=3.8"],
     "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.8", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],

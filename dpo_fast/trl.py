@@ -32,7 +32,9 @@ try:
     from trl.trainer import dpo_trainer
     from trl.trainer import utils as trl_utils
 except ImportError as error:
-    raise ImportError("dpo_fast.trl needs TRL, version 1.15 or 1.16: pip install 'trl>=1.15,<1.17'") from error
+    raise ImportError(
+        "dpo_fast.trl needs TRL 1.15, which needs Python 3.11, or newer: pip install 'trl>=1.15'"
+    ) from error
 
 logger = logging.getLogger("dpo_fast")
 
@@ -57,7 +59,7 @@ def check_seam() -> None:
 
 
 def _mismatch(what: str) -> str:
-    return f"dpo_fast.trl works with TRL 1.15 and 1.16; TRL {trl.__version__} is installed, which {what}"
+    return f"dpo_fast.trl is tested with TRL 1.15 and 1.16; TRL {trl.__version__} is installed, which {what}"
 
 
 check_seam()
