@@ -43,7 +43,14 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:
+        module = importlib.import_module(_PUBLIC[name])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in ("", "dpo_fast"):
+            raise
+        raise ImportError(f"dpo_fast.{name} needs {package}, which is not installed: pip install {package}") from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

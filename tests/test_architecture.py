@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import dpo_fast
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dpo_fast"
 
@@ -99,6 +101,12 @@ except ValueError as error:
     assert "triton is not installed" in str(error), error
 else:
     raise AssertionError("impl='triton' ran without triton")
+try:
+    dpo_fast.FastDPOTrainer
+except ImportError as error:
+    assert "dpo_fast.FastDPOTrainer needs" in str(error) and ": pip install" in str(error), error
+else:
+    raise AssertionError("a Trainer without transformers")
 """
     )
 
@@ -135,9 +143,9 @@ def test_kernels_is_a_plain_folder_behind_a_relative_symlink():
 
 
 def test_public_names_exist():
-    run_python(
-        "import dpo_fast\nfor name in dpo_fast.__all__:\n    assert getattr(dpo_fast, name) is not None\n"
-        "assert set(dpo_fast.__all__) <= set(dir(dpo_fast))\n"
-        "try:\n    dpo_fast.nothing\nexcept AttributeError as error:\n    assert 'public names' in str(error)\n"
-        "else:\n    raise AssertionError\n"
-    )
+    pytest.importorskip("datasets")
+    for name in dpo_fast.__all__:
+        assert getattr(dpo_fast, name) is not None
+    assert set(dpo_fast.__all__) <= set(dir(dpo_fast))
+    with pytest.raises(AttributeError, match="public names"):
+        dpo_fast.nothing  # noqa: B018

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
+
+pytest.importorskip("datasets")
+
+import datasets
 
 from dpo_fast.cli import COMMANDS, main
 from dpo_fast.training import launch

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("datasets")
+
 import dpo_fast.data
 from dpo_fast.cli import main
 from dpo_fast.data import facts, make_pairs

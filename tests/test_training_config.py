@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+pytest.importorskip("datasets")
+
 from dpo_fast import FastDPOConfig
 from dpo_fast.training import config as config_module
 from dpo_fast.training.data import Truncation

@@ -2,9 +2,12 @@
 
 import logging
 
-import datasets
 import pytest
 from tiny import tiny_chat_rows, tiny_rows, tiny_tokenizer
+
+pytest.importorskip("datasets")
+
+import datasets
 
 from dpo_fast.batch import TokenPair
 from dpo_fast.training.data import PairCollator, Truncation, format_example, prepare_dataset

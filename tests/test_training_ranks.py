@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
+pytest.importorskip("datasets")
+
 from dpo_fast import FastDPOConfig, FastDPOTrainer
 
 

@@ -3,11 +3,14 @@
 import logging
 import math
 
-import datasets
 import pytest
 import torch
 import transformers
 from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+
+pytest.importorskip("datasets")
+
+import datasets
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, preference_loss
 from dpo_fast.metrics import MetricSums
