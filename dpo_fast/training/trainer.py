@@ -236,6 +236,16 @@ class FastDPOTrainer(transformers.Trainer):
         self._sums["train"] = MetricSums()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As `Trainer`'s, which before transformers 5.23 loads no adapter but those in sub-folders where there is one:
+        the reference adapter is in one, the policy's, named "default", is not."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        in_root = any(Path(resume_from_checkpoint).glob("adapter_model.*"))
+        if in_root and models.is_peft_model(model) and {"default", models.REFERENCE_ADAPTER} <= set(model.peft_config):
+            active = model.active_adapter == "default"
+            model.load_adapter(resume_from_checkpoint, "default", is_trainable=active)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As `Trainer.evaluate`; takes data sets as they come, too. Returns eval_loss, eval_rewards/chosen, ..."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
