@@ -252,9 +252,10 @@ def token_logps_bwd(
 
 def forward_config(V: int, element_size: int, target: str = "other") -> dict[str, int]:
     """A rule where nothing was measured: four 16-byte loads in flight a thread, no more lanes than the row can fill. A
-    vocabulary that is no multiple of 16 costs a predicate a logit, and half the lanes leave registers for them."""
+    vocabulary that is no multiple of 16 is read a logit at a time, each with a predicate; a quarter of the lanes, one
+    and its eight 2-byte loads a thread, leave registers for them."""
     full, warps = constants(target, "token_logps_fwd", (1024, 8))
-    width, full = 16 // element_size, full if V % 16 == 0 else full // 2
+    width, full = 16 // element_size, full if V % 16 == 0 else full // 4
     lanes = min(full, triton.next_power_of_2(triton.cdiv(V, width)))
     return {"LANES": lanes, "WIDTH": width, "num_warps": max(1, warps * lanes // full)}
 

@@ -19,7 +19,7 @@ def measured(monkeypatch):
 
 def test_entries_replace_the_rules_constants(measured):
     assert token_logps.forward_config(4096, 2) == {"LANES": 64, "WIDTH": 8, "num_warps": 2}
-    assert token_logps.forward_config(4099, 2) == {"LANES": 32, "WIDTH": 8, "num_warps": 2}
+    assert token_logps.forward_config(4099, 2) == {"LANES": 16, "WIDTH": 8, "num_warps": 2}
     assert token_logps.backward_config(4096, "cuda:89") == {"BLOCK_V": 256, "num_warps": 1}, "a relative of sm_120"
     assert token_logps.backward_config(4096, "cuda:90") == {"BLOCK_V": 4096, "num_warps": 8}, "not measured"
     choice = dict(softcap=False, stats=False, allow_tf32=False)
