@@ -1,14 +1,21 @@
-# `make demo` and `make test` need Python 3.10+ with venv, nothing else.
+# Every target needs Python 3.10+ with venv, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+# $(call suite,environment,budget in processor minutes,marks)
+suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/budget.py $(2) \
+	$(1)/bin/python -m pytest -q -m "$(3)"
+# Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
+WORKERS := -n 2 --dist worksteal
+
+.PHONY: demo check test test-all lint floor ceiling clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,examples,peft,trl]"
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev,examples,peft,trl]"
 	touch $@
 
 demo: $(STAMP)
@@ -16,10 +23,39 @@ demo: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-# Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
+# Before a commit, in one process: a second one would spend a quarter of the budget on imports
+check: lint
+	$(call suite,$(VENV),1.5,not gpu and not slow and not thorough)
+
+# Before a push
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(call suite,$(VENV),10,not gpu and not slow) $(WORKERS)
+
+# In CI: the slow tests, too
+test-all: lint
+	$(call suite,$(VENV),40,not gpu) $(WORKERS)
+
+# The oldest versions that setup.py declares; TRL, which needs newer ones of the rest, afterwards. `make floor
+# PYTHON=python3.10` has the oldest Python, too, for which there is no TRL.
+floor:
+	$(PYTHON) -m venv .venv-floor
+	$(PYTHON) tests/floor.py install_requires dev examples peft > .venv-floor/pins.txt
+	.venv-floor/bin/python $(INSTALL) -c .venv-floor/pins.txt -e ".[dev,examples,peft]"
+	.venv-floor/bin/dpo-fast env | sed '/^$$/q'
+	$(call suite,.venv-floor,40,not gpu) $(WORKERS)
+	$(PYTHON) tests/floor.py trl > .venv-floor/trl.txt
+	.venv-floor/bin/python $(INSTALL) -r .venv-floor/trl.txt
+	.venv-floor/bin/dpo-fast env | sed '/^$$/q'
+	$(call suite,.venv-floor,10,not gpu) $(WORKERS) tests/*trl*.py tests/test_benchmark_train_step.py
+
+# The newest versions that are published
+ceiling:
+	$(PYTHON) -m venv .venv-ceiling
+	.venv-ceiling/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e ".[dev,examples,peft,trl]"
+	.venv-ceiling/bin/dpo-fast env | sed '/^$$/q'
+	$(call suite,.venv-ceiling,40,not gpu) $(WORKERS)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-floor .venv-ceiling runs build dist *.egg-info

@@ -1,11 +1,51 @@
 """Without a GPU, kernels run in Triton's interpreter. The switch is read when triton is imported, so it is set here,
 before any test module is; everything that does not ask for an implementation takes the eager path, which is faster."""
 
+import importlib.metadata
 import os
 
+import pytest
 import torch
+
+# Modules that train models, start processes or run kernels in the interpreter: nothing for `make check`
+THOROUGH = {
+    "test_benchmark_train_step",
+    "test_benchmarks",
+    "test_cli",
+    "test_demo",
+    "test_fsdp",
+    "test_gpu",
+    "test_kernels_aot",
+    "test_kernels_direction",
+    "test_kernels_linear_score",
+    "test_packaging",
+    "test_training_ranks",
+    "test_training_resume",
+    "test_training_trainer",
+    "test_training_trl",
+    "test_trl",
+}
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DPO_FAST_IMPL", "torch")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def pytest_configure(config):
+    """Say what is wrong before hundreds of tests do: until 3.7, Triton's interpreter fails with numpy 2.4 and later."""
+    try:
+        versions = [importlib.metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
+    except importlib.metadata.PackageNotFoundError:
+        return
+    triton, numpy = (tuple(map(int, version)) for version in versions)
+    if os.environ.get("TRITON_INTERPRET") == "1" and triton < (3, 7) and numpy >= (2, 4):
+        raise pytest.UsageError(f"the interpreter of Triton {triton[0]}.{triton[1]} needs numpy < 2.4 (without a GPU)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        interpreted = parameters is not None and "triton" in parameters.params.values()
+        if interpreted or item.path.stem in THOROUGH:
+            item.add_marker("thorough")

@@ -19,6 +19,7 @@ def kernel_names() -> set[str]:
 SHARED_KIB = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99, "hip:gfx942": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_compiled_kernels(target):
     script = Path(__file__).with_name("aot_compile.py")
