@@ -25,8 +25,8 @@ assert list((pathlib.Path(dpo_fast.__file__).parent / "data").glob("*.jsonl")), 
 def built(tmp_path_factory):
     """A wheel and an sdist, built from a copy without the version control's files, as a release is."""
     source = tmp_path_factory.mktemp("source") / "dpo_fast"
-    left_out = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
+    ignored = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def test_the_sdist_holds_the_kernels(built):
     assert any(name.endswith("/LICENSE") for name in names) and any(name.endswith("/README.md") for name in names)
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["wheel", "sdist"])
+@pytest.mark.parametrize("kind", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["wheel", "sdist"])
 def test_installs_and_runs_elsewhere(built, kind, tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
