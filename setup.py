@@ -7,8 +7,8 @@ from setuptools import setup
 EXTRAS = {
     "trl": ["trl>=1.15; python_version >= '3.11'"],  # TRL's own bound
     "peft": ["peft>=0.18"],
-    "examples": ["matplotlib>=3.8"],
-    "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.8", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
+    "examples": ["matplotlib>=3.9"],
+    "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.9", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
     "dev": ["pytest>=8.0", "pytest-benchmark>=4.0", "pytest-xdist>=3.5", "ruff>=0.9", "build>=1.2"],
 }
 EXTRAS["all"] = sorted({requirement for group in EXTRAS.values() for requirement in group})
@@ -26,13 +26,15 @@ setup(
     # a regular package of that name at the root would shadow Hugging Face's `kernels` (see README, "File map").
     packages=["dpo_fast", "dpo_fast.kernels", "dpo_fast.ops", "dpo_fast.training", "dpo_fast.data", "dpo_fast.demo"],
     package_data={"dpo_fast": ["py.typed"], "dpo_fast.data": ["*.jsonl"]},
+    # The oldest with which the whole suite passes: `make floor`. Before transformers 5.6 Trainer divides gradients by
+    # the number of accumulated batches twice
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",
-        "transformers>=5.0",
-        "accelerate>=1.1",
-        "datasets>=3.0",
-        "pyyaml>=6.0",
+        "transformers>=5.6",
+        "accelerate>=1.4",
+        "datasets>=4.0",
+        "pyyaml>=6.0.1",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dpo-fast = dpo_fast.cli:main"]},
