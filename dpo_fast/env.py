@@ -31,7 +31,9 @@ def describe_versions() -> list[str]:
     lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
     for name in PACKAGES:
         try:
-            lines.append(f"{name:<13} {importlib.metadata.version(name)}")
+            # torch says of itself what it was built for, as 2.11.0+cu130; its metadata may not
+            version = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+            lines.append(f"{name:<13} {version}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{name:<13} not installed")
     return lines
