@@ -12,9 +12,20 @@ from tiny import tiny_model, tiny_pairs
 from dpo_fast import Objective, attach
 from dpo_fast.layout import shared_prefix_batch
 
+NO_MEANS = 77  # exit status
+
 
 def loss(model, batch):
     return model(batch, objective=Objective(), reference_logps=torch.zeros(4)).loss
+
+
+def averages(mesh) -> bool:
+    """Whether gradients of FSDP2 are means over ranks here: those of torch 2.8 are sums on CPU."""
+    from torch.distributed.fsdp import fully_shard
+
+    layer = fully_shard(torch.nn.Linear(2, 2, bias=False), mesh=mesh)
+    layer(torch.ones(1, 2)).sum().backward()
+    return torch.equal(layer.weight.grad.full_tensor(), torch.ones(2, 2))
 
 
 def worker(own_unit: bool, attach_first: bool) -> None:
@@ -22,6 +33,8 @@ def worker(own_unit: bool, attach_first: bool) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo")
+    if not averages(init_device_mesh("cpu", (2,))):
+        os._exit(NO_MEANS)
     pairs = tiny_pairs(4)
     batches = [shared_prefix_batch(pairs[:2]), shared_prefix_batch(pairs[2:])]
     plain = attach(tiny_model())
@@ -50,7 +63,8 @@ def test_gradients_are_means_over_ranks(own_unit, attach_first):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": port, "PYTHONPATH": os.path.dirname(__file__)}
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    environment |= {"MASTER_PORT": port, "PYTHONPATH": path}
     command = [sys.executable, __file__, str(int(own_unit)), str(int(attach_first))]
     ranks = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
@@ -58,6 +72,8 @@ def test_gradients_are_means_over_ranks(own_unit, attach_first):
     ]
     for rank in ranks:
         _, errors = rank.communicate(timeout=300)
+        if rank.returncode == NO_MEANS:
+            pytest.skip(f"FSDP2 of torch {torch.__version__} adds up gradients on CPU where it should average them")
         assert rank.returncode == 0, errors[-3000:]
 
 

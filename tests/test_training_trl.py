@@ -3,11 +3,14 @@
 import pytest
 from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+import datasets
+import trl
+
 from dpo_fast import FastDPOConfig, FastDPOTrainer
 from dpo_fast.training.data import Truncation, prepare_dataset
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 SETTINGS = dict(
     use_cpu=True,
