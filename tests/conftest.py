@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-# Modules that train models, start processes or run kernels in the interpreter: nothing for `make check`
+# Modules that train models, start processes or run kernels in the interpreter: nothing for `make check`, as are single
+# tests that do, or that compile
 THOROUGH = {
     "test_benchmark_train_step",
     "test_benchmarks",
@@ -47,5 +48,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         parameters = getattr(item, "callspec", None)
         interpreted = parameters is not None and "triton" in parameters.params.values()
-        if interpreted or item.path.stem in THOROUGH:
+        if interpreted or item.path.stem in THOROUGH or "compile" in item.name:
             item.add_marker("thorough")

@@ -70,6 +70,7 @@ def run_python(code: str, cwd: Path = ROOT) -> str:
     return run.stdout
 
 
+@pytest.mark.thorough
 def test_import_needs_torch_alone():
     """With triton, transformers, trl, peft and the rest absent, everything that needs only torch works."""
     run_python(
@@ -111,6 +112,7 @@ else:
     )
 
 
+@pytest.mark.thorough
 def test_a_package_named_kernels_is_not_shadowed(tmp_path):
     """Hugging Face publishes one, and transformers probes for it by name: from the root it must find that, not ours."""
     package = tmp_path / "kernels"

@@ -20,6 +20,7 @@ def test_env_says_what_runs_and_why_not_the_rest(capsys, monkeypatch):
         assert f"{plan}: {gemms} GEMMs" in out
 
 
+@pytest.mark.thorough
 def test_selftest_passes_and_fails(capsys, monkeypatch):
     assert selftest.main([]) == 0
     out = capsys.readouterr().out

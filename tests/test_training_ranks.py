@@ -53,7 +53,7 @@ def run(output_dir, ranks: int, adapter: bool) -> dict:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_two_ranks_are_one(tmp_path, adapter):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
