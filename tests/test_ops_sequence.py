@@ -6,13 +6,13 @@ import torch
 from dpo_fast import sequence_logps
 from dpo_fast.ops.reference import sequence_logps_reference
 from dpo_fast.ops.sequence import _sum_on_device
-from dpo_fast.testing import assert_within_budget
+from dpo_fast.testing import assert_within_bound, make_generator
 
 IMPLS = ["torch", "triton", "reference"]
 
 
 def make(n, sequences, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = make_generator(seed)
     values = -torch.rand(n, generator=generator) * 4
     return values, torch.randint(sequences, (n,), generator=generator), torch.rand(n, generator=generator)
 
@@ -26,9 +26,8 @@ def test_values_and_gradients(impl, weighted, n, sequences):
     values.requires_grad_()
     sums = sequence_logps(values, ids, sequences, weights=weights, impl=impl)
     oracle = sequence_logps_reference(values, ids, sequences, weights)
-    eager = torch.zeros(sequences).index_add(0, ids, values if weights is None else values * weights)
     assert sums.dtype == torch.float32
-    assert_within_budget(sums, eager, oracle, what="sums")
+    assert_within_bound(sums, oracle, 0.0, what="sums")  # rounded once
     coefficient = torch.arange(1.0, sequences + 1)
     (gradient,) = torch.autograd.grad((sums * coefficient).sum(), values)
     expected = coefficient[ids] if weights is None else coefficient[ids] * weights
@@ -55,7 +54,7 @@ def test_bitwise_reproducible(impl):
 def test_the_path_for_other_devices_agrees():
     values, ids, weights = make(3001, 5)
     sums = _sum_on_device(values, ids, weights, 6)
-    assert_within_budget(sums, sums, sequence_logps_reference(values, ids, 6, weights), factor=0.0)
+    assert_within_bound(sums, sequence_logps_reference(values, ids, 6, weights), 0.0)
     assert sums[5] == 0
     values[ids == 2] = -torch.inf
     finite = _sum_on_device(values, ids, weights, 6).isfinite()
