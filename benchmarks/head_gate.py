@@ -15,8 +15,9 @@ from dpo_fast.testing import assert_within_budget
 
 from .head_providers import Problem
 
-TOKENS = 64  # at a time, and those whose d_hidden is compared
-ENTRIES = 64  # of the vocabulary, whose d_weight is compared: half of them labels
+TOKENS = 64  # at a time
+ROWS = 320  # tokens whose d_hidden is compared
+ENTRIES = 640  # of the vocabulary, whose d_weight is compared: half of them labels
 
 
 class Numbers(NamedTuple):
@@ -73,7 +74,7 @@ def rms_error(result: Tensor, truth: Tensor) -> float:
 class Gate:
     def __init__(self, p: Problem):
         N, V = len(p.labels), len(p.weight)
-        spread = torch.linspace(0, N - 1, min(TOKENS, N), device=p.labels.device).long()
+        spread = torch.linspace(0, N - 1, min(ROWS, N), device=p.labels.device).long()
         entries = torch.linspace(0, V - 1, min(ENTRIES // 2, V), device=p.labels.device).long()
         self.p, self.rows = p, spread
         self.columns = torch.cat([p.labels[spread[: ENTRIES // 2]], entries]).unique()

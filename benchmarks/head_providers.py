@@ -16,10 +16,10 @@ BETA = 0.1
 # name -> N tokens, pairs, H, V, dtype, soft-cap
 SHAPES = {
     "cpu-bar": (1024, 4, 1024, 32_000, torch.float32, None),
-    "cpu-tiny": (64, 2, 32, 501, torch.float32, None),
+    "cpu-tiny": (512, 2, 32, 501, torch.float32, None),
     "qwen3-0.6b-cpu": (256, 2, 1024, 151_936, torch.float32, None),
-    "llama3-8b-cpu": (128, 2, 1024, 128_256, torch.float32, None),
-    "gemma2-2b-cpu": (128, 2, 576, 256_000, torch.float32, 30.0),
+    "llama3-8b-cpu": (256, 2, 1024, 128_256, torch.float32, None),
+    "gemma2-2b-cpu": (256, 2, 576, 256_000, torch.float32, 30.0),
     "llama3-8b": (8192, 16, 4096, 128_256, torch.bfloat16, None),
     "bar": (8192, 16, 4096, 131_072, torch.bfloat16, None),
     "qwen3-0.6b": (8192, 16, 1024, 151_936, torch.bfloat16, None),

@@ -144,7 +144,7 @@ def test_providers_take_turns_and_peaks_are_peaks():
 def test_no_speed_for_a_wrong_result(monkeypatch, capsys, dtype, off, name):
     from benchmarks import head
 
-    monkeypatch.setitem(head.SHAPES, "small", (64, 2, 32, 501, dtype, None))
+    monkeypatch.setitem(head.SHAPES, "small", (512, 2, 32, 501, dtype, None))
     wrong = lambda *x: head.ours(*x) + off  # noqa: E731
     candidates = {"ours": head.ours, "eager": eager, name: wrong}
     monkeypatch.setattr(head, "providers", lambda *_: candidates)
@@ -163,7 +163,7 @@ def eager(p, hidden, weight):
 def test_no_speed_for_a_wrong_gradient(what):
     from benchmarks import head_gate, head_providers
 
-    p = head_providers.Problem.make(64, 2, 32, 501, torch.float32, 5.0, "cpu")
+    p = head_providers.Problem.make(512, 2, 32, 501, torch.float32, 5.0, "cpu")
     gate = head_gate.Gate(p)
     out, *gradients = head_providers.case(p, head_providers.eager, "trained")()
     assert gate.errors("theirs", out, *gradients)["gradient_error"] < 1e-5
@@ -175,7 +175,7 @@ def test_no_speed_for_a_wrong_gradient(what):
 def test_ours_is_held_to_logits_in_fp32_and_a_loss_to_its_tokens():
     from benchmarks import head_gate, head_providers
 
-    p = head_providers.Problem.make(64, 2, 32, 501, torch.bfloat16, None, "cpu")
+    p = head_providers.Problem.make(512, 2, 32, 501, torch.bfloat16, None, "cpu")
     gate = head_gate.Gate(p)
     rounded = head_providers.eager(p, p.hidden, p.weight)
     gate.errors("eager", rounded, None, None)
