@@ -34,7 +34,7 @@ CODE = {
     ),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
     "attention": (
-        *(f"dpo_fast/{name}.py" for name in ("attention", "layout", "batch")),
+        *(f"dpo_fast/{name}.py" for name in ("attention", "block_mask", "layout", "batch")),
         "benchmarks/attention.py",
         _MEASURE,
     ),
