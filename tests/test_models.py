@@ -8,7 +8,6 @@ import transformers as tf
 
 from dpo_fast import attention
 from dpo_fast.batch import TokenPair
-from dpo_fast.forward import HeadTransform
 from dpo_fast.layout import shared_prefix_batch
 
 SMALL = dict(
@@ -79,14 +78,16 @@ def separate_rows(model, pairs):
 
 
 def packed_row(model, pairs):
-    """All of them in one row, through the backbone: before transformers 5.6 GPT-2 hands no layout on to it."""
     batch = shared_prefix_batch(pairs)
     inputs = attention.model_inputs(batch.layout, model.device)
-    hidden = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
-    ).last_hidden_state[0, batch.predictors]
-    logits = HeadTransform.from_config(model.config)(model.get_output_embeddings()(hidden))
-    logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    logits = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.predictors,
+        **inputs,
+    ).logits[0]
+    logps = logits.float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     return (logps * torch.where(batch.sequence_ids < batch.num_pairs, 1.0, -0.7)).sum()
 
 
