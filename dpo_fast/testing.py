@@ -41,14 +41,15 @@ def rms(x: Tensor) -> float:
 
 
 def assert_within_budget(result: Tensor, eager: Tensor, oracle: Tensor, *, what: str = "") -> None:
-    """`rms(result - oracle) <= (1 + 5 / sqrt(rows)) rms(eager - oracle) + rms(ulp)`, over all elements but exact zeros.
+    """`rms(result - oracle) <= (1 + 5 / sqrt(256)) rms(eager - oracle) + rms(ulp)`, over all elements but exact zeros.
 
     eager: plain PyTorch in the precision that `result` claims: that of its GEMMs' results, which is fp32 for 16-bit
       inputs whose products are summed in fp32. oracle: the same in fp64.
 
     Each term has a reason. The errors are sums of roundings, at best as many as PyTorch's: factor 1. Two root mean
-    squares over r rows of independent errors differ by a share of deviation 1 / sqrt(r) where the errors are equally
-    large: five of these. An ulp of the result's dtype is its last rounding and one of a step that PyTorch fuses.
+    squares of n independent errors differ by a share of deviation 1 / sqrt(n) where the errors are equally large: five
+    of these, for n the fewest rows that are admitted, as rows of a gradient share the errors of tokens and pairs. An
+    ulp of the result's dtype is its last rounding and one of a step that PyTorch fuses.
 
     Raises ValueError for fewer than 256 rows (entries of the first dimension that are not all zero): the larger of two
     errors is a draw there, and `assert_within_bound` is the comparison.
@@ -60,7 +61,7 @@ def assert_within_budget(result: Tensor, eager: Tensor, oracle: Tensor, *, what:
     if rows < MIN_ROWS:
         raise ValueError(f"{what}: {rows} rows are too few to compare two errors; use assert_within_bound")
     found, peer, last = rms(ours[counted]), rms(theirs[counted]), rms(ulp(oracle, result.dtype)[counted])
-    budget = (1 + 5 / rows**0.5) * peer + last
+    budget = (1 + 5 / MIN_ROWS**0.5) * peer + last
     said = f"{what}: rms error {found:.3e} over {rows} rows, budget {budget:.3e} (PyTorch {peer:.3e}, ulp {last:.3e})"
     assert found <= budget, said
 
