@@ -57,6 +57,11 @@ def test_what_is_not_finite_passes_only_where_the_oracle_says_so(value):
         assert_within_budget(ours, eager, oracle)
     with pytest.raises(AssertionError, match="1 of 3000 elements out of bounds, the worst, number 22"):
         assert_within_bound(ours, oracle, 1.0)
+    with pytest.raises(AssertionError, match="1 of 3000"):
+        assert_within_bound(ours, oracle, torch.full(ours.shape, torch.inf).where(ours != ours.nan_to_num(), 1.0))
+    eager[7, 1] = value
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_within_budget(ours, eager, oracle)
     oracle[7, 1] = eager[7, 1] = torch.inf
     if value == torch.inf:
         assert_within_budget(ours, eager, oracle)
