@@ -11,7 +11,7 @@ suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/bud
 # Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo check test test-all lint floor ceiling clean
+.PHONY: demo check test test-all test-machines lint floor ceiling clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ test: lint
 # In CI: the slow tests, too
 test-all: lint
 	$(call suite,$(VENV),40,not gpu) $(WORKERS)
+
+# The numerical tests as CPUs with other instructions run them, with one thread and two, from three seeds
+test-machines: $(STAMP)
+	$(BIN)/python tests/machines.py
 
 # The oldest versions that setup.py declares; TRL, which needs newer ones of the rest, afterwards. `make floor
 # PYTHON=python3.10` has the oldest Python, too, for which there is no TRL.
