@@ -1,6 +1,7 @@
 """`dpo-fast train`, from training on: the trained model, its numbers and the report."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _length(dataset) -> int | None:
 def _sample_prompts(trainer: FastDPOTrainer, count: int) -> list[list[int]]:
     """Token ids of the first different prompts of the evaluation data, or of the training data."""
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    prompts = {tuple(row["prompt_ids"]): None for row in dataset.take(16 * count)} if count > 0 else {}
+    prompts = {tuple(row["prompt_ids"]): None for row in itertools.islice(dataset, 16 * count)} if count > 0 else {}
     return [list(prompt) for prompt in prompts if prompt][:count]
 
 
