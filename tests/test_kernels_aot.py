@@ -24,6 +24,8 @@ SHARED_KIB = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99, "
 def test_compiled_kernels(target):
     script = Path(__file__).with_name("aot_compile.py")
     run = subprocess.run([sys.executable, str(script), target], capture_output=True, text=True)
+    if "ROCm linker" in run.stderr:
+        pytest.skip("this Triton comes without a linker for ROCm (3.4 does)")
     assert run.returncode == 0, run.stderr[-3000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert kernel_names() == {report["kernel"].split()[0] for report in reports}
