@@ -41,12 +41,14 @@ SWITCHES = {
 }
 PROBE = """
 import torch
-NAMES = ("AVX512F", "X86_V4", "AVX2")
+NAMES = ("X86_V4", "X86_V3", "X86_V2")
 try:
     from numpy._core._multiarray_umath import __cpu_features__ as features
 except ImportError:
     from numpy.core._multiarray_umath import __cpu_features__ as features
-print(torch.backends.cpu.get_cpu_capability(), next((n for n in NAMES if features.get(n)), "SSE"))
+if "X86_V3" not in features:  # numpy before 2.4
+    NAMES = ("AVX512F", "AVX2", "SSE41")
+print(torch.backends.cpu.get_cpu_capability(), next((n for n in NAMES if features.get(n)), "?"))
 """
 
 
