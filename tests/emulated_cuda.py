@@ -21,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def on_cuda(seed: int = 0, *, tile_rows: int = 16, adds: bool = True) -> Iterator[Counter]:
+def on_cuda(seed: int = 0, *, tile_rows: int = 8, adds: bool = True) -> Iterator[Counter]:
     """Yields counts of what ran. tile_rows: rows of a tile, where the planner would take 2,048. adds: whether torch
     adds 16-bit products to an fp32 matrix (2.10) or only makes them (2.8)."""
     counts = Counter()

@@ -36,7 +36,7 @@ def test_level_3(plan, dtype, impl, transform, monkeypatch):
     monkeypatch.setattr(plans, "FLOPS_PER_BYTE", 0 if plan == "pending" else 10**9)
     p, needs, knobs = make(dtype), PLANS[plan], TRANSFORMS[transform]
     oracle, leaves = Oracle(p, dpo(p), **knobs), leaves_of(p, needs)
-    rows = 16 if plan in ("pending", "recompute") else 24  # the longest pair has 19 tokens
+    rows = 8 if plan in ("pending", "recompute") else 12  # the longest pair has 11 tokens
     with on_cuda(seed=len(plan), tile_rows=rows) as counts:
         out = preference(p, leaves, impl=impl, **knobs)
         if needs:
@@ -55,7 +55,7 @@ def test_a_torch_that_cannot_add_products(dtype, adds):
     """2.8 and 2.9 multiply 16-bit matrices into an fp32 one, and do not add them to it."""
     p, needs = make(dtype), PLANS["pairwise"]
     oracle, leaves = Oracle(p, dpo(p)), leaves_of(p, needs)
-    with on_cuda(adds=adds, tile_rows=24) as counts:
+    with on_cuda(adds=adds, tile_rows=12) as counts:
         out = preference(p, leaves, impl="triton")
         out.loss.backward()
     assert out.plan.name == "pairwise" and bool(counts["16-bit product, added"]) == adds
@@ -65,7 +65,7 @@ def test_a_torch_that_cannot_add_products(dtype, adds):
 def test_a_device_that_multiplies_16_bits_into_16_bits_alone_gets_fp32(monkeypatch):
     p, needs = make(torch.bfloat16), PLANS["pairwise"]
     oracle, leaves = Oracle(p, dpo(p)), leaves_of(p, needs)
-    with on_cuda(tile_rows=24) as counts:
+    with on_cuda(tile_rows=12) as counts:
         mm = torch.mm
 
         def refuses(a, b, *, out=None, out_dtype=None):
@@ -85,7 +85,7 @@ def test_level_3_under_autocast(dtype):
     p, needs = make(dtype), PLANS["pairwise"]
     oracle = Oracle(p, dpo(p))
     leaves = leaves_of(Problem({k: v.float() for k, v in p.tensors.items()}, p.labels, p.ids, p.reference), needs)
-    with on_cuda(tile_rows=24) as counts, torch.autocast("cpu", dtype):
+    with on_cuda(tile_rows=12) as counts, torch.autocast("cpu", dtype):
         preference(p, leaves, impl="triton").loss.backward()
     assert counts["16-bit product"]
     check(leaves, oracle, needs, dtype)
@@ -96,10 +96,10 @@ def test_fp16_with_a_gradient_scaler(level):
     """fp16 does not hold such slopes before a scaler multiplies them."""
     p, needs, scale = far_ahead(), PLANS["pairwise"], 2.0**16
     oracle, leaves = Oracle(p, dpo(p)), leaves_of(p, needs)
-    with on_cuda(tile_rows=24):
+    with on_cuda(tile_rows=12):
         loss = preference(p, leaves, impl="triton").loss if level == 3 else dpo(p)(score(p, leaves, impl="triton"))
         (loss * scale).backward()
-    assert 0 < oracle.coefficient.max() < 1e-6
+    assert 0 < oracle.coefficient.max() < 2e-6
     check(leaves, oracle, needs, torch.float16, scale)
     rows = torch.ones(V, dtype=torch.bool)
     rows[p.labels.clamp(min=0)] = False
@@ -121,7 +121,7 @@ def test_labels_out_of_range_are_nan_in_their_own_rows(needs):
 
 def test_the_reference_and_the_policy_agree_to_the_bit_where_nothing_trains_the_head():
     p = make(torch.bfloat16)
-    with on_cuda(tile_rows=24):
+    with on_cuda(tile_rows=12):
         policy = score(p, leaves_of(p, ("hidden",)), impl="triton")
         with torch.no_grad():
             reference = score(p, leaves_of(p, ()), impl="triton")
