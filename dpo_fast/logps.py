@@ -78,8 +78,10 @@ def pair_logps(
     reference_logps: Tensor | None = None,
     lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    exact_log_ratios: tuple[Tensor, Tensor] | None = None,
+    mean_chosen_length: Tensor | None = None,
 ) -> PairLogps:
-    """Split `(2P,)` vectors in the order [chosen 0..P-1, rejected 0..P-1] into a `PairLogps`."""
+    """Split `(2P,)` vectors in the order [chosen 0..P-1, rejected 0..P-1] into a `PairLogps`; the rest is as there."""
 
     def halves(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if x is None else torch.tensor_split(x, 2)
@@ -87,4 +89,14 @@ def pair_logps(
     chosen, rejected = halves(sequence_logps)
     ref_chosen, ref_rejected = halves(reference_logps)
     chosen_lengths, rejected_lengths = halves(lengths)
-    return PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights)
+    return PairLogps(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        chosen_lengths,
+        rejected_lengths,
+        weights,
+        exact_log_ratios,
+        mean_chosen_length,
+    )

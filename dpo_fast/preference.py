@@ -251,9 +251,8 @@ class _Context:
         pair_weights = None
         if self.objective.use_weighting:
             pair_weights = wpo_weights(total(logps - values["log_sum_sq_probs"], None), counts)
-        whole = pair_logps(sums, reference, counts, pair_weights)
         mean_length = self.counts[:P].to(sums.dtype).mean()
-        return PairLogps(**{**vars(whole), "exact_log_ratios": exact, "mean_chosen_length": mean_length})
+        return pair_logps(sums, reference, counts, pair_weights, exact, mean_length)
 
 
 def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:
