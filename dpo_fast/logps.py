@@ -83,7 +83,7 @@ def pair_logps(
 ) -> PairLogps:
     """Split `(2P,)` vectors in the order [chosen 0..P-1, rejected 0..P-1] into a `PairLogps`; the rest is as there."""
 
-    def halves(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def halves(x):  # -> two tensors, or two times None
         return (None, None) if x is None else torch.tensor_split(x, 2)
 
     chosen, rejected = halves(sequence_logps)

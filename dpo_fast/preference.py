@@ -218,7 +218,8 @@ class _Context:
         """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
         P = self.counts.shape[0] // 2
         sums = sequence_logps(stats.logps, sequence_ids, 2 * P, weights=self.weights, impl=self.impl)
-        pairs = self.pairs(sums, vars(stats), sequence_ids, slice(None), slice(0, P))
+        values = {"logps": stats.logps, "log_sum_sq_probs": stats.log_sum_sq_probs}
+        pairs = self.pairs(sums, values, sequence_ids, slice(None), slice(0, P))
         if loss is None:
             losses = self.objective(pairs)
             loss = losses.mean()
@@ -236,7 +237,7 @@ class _Context:
         def select(x: Tensor) -> Tensor:
             return torch.cat([x[:P][pairs], x[P:][pairs]])
 
-        def total(x: Tensor, weights: Tensor | None) -> Tensor:
+        def total(x, weights):  # Dynamo before torch 2.9 does not trace annotations that are unions
             return sequence_logps(x, ids, sums.shape[0], weights=weights, impl=self.impl)
 
         logps, counts = values["logps"].detach(), select(self.counts)
