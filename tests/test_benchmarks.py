@@ -279,4 +279,6 @@ def test_tables_have_a_line_of_each_part(name, capsys):
     if name == "gemm":
         assert all(f"role {role}, rows {n}" in out for role in module.ROLES for n in (16, 32))
     else:
-        assert "case tiny, implementation eager" in out and "tiny, flex: no speed" in out  # it has no backward on CPU
+        assert "case tiny, implementation eager" in out
+        # No backward on CPU in some versions of torch, a slow one in others
+        assert "tiny, flex: no speed" in out or "case tiny, implementation flex" in out
