@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .head_providers import OURS
 from .provenance import CODE, benchmark_of, reason_against, top_of
 from .record import RESULTS, device_name, table
 
@@ -85,14 +86,11 @@ def level1_bars() -> Iterator[Bar]:
         yield Bar(f"level 1, {case}: share of the copy bandwidth", "level1", find, ">=", share)
 
 
-BEST = {"score": "ours", "frozen": "ours", "trained": "ours-fused"}  # the provider that runs the mode's plan
-
-
 def head_bar(mode: str, what: str, stem: str, find: Callable[[dict, dict], tuple], sign: str, limit: float) -> Bar:
     """`find` takes the file and the row of ours."""
 
     def of_ours(result):
-        return find(result, row_of(result, mode=mode, provider=BEST[mode]))
+        return find(result, row_of(result, mode=mode, provider=OURS[mode]))
 
     return Bar(f"head, {mode}: {what}", stem, of_ours, sign, limit)
 
