@@ -33,7 +33,7 @@ try:
     from trl.trainer import utils as trl_utils
 except ImportError as error:
     raise ImportError(
-        "dpo_fast.trl needs TRL 1.15, which needs Python 3.11, or newer: pip install 'trl>=1.15'"
+        "dpo_fast.trl needs TRL 1.15 or newer, and that Python 3.11 or newer: pip install 'trl>=1.15'"
     ) from error
 
 logger = logging.getLogger("dpo_fast")
