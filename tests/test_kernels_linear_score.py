@@ -15,6 +15,7 @@ from dpo_fast.testing import (
     fp32_linear,
     head_bounds,
     make_generator,
+    rms,
 )
 
 triton = pytest.importorskip("triton")
@@ -250,10 +251,11 @@ def test_statistics_change_no_bit_of_the_rest():
 @pytest.mark.gpu
 def test_tf32_is_taken_only_when_asked_for():
     inputs = make_head(256, 1024, 8192, device="cuda")
-    oracle, bound = oracle_of(*inputs).logps, head_bounds(*inputs[:3])["logps"]
-    assert_within_bound(score(*inputs)["logps"], oracle, bound)
-    fast = errors(score(*inputs, allow_tf32=True)["logps"], oracle)
-    assert (fast > bound).any(), "operands of 10 bits: the tensor cores were asked for"
+    oracle = oracle_of(*inputs).logps
+    exact, fast = (score(*inputs, allow_tf32=tf32)["logps"] for tf32 in (False, True))
+    assert_within_bound(exact, oracle, head_bounds(*inputs[:3])["logps"])
+    # operands of 10 bits instead of 23
+    assert rms(errors(fast, oracle)) > 2**8 * rms(errors(exact, oracle)), "the tensor cores were asked for"
 
 
 @pytest.mark.gpu
