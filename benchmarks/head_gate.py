@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from dpo_fast.testing import assert_within_budget
+from dpo_fast.testing import assert_within_budget, fp32_linear
 
 from .head_providers import Problem
 
@@ -26,14 +27,32 @@ class Numbers(NamedTuple):
     d_weight: Tensor  # (columns, H), at its columns
 
 
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+class Precision(NamedTuple):
+    operands: Callable[[Tensor], Tensor]  # of the product that gives the logits
+    linear: Callable[[Tensor, Tensor], Tensor]  # that product
+    gradients: Callable[[Tensor], Tensor]  # the gradient of logits, and what it is multiplied by
+
+
+TRUTH = Precision(Tensor.double, linear, Tensor.double)
+EAGER = Precision(_as_is, linear, _as_is)
+# Nothing is rounded to 16 bits after the inputs. The logits are the device's own product: tensor cores that sum 16-bit
+# products in fp32 truncate what they add, so over 4,096 terms they are several times further from fp64 than fp32 units,
+# and whoever computes logits on them starts from there.
+WIDE = Precision(_as_is, fp32_linear, Tensor.float)
+
+
 def truth_of(p: Problem) -> Tensor:
     """Token log-probs (N,) in fp64."""
-    return _scores(p, Tensor.double, None)[0]
+    return _scores(p, TRUTH, None)[0]
 
 
-def _logits(p: Problem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _logits(p: Problem, product: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor):
     """Logits in fp32, or fp64 of fp64, and their derivative by what comes out of the GEMM."""
-    z = hidden @ weight.T
+    z = product(hidden, weight)
     z = z if z.dtype == torch.float64 else z.float()
     if p.softcap is None:
         return z, torch.ones((), dtype=z.dtype, device=z.device)
@@ -41,11 +60,11 @@ def _logits(p: Problem, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     return p.softcap * bent, 1 - bent.square()
 
 
-def _scores(p: Problem, widen: Callable[[Tensor], Tensor], columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _scores(p: Problem, precision: Precision, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(N,) log-probs, and d log-prob / d logit at `columns` of the vocabulary, (N, columns)."""
-    weight, logps, slopes = widen(p.weight), [], []
+    weight, logps, slopes = precision.operands(p.weight), [], []
     for rows in torch.arange(len(p.labels), device=p.labels.device).split(TOKENS):
-        z, bend = _logits(p, widen(p.hidden[rows]), weight)
+        z, bend = _logits(p, precision.linear, precision.operands(p.hidden[rows]), weight)
         log_sum = z.logsumexp(-1, keepdim=True)
         logps.append((z.gather(1, p.labels[rows, None]) - log_sum)[:, 0])
         if columns is not None:
@@ -54,17 +73,17 @@ def _scores(p: Problem, widen: Callable[[Tensor], Tensor], columns: Tensor | Non
     return torch.cat(logps), torch.cat(slopes) if slopes else None
 
 
-def numbers(p: Problem, rows: Tensor, columns: Tensor, widen: Callable[[Tensor], Tensor]) -> Numbers:
-    """All by hand, with operands as `widen` makes them; a gradient of logits has the operands' dtype, too."""
-    hidden, weight = widen(p.hidden), widen(p.weight)
-    logps, at_columns = _scores(p, widen, columns)
+def numbers(p: Problem, rows: Tensor, columns: Tensor, precision: Precision) -> Numbers:
+    """All by hand."""
+    logps, at_columns = _scores(p, precision, columns)
     leaf = logps.clone().requires_grad_()
     (slopes,) = torch.autograd.grad(p.loss(leaf), leaf)
-    d_weight = (slopes[:, None] * at_columns).to(hidden.dtype).T @ hidden
-    z, bend = _logits(p, hidden[rows], weight)
+    z, bend = _logits(p, precision.linear, precision.operands(p.hidden[rows]), precision.operands(p.weight))
     chosen = torch.zeros_like(z).scatter_(1, p.labels[rows, None], 1.0)
     d_logits = slopes[rows, None] * (chosen - z.softmax(-1)) * bend
-    return Numbers(logps, d_logits.to(hidden.dtype) @ weight, d_weight)
+    hidden, weight = precision.gradients(p.hidden), precision.gradients(p.weight)
+    d_weight = (slopes[:, None] * at_columns).to(hidden.dtype).T @ hidden
+    return Numbers(logps, d_logits.to(weight.dtype) @ weight, d_weight)
 
 
 def rms_error(result: Tensor, truth: Tensor) -> float:
@@ -78,12 +97,11 @@ class Gate:
         entries = torch.linspace(0, V - 1, min(ENTRIES // 2, V), device=p.labels.device).long()
         self.p, self.rows = p, spread
         self.columns = torch.cat([p.labels[spread[: ENTRIES // 2]], entries]).unique()
-        self.truth, self.eager = (self._numbers(widen) for widen in (Tensor.double, lambda x: x))
-        half = p.hidden.dtype != torch.float32
-        self.wide = self._numbers(Tensor.float) if half else self.eager  # eager, with all products in fp32
+        self.truth, self.eager = self._numbers(TRUTH), self._numbers(EAGER)
+        self.wide = self.eager if p.hidden.dtype == torch.float32 else self._numbers(WIDE)
 
-    def _numbers(self, widen) -> Numbers:
-        return numbers(self.p, self.rows, self.columns, widen)
+    def _numbers(self, precision: Precision) -> Numbers:
+        return numbers(self.p, self.rows, self.columns, precision)
 
     def errors(self, name: str, out: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> dict[str, float]:
         """Largest errors; those of gradients relative to the largest entry. AssertionError above the budget."""
