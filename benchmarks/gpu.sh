@@ -90,6 +90,9 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH=$beside${PYTHONPATH:+:$PYTHONPATH}
 fi
 pytest=("$PYTHON" -m pytest -p no:cacheprovider)
+# Half of the tests' time is compilation, on one core each
+parallel=()
+if "$PYTHON" -c "import xdist" 2>/dev/null; then parallel=(-n "$(($(nproc) < 12 ? ($(nproc) + 1) / 2 : 6))"); fi
 selftest="import sys; from dpo_fast.selftest import main; sys.exit(main([]))"
 
 if [ -n "$dry" ]; then
@@ -118,7 +121,7 @@ else
         }
         echo "measuring commit $commit"
     fi
-    stage tests "${pytest[@]}" -v --tb=short -m gpu "${GPU_TESTS[@]}"
+    stage tests "${pytest[@]}" -v --tb=short -m gpu "${parallel[@]}" "${GPU_TESTS[@]}"
     if command -v compute-sanitizer >/dev/null; then
         stage memcheck compute-sanitizer --tool memcheck --error-exitcode 3 "$PYTHON" -c "$selftest"
     else leave_out memcheck "compute-sanitizer is not installed"; fi
