@@ -36,14 +36,14 @@ class PairLogps:
     def chosen_log_ratio(self) -> Tensor:
         """(P,) log(policy / reference) of the chosen completion."""
         if self.exact_log_ratios is not None:
-            return self.exact_log_ratios[0] + (self.chosen - self.chosen.detach())
+            return _with_gradient_of(self.chosen, self.exact_log_ratios[0])
         return self.chosen - self._reference("ref_chosen")
 
     @property
     def rejected_log_ratio(self) -> Tensor:
         """(P,) log(policy / reference) of the rejected completion."""
         if self.exact_log_ratios is not None:
-            return self.exact_log_ratios[1] + (self.rejected - self.rejected.detach())
+            return _with_gradient_of(self.rejected, self.exact_log_ratios[1])
         return self.rejected - self._reference("ref_rejected")
 
     @property
@@ -54,7 +54,8 @@ class PairLogps:
     @property
     def reference_margin(self) -> Tensor:
         """(P,) chosen minus rejected log-prob under the reference."""
-        return self._reference("ref_chosen") - self._reference("ref_rejected")
+        chosen, rejected = self._reference("ref_chosen"), self._reference("ref_rejected")
+        return chosen.to(torch.promote_types(chosen.dtype, self.chosen.dtype)) - rejected
 
     def first(self, count: int) -> "PairLogps":
         """The first `count` pairs; `mean_chosen_length` stays."""
@@ -71,6 +72,11 @@ class PairLogps:
         if value is None:
             raise ValueError(f"this loss needs reference log-probs, but PairLogps.{name} is None")
         return value
+
+
+def _with_gradient_of(logps: Tensor, exact: Tensor) -> Tensor:
+    """`exact` (P,), differentiated as `logps` (P,). An impossible completion is -inf in both, and -inf + inf is NaN."""
+    return torch.where(logps.isinf(), logps, exact + (logps - logps.detach()))
 
 
 def pair_logps(

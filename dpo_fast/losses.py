@@ -22,6 +22,7 @@ LOSSES: dict[str, "Callable[[PairLogps, LossParams], Tensor]"] = {}
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _EXP_LIMIT = 80.0  # exp(80) = 5.5e34: its products with beta and small integers stay finite in fp32
 _SQUARE_LIMIT = 1e18  # likewise for what is squared
+_LOGIT_LIMIT = 1e4  # a probability of 1 by far
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class LossParams:
             value = getattr(self, field.name)
             if field.type is float and not (isinstance(value, numbers.Real) and math.isfinite(value)):
                 raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+            if field.type is float:
+                object.__setattr__(self, field.name, float(value))  # NumPy's scalars, too
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 1:
@@ -61,13 +64,14 @@ def loss(
     needs_lengths=False,
     f_divergence=False,
     averages=False,
-    likelihood=False,
+    likelihood=None,
+    rewards=True,
 ):
     """Register a loss under its function's name, with what others must know about it.
 
     couples_pairs: a pair's loss depends on other pairs. f_divergence: other divergences than reverse KL are valid,
-    because log Z cancels in the margin (arXiv:2309.16240). averages: its rewards are means over tokens.
-    likelihood: a term of it is the likelihood of the chosen tokens, which all count the same.
+    because log Z cancels in the margin (arXiv:2309.16240). rewards: it defines one. averages: its rewards are means
+    over tokens. likelihood: of params, the factor of `negative_log_likelihood` in it, whose mean is over tokens.
     """
 
     def register(function):
@@ -77,6 +81,7 @@ def loss(
         function.f_divergence = f_divergence
         function.averages = averages
         function.likelihood = likelihood
+        function.rewards = rewards
         LOSSES[function.__name__] = function
         return function
 
@@ -176,7 +181,8 @@ def ipo(pairs: PairLogps, params: LossParams) -> Tensor:
 @loss(f_divergence=True)
 def exo_pair(pairs: PairLogps, params: LossParams) -> Tensor:
     """KL((s(beta m), s(-beta m)) || (1 - e, e)): EXO, arXiv:2402.00856, equation 16, K = 2."""
-    x, e = params.beta * margin(pairs, params), params.label_smoothing
+    # Beyond, the value and its gradient are those of the limit; 0 x log 0 would be NaN
+    x, e = (params.beta * margin(pairs, params)).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT), params.label_smoothing
     win = torch.sigmoid(x) * (-F.softplus(-x) - math.log1p(-e))
     return win + torch.sigmoid(-x) * (-F.softplus(x) - math.log(e))
 
@@ -185,6 +191,8 @@ def exo_pair(pairs: PairLogps, params: LossParams) -> Tensor:
 def robust(pairs: PairLogps, params: LossParams) -> Tensor:
     """(-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e): rDPO, arXiv:2403.00409, section 3.1."""
     x, e = params.beta * margin(pairs, params), params.label_smoothing
+    if e == 0:
+        return F.softplus(-x)
     return ((1 - e) * F.softplus(-x) - e * F.softplus(x)) / (1 - 2 * e)
 
 
@@ -195,8 +203,11 @@ def discopop(pairs: PairLogps, params: LossParams) -> Tensor:
     w exp(-x) is one exponential: apart, the second factor overflows long before the first makes up for it."""
     x = params.beta * margin(pairs, params)
     modulation = x / params.discopop_tau
-    exponential = torch.exp((-x - F.softplus(-modulation)).clamp(max=_EXP_LIMIT))
-    return torch.sigmoid(-modulation) * F.softplus(-x) + exponential
+    exponent = -x - F.softplus(-modulation)
+    limit = -_EXP_LIMIT if params.discopop_tau < 1 else _EXP_LIMIT  # of inf - inf, where x is -inf
+    exponential = torch.exp(exponent.nan_to_num(nan=limit).clamp(max=_EXP_LIMIT))
+    # A sigmoid of infinity has the slope 0, and 0 x inf is NaN
+    return torch.sigmoid(-modulation.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)) * F.softplus(-x) + exponential
 
 
 @loss(f_divergence=True, needs_lengths=True)
@@ -262,7 +273,7 @@ def aot_unpaired(pairs: PairLogps, params: LossParams) -> Tensor:
 # --- losses without a reference ------------------------------------------------------------------------------------
 
 
-@loss(needs_reference=False, needs_lengths=True, f_divergence=True, likelihood=True)
+@loss(needs_reference=False, needs_lengths=True, f_divergence=True, likelihood=lambda params: 1.0, rewards=False)
 def sft(pairs: PairLogps, params: LossParams) -> Tensor:
     """Negative log-likelihood of the chosen completion; the batch's mean is the mean over its chosen tokens."""
     return negative_log_likelihood(pairs)
@@ -276,14 +287,14 @@ def simpo(pairs: PairLogps, params: LossParams) -> Tensor:
     return smoothed(x - params.simpo_gamma, params.label_smoothing)
 
 
-@loss(needs_reference=False, needs_lengths=True, likelihood=True)
+@loss(needs_reference=False, needs_lengths=True, likelihood=lambda params: params.cpo_alpha)
 def cpo(pairs: PairLogps, params: LossParams) -> Tensor:
     """-log s(beta (log p_c - log p_r)) + alpha NLL(chosen): CPO, arXiv:2401.08417, equation 3."""
     preferred = smoothed(params.beta * (pairs.chosen - pairs.rejected), params.label_smoothing)
     return preferred + params.cpo_alpha * negative_log_likelihood(pairs)
 
 
-@loss(needs_reference=False, needs_lengths=True, averages=True, likelihood=True)
+@loss(needs_reference=False, needs_lengths=True, averages=True, likelihood=lambda params: 1.0)
 def orpo(pairs: PairLogps, params: LossParams) -> Tensor:
     """NLL(chosen) - beta log s(log odds_c - log odds_r), odds of the mean token: ORPO, arXiv:2403.07691, eq. 6, 7.
 

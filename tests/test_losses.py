@@ -115,6 +115,29 @@ def at_extremes(name, divergence, sign, size, dtype, **knobs):
     return loss, torch.autograd.grad(loss.sum(), (chosen, rejected), materialize_grads=True)
 
 
+@pytest.mark.parametrize("name, divergence", VALID)
+@pytest.mark.parametrize("impossible", ["chosen", "rejected"])
+def test_impossible_completions(name, divergence, impossible):
+    """A log-prob of -inf: what a very small one tends to, and no NaN; the same for log-ratios summed by token."""
+    loss, gradients = {}, {}
+    for log_prob in (-torch.inf, -1e7):
+        for exact in (False, True):
+            x = {"chosen": torch.full((2,), -5.0), "rejected": torch.full((2,), -6.0)}
+            x[impossible] = torch.full((2,), log_prob)
+            leaves = [v.requires_grad_() for v in x.values()]
+            reference, lengths = torch.full((2,), -5.5), torch.tensor([3, 3])
+            ratios = tuple(v.detach() - reference for v in leaves) if exact else None
+            pairs = PairLogps(*leaves, reference, reference, lengths, lengths, None, ratios)
+            value = objective(name, f_divergence_type=divergence)(pairs)
+            gradients[log_prob, exact] = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+            loss[log_prob, exact] = value.detach()
+    assert torch.equal(loss[-torch.inf, False], loss[-torch.inf, True])
+    for d, d_exact in zip(gradients[-torch.inf, False], gradients[-torch.inf, True], strict=True):
+        assert torch.equal(d, d_exact) and not d.isnan().any()
+    limit, near = loss[-torch.inf, False], loss[-1e7, False]
+    torch.testing.assert_close(limit.clamp(-1e5, 1e5), near.clamp(-1e5, 1e5), rtol=1e-5, atol=1e-5)
+
+
 def test_probability_one_is_finite_in_orpo():
     ones = torch.zeros(2, requires_grad=True)
     lengths = torch.tensor([3, 3])
