@@ -36,7 +36,7 @@ from .preference import linear_preference_loss, preference_from_stats
 logger = logging.getLogger("dpo_fast")
 
 _ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
-_KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha")
+_KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha", "mean_chosen_length")
 _STATE = "_dpo_fast"
 
 
@@ -56,8 +56,8 @@ class TokenScores(NamedTuple):
 class PreferenceScores(NamedTuple):
     """What `model(batch, objective=...)` returns."""
 
-    loss: Tensor  # () mean over the pairs; the only one that is differentiated
-    losses: Tensor  # (P,) detached
+    loss: Tensor  # () mean over the pairs; see `PreferenceOutput` for what else has a gradient
+    losses: Tensor  # (P,)
     pairs: PairLogps
     tokens: TokenScores
 
@@ -184,8 +184,8 @@ def score_batch(
 ) -> TokenScores | PreferenceScores:
     """Backbone -> hidden states at the scored positions -> head (-> loss). Call `model(batch)`, which ends up here.
 
-    pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha; see
-    `linear_preference_loss`.
+    pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha, mean_chosen_length;
+    see `linear_preference_loss`.
     """
     state = attachment(model)
     hidden = scored_hidden_states(model, batch)

@@ -41,7 +41,7 @@ class PreferenceStep:
     """What one batch yields."""
 
     loss: Tensor  # () mean over the pairs, with gradients
-    losses: Tensor  # (P,) detached
+    losses: Tensor  # (P,)
     pairs: PairLogps
     tokens: TokenScores
 
@@ -64,14 +64,16 @@ def preference_step(
     reference: SequenceScores | Tensor | None = None,
     *,
     ld_alpha: float | None = None,
+    mean_chosen_length: Tensor | float | None = None,
     extra_metrics: Sequence[str] = (),
 ) -> PreferenceStep:
     """Score the batch with the policy and apply the objective, both inside the model's forward.
 
     reference: `score` of the reference model, or (2P,) log-probs under the same `ld_alpha`; None for losses without
       one. Where token log-probs are at hand, log-ratios are summed token by token, which keeps more digits.
+    mean_chosen_length: over all micro-batches and ranks of an optimizer step, see `linear_preference_loss`.
     """
-    knobs = {"ld_alpha": ld_alpha}
+    knobs = {"ld_alpha": ld_alpha, "mean_chosen_length": mean_chosen_length}
     if isinstance(reference, Tensor) or (reference is not None and reference.tokens is None):
         knobs["reference_logps"] = reference if isinstance(reference, Tensor) else reference.logps
     elif reference is not None:
@@ -84,7 +86,7 @@ def step_metrics(
     step: PreferenceStep, batch: PreferenceBatch, objective: Objective, first: int | None = None
 ) -> Metrics:
     """Metrics of a step as sums on the device: nothing waits for them. `first`: of that many of its pairs only."""
-    losses, pairs, tokens, sequence_ids = step.losses, step.pairs, step.tokens, batch.sequence_ids
+    losses, pairs, tokens, sequence_ids = step.losses.detach(), step.pairs, step.tokens, batch.sequence_ids
     if first is not None:
         losses, pairs = losses[:first], pairs.first(first)
         keep = sequence_ids % batch.num_pairs < first

@@ -30,6 +30,24 @@ def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
     return {name: (value.sum(), value.new_full((), value.numel())) for name, value in values.items()}
 
 
+def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metrics:
+    """The mean loss as a sum of two means: "loss" over pairs, "likelihood" over chosen tokens. Each adds up over
+    batches; a mean over pairs that holds one over tokens does not."""
+    losses, weight = losses.detach(), objective.likelihood_weight
+    if weight == 0:
+        return {"loss": (losses.sum(), losses.new_full((), losses.numel()))}
+    likelihood = -weight * pairs.chosen.detach()
+    if pairs.weights is not None:
+        likelihood = likelihood * pairs.weights
+    tokens = pairs.chosen_lengths.to(losses.dtype)
+    mean_length = tokens.mean() if pairs.mean_chosen_length is None else pairs.mean_chosen_length
+    others = losses - likelihood / mean_length.clamp(min=1e-6)
+    return {
+        "loss": (others.sum(), losses.new_full((), losses.numel())),
+        "likelihood": (likelihood.sum(), tokens.sum()),
+    }
+
+
 def token_metrics(stats: TokenStats, sequence_ids: Tensor, num_pairs: int) -> Metrics:
     """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
     top-1 accuracy of chosen."""
@@ -42,7 +60,7 @@ def token_metrics(stats: TokenStats, sequence_ids: Tensor, num_pairs: int) -> Me
         "mean_token_accuracy": (stats.is_top1, chosen),
     }
     return {
-        name: (torch.where(who, value, 0).sum(), who.sum())  # not a product: inf * 0 is NaN
+        name: (torch.where(who, value.detach(), 0).sum(), who.sum())  # not a product: inf * 0 is NaN
         for name, (value, who) in found.items()
         if value is not None
     }

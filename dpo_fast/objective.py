@@ -23,8 +23,10 @@ class Objective:
 
     loss: a name from `LOSSES`, a function of `PairLogps` that returns (P,), or a sequence of these.
     weights: one number per loss, 1 where None (MPO, arXiv:2411.10442). use_weighting: `PairLogps.weights` will be set
-      (WPO). Further keywords are `LossParams`. A function counts as independent across pairs and as in need of a
+      (WPO). Further keywords are `LossParams`. A function counts as one of the whole batch and as in need of a
       reference and of lengths, unless its attributes `couples_pairs`, `needs_reference`, `needs_lengths` say otherwise.
+      One with `function.couples_pairs = False` is called with some of the pairs at a time: a head that trains then
+      costs a GEMM less. Tensors of the function's own that require gradients (a learned beta) get theirs.
     """
 
     def __init__(self, loss="sigmoid", *, weights: Sequence[float] | None = None, use_weighting=False, **params):
@@ -42,13 +44,20 @@ class Objective:
         self.loss_weights = list(weights)
         self.names = tuple(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
         self.use_weighting = use_weighting
-        self.couples_pairs = any(getattr(part, "couples_pairs", False) for part in self.parts)
+        self.couples_pairs = any(getattr(part, "couples_pairs", True) for part in self.parts)
         self.needs_reference = any(getattr(part, "needs_reference", True) for part in self.parts)
         self.needs_lengths = any(getattr(part, "needs_lengths", True) for part in self.parts)
         # What a registered loss cannot do without; a function may look at less than it is given
         self.must_have_reference = any(getattr(part, "needs_reference", False) for part in self.parts)
         self.must_have_lengths = any(getattr(part, "needs_lengths", False) for part in self.parts)
-        self.averages = all(getattr(part, "averages", False) for part in self.parts)
+        # Of the mean over chosen tokens that is a part of the mean over pairs
+        factors = [getattr(part, "likelihood", None) for part in self.parts]
+        self.likelihood_weight = sum(
+            weight * factor(self.params) for weight, factor in zip(self.loss_weights, factors, strict=True) if factor
+        )
+        # What a reward is, the parts say that define one
+        rewarded = [part for part in self.parts if getattr(part, "rewards", True)]
+        self.averages = bool(rewarded) and all(getattr(part, "averages", False) for part in rewarded)
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -65,7 +74,7 @@ class Objective:
             raise ValueError("label_smoothing must be above 0 for loss 'exo_pair' (its paper suggests 1e-3), got 0")
         if LOSSES["robust"] in self.parts and params.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5) for loss 'robust', got {params.label_smoothing}")
-        if self.use_weighting and self.couples_pairs:
+        if self.use_weighting and any(getattr(part, "couples_pairs", False) for part in self.parts):
             raise ValueError(f"use_weighting weighs each pair, but loss {', '.join(self.names)} sorts across pairs")
 
     def check_ld_alpha(self, alpha: float | None) -> None:
@@ -74,7 +83,7 @@ class Objective:
             return
         if not (_is_finite(alpha) and 0 <= alpha <= 1):
             raise ValueError(f"ld_alpha must be in [0, 1] or None, got {alpha!r}")
-        unfit = [n for n, part in zip(self.names, self.parts, strict=True) if getattr(part, "likelihood", False)]
+        unfit = [n for n, part in zip(self.names, self.parts, strict=True) if getattr(part, "likelihood", None)]
         if unfit and alpha != 1:
             raise ValueError(
                 f"ld_alpha={alpha} does not fit loss {', '.join(unfit)}: it would weigh down the end of long chosen "
@@ -86,6 +95,8 @@ class Objective:
         for name, part, weight in zip(self.names, self.parts, self.loss_weights, strict=True):
             registered = LOSSES.get(getattr(part, "__name__", "")) is part
             value = part(pairs, self.params) if registered else part(pairs)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"loss {name} must return a tensor, one value per pair, got {type(value).__name__}")
             if value.shape != pairs.chosen.shape:
                 raise ValueError(
                     f"loss {name} must return one value per pair, {tuple(pairs.chosen.shape)}, got {tuple(value.shape)}"

@@ -1,5 +1,7 @@
 """Level 3: hidden states of P pairs to their preference loss, no logits, in the fewest GEMMs the mathematics allows."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +14,8 @@ from .ops.checks import check_finite, check_tensor, check_transform, checking
 from .ops.dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .ops.head import Transform
 from .ops.linear import check_head, check_head_values, check_tile_mib, compute_dtype, linear_token_stats
-from .ops.pairwise import Head, PairwiseLossFunction, group_tokens
-from .ops.plan import HeadPlan, plan_head
+from .ops.pairwise import Head, OwnLeaves, PairwiseLossFunction, group_tokens
+from .ops.plan import HeadPlan, plan_head, reference_plan
 from .ops.sequence import sequence_logps
 from .ops.stats import STATS, TokenStats, check_outputs
 
@@ -22,8 +24,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """What `linear_preference_loss` returns. Log-probs carry gradients unless the plan is pairwise or pending, where
-    the loss has taken them; rewards never do."""
+    """What `linear_preference_loss` returns. Losses and log-probs carry gradients; where the plan is pairwise or
+    pending, `loss` has taken them, and a backward by way of the others raises RuntimeError. Rewards are detached."""
 
     loss: Tensor  # () fp32, mean of `losses`
     losses: Tensor  # (P,)
@@ -31,7 +33,7 @@ class PreferenceOutput:
     stats: TokenStats  # (N,) token log-probs, and the statistics asked for
     chosen_rewards: Tensor  # (P,) beta x log-ratio
     rejected_rewards: Tensor  # (P,)
-    plan: HeadPlan | None
+    plan: HeadPlan | None  # what ran
 
     @property
     def chosen_logps(self) -> Tensor:
@@ -62,6 +64,7 @@ def linear_preference_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     sequence_lengths: Sequence[int] | None = None,
+    mean_chosen_length: Tensor | float | None = None,
     outputs: Sequence[str] = (),
     ignore_index: int = -100,
     logit_softcap: float | None = None,
@@ -83,9 +86,12 @@ def linear_preference_loss(
     ld_alpha: LD-DPO's weight of tokens beyond the shorter completion. use_weighting: WPO's weights of pairs.
     sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves
       the synchronisation that counting costs.
+    mean_chosen_length: chosen tokens a pair, on average over all that is averaged in the end, where that is more than
+      these P pairs (micro-batches, ranks): what losses with a likelihood (sft, cpo, orpo) divide by.
 
     `out.loss.backward()` gives the gradients of hidden, weight, bias and low_rank. The plan is `ops.plan.plan_head`'s.
-    In `pairwise` and `pending` the gradients are computed in the forward: a second backward raises RuntimeError. Under
+    In `pairwise` and `pending` the gradients are computed in the forward: a second backward raises RuntimeError, and so
+    does one through the log-probs of the result. A loss function's own parameters get their gradients in each. Under
     `torch.compile` a head that trains takes `recompute`: one GEMM more, no graph break.
 
     Raises TypeError for dtypes, ValueError for shapes, devices, ids and labels out of range, and what losses refuse.
@@ -111,7 +117,16 @@ def linear_preference_loss(
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     scored = labels != ignore_index
     context = _Context.make(
-        op, objective, scored, sequence_ids, num_pairs, reference_logps, reference_token_logps, ld_alpha, impl
+        op,
+        objective,
+        scored,
+        sequence_ids,
+        num_pairs,
+        reference_logps,
+        reference_token_logps,
+        ld_alpha,
+        mean_chosen_length,
+        impl,
     )
     _check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
 
@@ -123,19 +138,20 @@ def linear_preference_loss(
     tokens = None
     if separable:
         tokens = group_tokens(labels, sequence_ids, num_pairs, context.weights, ignore_index, sequence_lengths)
-    plan = plan_head(
-        hidden.shape[0],
-        hidden.shape[1],
-        weight.shape[0],
-        compute_dtype(hidden),
-        hidden_grad=trains[0] or trains[3],
-        head_grad=head_grad,
-        separable=separable,
-        pair_lengths=tokens.pair_lengths if separable else None,
-        tile_mib=tile_mib,
-        device_type=plan_device(impl, hidden.device),
-        device_memory=None if compiling else device_memory(hidden.device),
-    )
+    sizes, needs = (*hidden.shape, weight.shape[0]), dict(hidden_grad=trains[0] or trains[3], head_grad=head_grad)
+    if impl == "reference":
+        plan = reference_plan(*sizes, **needs)
+    else:
+        plan = plan_head(
+            *sizes,
+            compute_dtype(hidden),
+            **needs,
+            separable=separable,
+            pair_lengths=tokens.pair_lengths if separable else None,
+            tile_mib=tile_mib,
+            device_type=plan_device(impl, hidden.device),
+            device_memory=None if compiling else device_memory(hidden.device),
+        )
     if plan.name not in ("pairwise", "pending"):
         stats = linear_token_stats(
             hidden,
@@ -155,9 +171,12 @@ def linear_preference_loss(
 
     check_head_values(op, hidden, weight, bias, low_rank, labels, ignore_index)
     head = Head(plan, Transform(logit_scale, logit_softcap, temperature), outputs, compute_dtype(hidden), impl)
+    own: dict[Tensor, Tensor] = {}
     value, losses, logps, extras = PairwiseLossFunction.apply(
-        hidden, weight, bias, down, up, tokens, head, context.losses
+        hidden, weight, bias, down, up, tokens, head, context.losses, own
     )
+    if own:
+        value = OwnLeaves.apply(value, list(own.values()), *own)
     values = {"logps": logps, **dict(zip(outputs, extras.unbind(0), strict=True))}
     if "is_top1" in values:
         values["is_top1"] = values["is_top1"] != 0
@@ -173,6 +192,7 @@ def preference_from_stats(
     reference_logps: Tensor | None = None,
     reference_token_logps: Tensor | None = None,
     ld_alpha: float | None = None,
+    mean_chosen_length: Tensor | float | None = None,
     outputs: Sequence[str] = (),
     impl: str = "auto",
 ) -> PreferenceOutput:
@@ -182,7 +202,16 @@ def preference_from_stats(
     impl = choose_impl(op, impl, stats.logps.device, stats.logps.dtype)
     scored = torch.ones_like(sequence_ids, dtype=torch.bool)
     context = _Context.make(
-        op, loss, scored, sequence_ids, num_pairs, reference_logps, reference_token_logps, ld_alpha, impl
+        op,
+        loss,
+        scored,
+        sequence_ids,
+        num_pairs,
+        reference_logps,
+        reference_token_logps,
+        ld_alpha,
+        mean_chosen_length,
+        impl,
     )
     return context.output(stats, sequence_ids, check_outputs(op, outputs), None)
 
@@ -197,11 +226,22 @@ class _Context:
     weights: Tensor | None  # (N,) token weights
     reference_tokens: Tensor | None  # (N,)
     reference: Tensor | None  # (2P,)
+    mean_length: Tensor  # (), of chosen completions
     impl: str
 
     @classmethod
     def make(
-        cls, op, objective, scored, sequence_ids, num_pairs, reference_logps, reference_tokens, ld_alpha, impl
+        cls,
+        op,
+        objective,
+        scored,
+        sequence_ids,
+        num_pairs,
+        reference_logps,
+        reference_tokens,
+        ld_alpha,
+        mean_length,
+        impl,
     ) -> "_Context":
         """Check what is about pairs, and count the `scored` (N,) tokens of each sequence."""
         objective.check_ld_alpha(ld_alpha)
@@ -212,7 +252,16 @@ class _Context:
         )
         weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored)
         reference_tokens = None if reference_tokens is None else reference_tokens.detach()
-        return cls(objective, scored, counts, weights, reference_tokens, reference, impl)
+        if mean_length is None:
+            wide = torch.float32 if scored.device.type == "mps" else torch.float64
+            mean_length = counts[:num_pairs].to(wide).mean()
+        elif isinstance(mean_length, Tensor):
+            check_tensor(op, "mean_chosen_length", mean_length, (), _FLOATS, scored.device)
+        elif isinstance(mean_length, numbers.Real) and 0 <= mean_length < math.inf:
+            mean_length = torch.full((), mean_length, device=scored.device)
+        else:
+            raise ValueError(f"{op}: mean_chosen_length must be a number of tokens or None, got {mean_length!r}")
+        return cls(objective, scored, counts, weights, reference_tokens, reference, mean_length, impl)
 
     def output(self, stats: TokenStats, sequence_ids, asked, plan, loss=None, losses=None) -> PreferenceOutput:
         """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
@@ -224,7 +273,7 @@ class _Context:
             losses = self.objective(pairs)
             loss = losses.mean()
         kept = TokenStats(stats.logps, **{name: getattr(stats, name) for name in asked})
-        return PreferenceOutput(loss, losses.detach(), pairs, kept, *self.objective.rewards(pairs), plan)
+        return PreferenceOutput(loss, losses, pairs, kept, *self.objective.rewards(pairs), plan)
 
     def losses(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> Tensor:
         return self.objective(self.pairs(sums, values, ids, index, pairs))
@@ -252,8 +301,7 @@ class _Context:
         pair_weights = None
         if self.objective.use_weighting:
             pair_weights = wpo_weights(total(logps - values["log_sum_sq_probs"], None), counts)
-        mean_length = self.counts[:P].to(sums.dtype).mean()
-        return pair_logps(sums, reference, counts, pair_weights, exact, mean_length)
+        return pair_logps(sums, reference, counts, pair_weights, exact, self.mean_length.to(sums.dtype))
 
 
 def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:

@@ -18,7 +18,10 @@ def test_callables_and_weights():
 
     both = Objective(["sigmoid", square], weights=[1.0, 0.5])
     torch.testing.assert_close(both(pairs), objective("sigmoid")(pairs) + 0.5 * pairs.margin**2)
-    assert both.names == ("sigmoid", "square") and not both.couples_pairs
+    assert both.names == ("sigmoid", "square") and both.couples_pairs, "what nobody knows may look at the whole batch"
+    square.couples_pairs = False
+    assert not Objective(["sigmoid", square]).couples_pairs
+    Objective(lambda pairs: pairs.margin, use_weighting=True)
     assert torch.equal(Objective(LOSSES["ipo"])(pairs), objective("ipo")(pairs)), "a registered function, not its name"
     for wrong in (lambda pairs: pairs.margin.mean(), lambda pairs: pairs.margin[:, None]):
         with pytest.raises(ValueError, match=r"loss <lambda> must return one value per pair, \(5,\), got"):
@@ -40,6 +43,26 @@ def test_rewards():
     free = PairLogps(pairs.chosen, pairs.rejected, None, None, pairs.chosen_lengths, pairs.rejected_lengths)
     assert torch.equal(objective("cpo").rewards(free)[0], 0.1 * pairs.chosen)
     assert torch.equal(objective("simpo").rewards(free)[0], 0.1 * (pairs.chosen / pairs.chosen_lengths))
+
+
+@pytest.mark.parametrize("others, averages", [([], True), (["sft"], True), (["sft", "orpo"], True), (["cpo"], False)])
+def test_rewards_are_those_of_the_losses_that_have_one(others, averages):
+    pairs = make_pairs()
+    free = PairLogps(pairs.chosen, pairs.rejected, None, None, pairs.chosen_lengths, pairs.rejected_lengths)
+    for parts in (["simpo", *others], [*others, "simpo"]):
+        found = Objective(parts).rewards(free)[0]
+        assert torch.equal(found, 0.1 * (pairs.chosen / pairs.chosen_lengths if averages else pairs.chosen))
+    assert torch.equal(Objective("sft").rewards(free)[0], 0.1 * pairs.chosen)
+
+
+def test_numpy_scalars_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    pairs = make_pairs()
+    for kind in (numpy.float32, numpy.float64):
+        found = Objective("sigmoid", beta=kind(0.25), label_smoothing=kind(0.5), weights=[kind(2)])(pairs)
+        assert torch.equal(found, 2 * Objective("sigmoid", beta=0.25, label_smoothing=0.5)(pairs))
+    with pytest.raises(ValueError, match="beta must be a finite number, got tensor"):
+        Objective("sigmoid", beta=torch.tensor(0.1))
 
 
 def test_what_others_know_about_losses():

@@ -305,6 +305,7 @@ def test_functions_and_combinations_as_losses():
     def square(pairs):
         return pairs.margin**2
 
+    square.couples_pairs = False
     knobs = dict(reference_logps=reference, loss=["sigmoid", square], loss_weights=[1.0, 0.01])
     out, gradients = run(tensors, labels, ids, **knobs)
     truth, true = run(wide(tensors), labels, ids, impl="reference", **knobs)
@@ -329,9 +330,171 @@ def test_what_carries_gradients():
     tensors, labels, ids, reference = make()
     pairwise, _ = run(tensors, labels, ids, reference_logps=reference)
     frozen, _ = run(tensors, labels, ids, needs=("hidden",), reference_logps=reference)
-    for out, differentiable in ((pairwise, False), (frozen, True)):
-        assert out.chosen_logps.requires_grad is differentiable
-        assert not out.losses.requires_grad and not out.chosen_rewards.requires_grad and out.loss.requires_grad
+    for out in (pairwise, frozen):
+        assert out.loss.requires_grad and out.losses.requires_grad and out.chosen_logps.requires_grad
+        assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
+
+
+TERMS = {
+    "log-probs of sequences": lambda out: out.chosen_logps,
+    "a margin": lambda out: out.pairs.margin,
+    "losses of pairs": lambda out: out.losses,
+    "log-probs of tokens": lambda out: out.stats.logps,
+}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_another_term_beside_the_loss_is_trained_or_raises(term):
+    """It never counts for nothing."""
+    tensors, labels, ids, reference = make()
+    truth = total_gradient(wide(tensors), labels, ids, reference, TERMS[term], ("hidden",), impl="reference")
+    found = total_gradient(tensors, labels, ids, reference, TERMS[term], ("hidden",))
+    assert (found - truth).norm() <= 1e-5 * truth.norm()
+    with pytest.raises(
+        RuntimeError, match=r"`loss` alone has one: name the term as a loss, as in loss=\['sigmoid', 'sft'\]"
+    ):
+        total_gradient(tensors, labels, ids, reference, TERMS[term], NAMES)
+
+
+def test_a_statistic_beside_the_loss_raises():
+    tensors, labels, ids, reference = make()
+    with pytest.raises(RuntimeError, match="by way of log-probs, statistics or losses"):
+        total_gradient(tensors, labels, ids, reference, lambda out: out.stats.entropy, NAMES, outputs=("entropy",))
+
+
+def total_gradient(tensors, labels, ids, reference, term, needs, **knobs):
+    leaves = {k: v.clone().requires_grad_(k in needs) for k, v in tensors.items()}
+    hidden, weight, bias, *low_rank = leaves.values()
+    knobs |= dict(bias=bias, low_rank=tuple(low_rank), reference_logps=reference)
+    out = linear_preference_loss(hidden, weight, labels, ids, 3, **knobs)
+    (out.loss - 0.5 * term(out).mean()).backward()
+    return hidden.grad
+
+
+def adaptive(pairs):
+    """A strength that depends on the mean margin of the batch, arXiv:2407.08639."""
+    beta = 0.1 * (1 + 0.6 * pairs.margin.detach().mean()).clamp(min=0.1)
+    return torch.nn.functional.softplus(-beta * pairs.margin)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES], ids=["frozen", "trained"])
+def test_a_function_gets_the_whole_batch_unless_it_says_that_it_need_not(needs):
+    tensors, labels, ids, reference = make(lengths=(50, 30, 70, 40, 60, 20), V=5000)
+    calls = []
+
+    def loss(pairs):
+        calls.append(pairs.num_pairs)
+        return adaptive(pairs)
+
+    out, gradients = run(tensors, labels, ids, needs=needs, loss=loss, reference_logps=reference, tile_mib=1)
+    truth, true = run(
+        wide(tensors), labels, ids, needs=needs, loss=adaptive, reference_logps=reference, impl="reference"
+    )
+    assert calls == [3] and out.plan.name == ("frozen" if needs == ("hidden",) else "recompute")
+    assert out.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
+    for name in needs:
+        assert (gradients[name] - true[name]).norm() <= 1e-5 * true[name].norm(), name
+    loss.couples_pairs = False
+    calls.clear()
+    run(tensors, labels, ids, needs=NAMES, loss=loss, reference_logps=reference, tile_mib=1)
+    assert calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("couples", [False, True])
+@pytest.mark.parametrize("needs", [("hidden",), NAMES], ids=["frozen", "trained"])
+def test_parameters_of_a_loss_function_are_trained(impl, couples, needs):
+    """A learned beta, by way of what was computed from it before; chunk by chunk, and scaled as the loss is."""
+    tensors, labels, ids, reference = make(lengths=(50, 30, 70, 40, 60, 20), V=5000)
+    log_beta = torch.nn.Parameter(torch.tensor(-1.5))
+    offset = torch.nn.Parameter(torch.tensor(0.3))
+    beta = log_beta.exp()
+
+    def loss(pairs):
+        return torch.nn.functional.softplus(-beta * (pairs.margin - offset))
+
+    loss.couples_pairs = couples
+    leaves = {k: tensors[k].requires_grad_(k in needs) for k in ("hidden", "weight")}
+    out = linear_preference_loss(
+        *leaves.values(), labels, ids, 3, loss=loss, reference_logps=reference, tile_mib=1, impl=impl
+    )
+    (3 * out.loss).backward()
+    margin = out.pairs.margin.detach().double()
+    b, o = (x.detach().double().requires_grad_() for x in (log_beta, offset))
+    (3 * torch.nn.functional.softplus(-b.exp() * (margin - o)).mean()).backward()
+    assert log_beta.grad.item() == pytest.approx(b.grad.item(), rel=1e-5)
+    assert offset.grad.item() == pytest.approx(o.grad.item(), rel=1e-5)
+
+
+def test_a_loss_that_does_not_depend_on_the_pairs_says_so():
+    tensors, labels, ids, reference = make()
+
+    def constant(pairs):
+        return pairs.margin.detach()
+
+    constant.couples_pairs = False
+    with pytest.raises(RuntimeError, match="the loss does not depend on pairs.chosen"):
+        run(tensors, labels, ids, loss=constant, reference_logps=reference)
+    with pytest.raises(TypeError, match="loss <lambda> must return a tensor, one value per pair, got NoneType"):
+        run(tensors, labels, ids, loss=lambda pairs: None, reference_logps=reference)
+
+
+def test_the_oracle_says_that_it_ran():
+    tensors, labels, ids, reference = make()
+    out, _ = run(tensors, labels, ids, reference_logps=reference, impl="reference")
+    assert out.plan.name == "reference" and out.plan.gemms == 3
+
+
+@pytest.mark.parametrize("impossible", ["chosen", "rejected"])
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
+def test_an_impossible_completion_has_one_loss(impossible, needs):
+    """Of probability 0, as a masked vocabulary makes it: from sums of the reference and from its tokens."""
+    tensors, labels, ids, _ = make(lengths=(2, 2), V=50, shuffled=False)
+    bias = torch.zeros(50)
+    bias[labels[0 if impossible == "chosen" else 3]] = -torch.inf
+    tokens, found = -torch.ones(4), {}
+    for name, reference in dict(reference_logps=torch.tensor([-2.0, -2.0]), reference_token_logps=tokens).items():
+        leaves = {k: tensors[k].clone().requires_grad_(k in needs) for k in ("hidden", "weight")}
+        out = linear_preference_loss(*leaves.values(), labels, ids, 1, bias=bias, **{name: reference})
+        out.loss.backward()
+        found[name] = out.loss.item(), leaves["hidden"].grad
+        assert torch.isfinite(leaves["hidden"].grad).all()
+    (a, d_a), (b, d_b) = found.values()
+    assert a == b == (torch.inf if impossible == "chosen" else 0.0)
+    assert torch.equal(d_a, d_b) and (d_a != 0).any() == (impossible == "chosen")
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES], ids=["frozen", "trained"])
+@pytest.mark.parametrize("loss", ["sft", "orpo", "cpo", ["sigmoid", "sft"]], ids=str)
+def test_micro_batches_of_one_mean(loss, needs):
+    """Pairs one by one, each told the mean length of all, add up to the batch."""
+    lengths = (5, 3, 7, 4, 6, 2)
+    tensors, labels, ids, reference = make(lengths=lengths)
+    reference = reference if "sigmoid" in loss else None
+    whole, gradients = run(tensors, labels, ids, needs=needs, loss=loss, reference_logps=reference)
+    total, added = 0.0, {name: 0.0 for name in needs}
+    for pair in range(3):
+        rows = (ids % 3 == pair).nonzero().squeeze(1)
+        part = {k: v if k in ("weight", "bias", "up") else v[rows] for k, v in tensors.items()}
+        its = None if reference is None else reference[[pair, 3 + pair]]
+        knobs = dict(num_pairs=1, mean_chosen_length=sum(lengths[:3]) / 3, reference_logps=its)
+        out, theirs = run(part, labels[rows], ids[rows] // 3, needs=needs, loss=loss, **knobs)
+        total += out.loss.item() / 3
+        for name in needs:
+            d = theirs[name] / 3
+            added[name] += (
+                d if d.shape == gradients[name].shape else torch.zeros_like(gradients[name]).index_copy_(0, rows, d)
+            )
+    assert total == pytest.approx(whole.loss.item(), rel=1e-5)
+    for name in needs:
+        assert (added[name] - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("wrong", ["4", -1.0, math.nan, torch.ones(2)], ids=str)
+def test_a_mean_length_is_a_number(wrong):
+    tensors, labels, ids, _ = make()
+    with pytest.raises((ValueError, TypeError), match="mean_chosen_length"):
+        run(tensors, labels, ids, loss="sft", mean_chosen_length=wrong)
 
 
 def test_scaled_loss_double_use_and_second_backward():

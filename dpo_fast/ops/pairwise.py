@@ -97,12 +97,13 @@ class Head:
 class PairwiseLossFunction(torch.autograd.Function):
     """(hidden, weight, bias, down, up) -> loss (), losses (P,), token log-probs (N,), statistics (len(stats), N).
 
-    Only the loss, the mean of the losses, is differentiable. Its gradients are computed in the forward, in fp32, and
-    handed over by the first backward, which scales and rounds them once; a second one raises.
+    Only the loss, the mean of the losses, has a gradient: a backward by way of the others raises. The gradients are
+    computed in the forward, in fp32, and handed over by the first backward, which scales and rounds them once; a second
+    one raises. `own` is filled for `OwnLeaves`: leaf -> gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, head: Head, pair_losses: PairLosses):
+    def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, head: Head, pair_losses: PairLosses, own: dict):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         N, P = hidden.shape[0], len(tokens.sizes)
         inputs = (hidden, weight, bias, down, up)
@@ -111,7 +112,8 @@ class PairwiseLossFunction(torch.autograd.Function):
             torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
             for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)
         ]
-        run = _Run(inputs, gradients, tokens, head, pair_losses, hidden.new_zeros((1 + len(head.stats), N), dtype=wide))
+        values = hidden.new_zeros((1 + len(head.stats), N), dtype=wide)
+        run = _Run(inputs, gradients, tokens, head, pair_losses, values, own)
         losses = hidden.new_zeros((P,), dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
             for pairs, part in run.chunks:
@@ -119,13 +121,18 @@ class PairwiseLossFunction(torch.autograd.Function):
                 losses[pairs] = (run.long_pair if long else run.chunk)(pairs, part)
         ctx.gradients = gradients
         loss = (losses.double() if wide == torch.float64 or hidden.device.type != "mps" else losses).mean().to(wide)
-        logps, extras = run.values[0], run.values[1:]
-        ctx.mark_non_differentiable(losses, logps, extras)
-        return loss, losses, logps, extras
+        ctx.set_materialize_grads(False)
+        return loss, losses, run.values[0], run.values[1:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, d_loss, *others):
+        if any(d is not None for d in others):
+            raise RuntimeError(
+                "linear_preference_loss: a gradient by way of log-probs, statistics or losses of single pairs. Where "
+                "the head trains, `loss` alone has one: name the term as a loss, as in loss=['sigmoid', 'sft'], put a "
+                "function of pairs there, or compose linear_token_logps and preference_loss"
+            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_preference_loss: a second backward. Its gradients are computed in the forward and handed over "
@@ -137,17 +144,52 @@ class PairwiseLossFunction(torch.autograd.Function):
             None if d is None else (d.mul_(d_loss) if scaled else d).to(dtype)
             for d, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *handed, None, None, None
+        return *handed, None, None, None, None
+
+
+class OwnLeaves(torch.autograd.Function):
+    """(loss, gradients, *leaves) -> loss: adds d loss / d leaf of what a loss function brought along, a learned beta.
+
+    `PairwiseLossFunction` differentiates the losses in its forward, and finds such leaves only there.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *leaves):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss):
+        return d_loss, None, *(d * d_loss.to(d.dtype) for d in ctx.gradients)
+
+
+def leaves_of(result: Tensor) -> list[Tensor]:
+    """The leaves of the graph of `result`, each once: what a backward from it would add a `.grad` to."""
+    found, seen, ahead = {}, set(), [result.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # AccumulateGrad's
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        ahead += [parent for parent, _ in node.next_functions]
+    return list(found.values())
 
 
 class _Run:
     """One forward pass: the buffers that its chunks share."""
 
-    def __init__(self, inputs, gradients, tokens: Tokens, head: Head, pair_losses: PairLosses, values: Tensor):
+    def __init__(
+        self, inputs, gradients, tokens: Tokens, head: Head, pair_losses: PairLosses, values: Tensor, own: dict
+    ):
         hidden, weight, bias, down, up = inputs
         self.factors = Factors(hidden, weight, bias, down, up, head.dtype)
         self.bias, self.vocab = bias, weight.shape[0]
         self.tokens, self.head, self.pair_losses, self.values = tokens, head, pair_losses, values
+        self.own = own  # leaf -> gradient
         d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
         self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
         self.chunks = list(chunks_of_pairs(tokens.sizes, head.plan.chunk_rows))
@@ -180,7 +222,15 @@ class _Run:
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
             losses = self.pair_losses(leaf, values, local, index, pairs)
-            (slopes,) = torch.autograd.grad(losses.sum() / P, leaf)
+            if not losses.requires_grad:
+                raise RuntimeError("linear_preference_loss: the loss does not depend on pairs.chosen or pairs.rejected")
+            own = [x for x in leaves_of(losses) if x is not leaf]
+            # What `own` has a graph in common with, the next chunk needs, too
+            slopes, *theirs = torch.autograd.grad(
+                losses.sum() / P, [leaf, *own], allow_unused=True, retain_graph=bool(own), materialize_grads=True
+            )
+        for x, d in zip(own, theirs, strict=True):
+            self.own[x] = self.own[x] + d if x in self.own else d
         return losses.detach(), slopes, local, weights
 
     def chunk(self, pairs: slice, part: slice) -> Tensor:

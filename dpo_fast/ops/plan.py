@@ -126,6 +126,12 @@ def plan_head(
     return HeadPlan(name, rows, columns, slice_columns, gemms, gemms * 2 * N * H * V, workspace, reason)
 
 
+def reference_plan(N: int, H: int, V: int, *, hidden_grad: bool, head_grad: bool) -> HeadPlan:
+    """What impl="reference" runs: all logits, in fp64, and autograd through them."""
+    gemms = 1 + hidden_grad + head_grad
+    return HeadPlan("reference", N, V, V, gemms, gemms * 2 * N * H * V, 16 * N * V, "the oracle was asked for")
+
+
 def round_down(count: int) -> int:
     """Rows or columns of a tile on an accelerator, down to whole tiles of its GEMMs as far as there are any."""
     multiple = next((m for m in (ROW_MULTIPLE, 64, 16) if count >= m), 1)
