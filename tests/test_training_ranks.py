@@ -35,6 +35,7 @@ def run(output_dir, ranks: int, adapter: bool) -> dict:
         logging_steps=1,
         learning_rate=1e-2,
         extra_metrics=["entropy", "logits", "mean_token_accuracy"],
+        loss_type=["sigmoid", "sft"],  # a mean over pairs and one over tokens
     )
     trainer = FastDPOTrainer(
         tiny_model(),

@@ -16,7 +16,7 @@ from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.forward import attach
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
-from dpo_fast.metrics import MetricSums
+from dpo_fast.metrics import MetricSums, loss_metrics
 
 from . import models
 from .config import FastDPOConfig
@@ -183,32 +183,46 @@ class FastDPOTrainer(transformers.Trainer):
         """The micro-batches of an optimizer step, and how many pairs they hold on average over the ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = sum(batch.num_pairs for batch in batches)
+        tokens = sum(sum(batch.host_lengths[: batch.num_pairs]) for batch in batches)
         if self.args.world_size > 1:  # gradients are averaged over ranks, whatever number of pairs each holds
-            pairs = self.accelerator.reduce(torch.tensor(pairs, device=device, dtype=torch.float32), reduction="mean")
+            counts = torch.tensor([pairs, tokens], device=device, dtype=torch.float32)
+            pairs, tokens = self.accelerator.reduce(counts, reduction="mean")
+        self._mean_chosen_length = tokens / pairs if batches else None
         return batches, pairs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the batch, or, in training, the batch's share of the mean over the optimizer step:
-        micro-batches of different sizes then weigh as much as they hold."""
-        step = self.run_step(model, inputs)
+        micro-batches of different sizes then weigh as much as they hold, in a likelihood by their chosen tokens."""
+        of_step = None if num_items_in_batch is None else self._mean_chosen_length
+        step = self.run_step(model, inputs, of_step)
         loss = step.loss
         if num_items_in_batch is not None:
             # training_step divides by the number of micro-batches
             loss = loss * (inputs.num_pairs * self.current_gradient_accumulation_steps / num_items_in_batch)
         return (loss, step) if return_outputs else loss
 
-    def run_step(self, model, batch: PreferenceBatch) -> PreferenceStep:
-        """Reference, then policy, then loss; metrics are added up on the device."""
+    def run_step(self, model, batch: PreferenceBatch, mean_chosen_length=None) -> PreferenceStep:
+        """Reference, then policy, then loss; metrics are added up on the device. mean_chosen_length: that of all
+        micro-batches of the optimizer step, None: the batch's."""
         ref = self.reference_scores(model, batch)
         step = preference_step(
-            model, batch, self.objective, ref, ld_alpha=self.args.ld_alpha, extra_metrics=self.args.extra_metrics
+            model,
+            batch,
+            self.objective,
+            ref,
+            ld_alpha=self.args.ld_alpha,
+            mean_chosen_length=mean_chosen_length,
+            extra_metrics=self.args.extra_metrics,
         )
         if model.training:
             metrics = step_metrics(step, batch, self.objective)
             del metrics["loss"]  # Trainer logs its own
             self._sums["train"].add(metrics)
         else:
-            self._sums["eval"].add(step_metrics(step, batch, self.objective, first=self._pairs_that_count(batch)))
+            count = self._pairs_that_count(batch)
+            pairs = step.pairs if count is None else step.pairs.first(count)
+            parts = loss_metrics(step.losses[:count], pairs, self.objective)
+            self._sums["eval"].add({**step_metrics(step, batch, self.objective, first=count), **parts})
         return step
 
     def _pairs_that_count(self, batch: PreferenceBatch) -> int | None:
@@ -261,6 +275,8 @@ class FastDPOTrainer(transformers.Trainer):
         if not has_length(dataloader.dataset):  # Trainer has counted the rows of the first tensor
             output = output._replace(num_samples=self._evaluated_pairs * self.args.world_size)
         means = self._sums["eval"].means(self._sum_over_ranks)
+        if "likelihood" in means:
+            means["loss"] += means.pop("likelihood")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
