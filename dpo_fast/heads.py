@@ -1,7 +1,8 @@
 """An output head's module as the tensors that the fused ops take: weight, bias, and a low-rank update.
 
-A plain linear layer, PEFT's LoRA around one, and PEFT's trained copy of one are read; any other module (quantised,
-hooked, sharded by ZeRO-3, DoRA) is called as it is, at the price of its (N, V) logits, and `head_tensors` says why.
+A plain linear layer, PEFT's LoRA around one, and PEFT's trained copy of one are read where nothing hangs on them: then
+calling one computes the product and nothing else. Any other module (hooked, quantised, sharded by ZeRO-3, DoRA, a
+forward of somebody's own) is called as it is, at the price of its (N, V) logits, and `head_tensors` says why.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.modules import module as torch_module
 
 
 class HeadTensors(NamedTuple):
@@ -17,10 +19,14 @@ class HeadTensors(NamedTuple):
     low_rank: tuple[Tensor, Tensor] | None  # (N, r), (V, r)
 
 
+# What `nn.Module.__call__` looks for before it goes to `forward` alone
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
     """What `head(hidden)` computes, for hidden states (N, H); or the reason why the module has to be called."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in head.modules()):
-        return "the output head has forward hooks"
+    if reason := _what_hangs_on(head):
+        return f"the output head has {reason}"
     head = _active_copy(head)
     low_rank = None
     if hasattr(head, "lora_A") and hasattr(head, "base_layer"):
@@ -28,11 +34,41 @@ def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
         if isinstance(update, str):
             return update
         low_rank, head = update, head.base_layer
-    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+    if not _is_linear(head):
         return f"the output head is a {type(head).__name__} with a forward of its own"
     if hasattr(head.weight, "ds_id"):
         return "the output head's weight is partitioned by ZeRO-3"
+    tensors = head.weight, head.bias
+    if foreign := [type(x).__name__ for x in tensors if x is not None and not _is_plain(x)]:
+        return f"the output head's tensors are of the class {foreign[0]}"
     return HeadTensors(_whole(head.weight), None if head.bias is None else _whole(head.bias), low_rank)
+
+
+def _what_hangs_on(head: nn.Module) -> str:
+    """What calling the head or a module in it would run beside its class's forward; "" for nothing."""
+    if any(getattr(module, name) for module in head.modules() for name in _HOOKS):
+        return "hooks"
+    every = [hook for name in _HOOKS for hook in getattr(torch_module, f"_global{name}").values()]
+    # torch's own only look: which module runs, for a profiler or a counter of FLOPs
+    if any(not str(getattr(hook, "__module__", "")).startswith("torch.utils.") for hook in every):
+        return "the hooks of all modules"
+    if any("forward" in vars(m) for m in head.modules()) or type(head).__call__ is not nn.Module.__call__:
+        return "a forward that was replaced"
+    return "" if all(m._compiled_call_impl is None for m in head.modules()) else "been compiled by itself"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether calling it is `nn.Linear.forward`, as torch defines it."""
+    forward = type(module).forward
+    return isinstance(module, nn.Linear) and (forward.__module__, forward.__qualname__) == (
+        "torch.nn.modules.linear",
+        "Linear.forward",
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a product with it is a product of numbers: no quantised, fake or otherwise wrapped tensor."""
+    return isinstance(tensor, DTensor) or (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta)
 
 
 def _active_copy(head: nn.Module) -> nn.Module:
@@ -55,11 +91,13 @@ def _lora_update(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | No
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue
-        if getattr(layer, "lora_variant", {}).get(name) is not None or layer.lora_B[name].bias is not None:
+        up = layer.lora_B[name]
+        plain = _is_linear(up) and up.bias is None and type(up.weight) in (Tensor, nn.Parameter)
+        if getattr(layer, "lora_variant", {}).get(name) is not None or not plain:
             return "the output head's adapter is not plain LoRA"
         x = layer.lora_dropout[name](hidden.to(layer.lora_A[name].weight.dtype))
         downs.append(layer.lora_A[name](x) * layer.scaling[name])
-        ups.append(layer.lora_B[name].weight)
+        ups.append(up.weight)
     return (torch.cat(downs, 1), torch.cat(ups, 1)) if downs else None
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_model
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.heads import head_tensors
 
@@ -70,8 +72,106 @@ def test_heads_that_are_called_say_why(case):
     assert reason in head_tensors(head_of(model()), HIDDEN)
 
 
-@pytest.mark.parametrize("where", ["", "base_layer", "lora_B.default"])
-def test_a_hook_anywhere_in_the_head_runs(where):
+def scaled(_module, gradients, *_):
+    return (gradients[0] * 0.1,)
+
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda _module, _args, out: out * 2),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda _module, args: (args[0] * 2,)),
+    "backward": lambda module: module.register_full_backward_hook(scaled),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(scaled),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("where", ["", "base_layer", "lora_A.default", "lora_B.default"])
+def test_a_hook_anywhere_in_the_head_is_a_reason(where, kind):
     model = lora()
-    head_of(model).get_submodule(where).register_forward_hook(lambda _module, _args, out: out * 2)
-    assert head_tensors(head_of(model), HIDDEN) == "the output head has forward hooks"
+    HOOKS[kind](head_of(model).get_submodule(where))
+    assert head_tensors(head_of(model), HIDDEN) == "the output head has hooks"
+
+
+GLOBAL = {
+    "forward": "register_module_forward_hook",
+    "forward pre": "register_module_forward_pre_hook",
+    "backward": "register_module_full_backward_hook",
+    "backward pre": "register_module_full_backward_pre_hook",
+}
+
+
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_a_hook_of_all_modules_is_a_reason_unless_it_is_torch_s_own(kind):
+    with getattr(torch.nn.modules.module, GLOBAL[kind])(lambda *_: None):
+        assert head_tensors(tiny_model().lm_head, HIDDEN) == "the output head has the hooks of all modules"
+    with FlopCounterMode(display=False) as counter:
+        assert not isinstance(head_tensors(tiny_model().lm_head, HIDDEN), str)
+    assert counter.get_total_flops() == 0
+
+
+class Wrapped(torch.Tensor):
+    """A class of tensors with mathematics of its own, as quantised ones are."""
+
+
+def double(head):
+    forward = head.forward
+    head.forward = lambda x: 2 * forward(x)
+
+
+def quantised(head):
+    head.weight = torch.nn.Parameter(head.weight.detach().as_subclass(Wrapped))
+
+
+class Bounded(torch.nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Called(torch.nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) / 2
+
+
+def turned_into(cls):
+    def turn(head):
+        head.__class__ = cls
+
+    return turn
+
+
+CHANGED = {
+    "forward replaced": (double, "a forward that was replaced"),
+    "a tensor's class": (quantised, "tensors are of the class Wrapped"),
+    "a module's class": (turned_into(Bounded), "a Bounded with a forward of its own"),
+    "__call__": (turned_into(Called), "a forward that was replaced"),
+    "meta": (lambda head: head.to("meta"), "tensors are of the class Parameter"),
+    "compiled": (lambda head: head.compile(backend="eager"), "been compiled by itself"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_changes_a_call_is_a_reason(what):
+    change, reason = CHANGED[what]
+    head = tiny_model().lm_head
+    change(head)
+    assert reason in head_tensors(head, HIDDEN)
+
+
+def test_a_forward_replaced_for_all_linear_layers_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", Bounded.forward)
+    assert "with a forward of its own" in head_tensors(tiny_model().lm_head, HIDDEN)
+
+
+def test_a_parametrised_weight_is_read_as_it_is_computed():
+    head = tiny_model().lm_head
+    parametrize.register_parametrization(head, "weight", torch.nn.Tanh())
+    tensors = head_tensors(head, HIDDEN)
+    torch.testing.assert_close(F.linear(HIDDEN, tensors.weight), head(HIDDEN))
+
+
+def test_factors_of_an_adapter_keep_their_dtype():
+    model = peft.get_peft_model(
+        tiny_model().bfloat16(), peft.LoraConfig(r=4, target_modules=["lm_head"]), autocast_adapter_dtype=True
+    )
+    tensors = head_tensors(head_of(model), HIDDEN.bfloat16())
+    assert tensors.weight.dtype == torch.bfloat16 and {x.dtype for x in tensors.low_rank} == {torch.float32}
