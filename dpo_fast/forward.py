@@ -260,7 +260,7 @@ def score_hidden(
             tile_mib=state.tile_mib,
             impl=state.impl,
         )
-    logits = head(hidden)  # (N, V)
+    logits = of_head = head(hidden)  # (N, V)
     if transform.scale != 1.0:
         logits = logits * transform.scale
     return logits_token_stats(
@@ -268,7 +268,9 @@ def score_hidden(
         targets,
         outputs=outputs,
         logit_softcap=transform.softcap,
-        inplace_backward=True,  # nothing else holds these logits
+        # A hook may hold what the head returned, and so may its own last operation. Over it, the gradient would save a
+        # tensor of its size
+        inplace_backward=logits is not of_head,
         impl=state.impl,
     )
 
@@ -307,27 +309,33 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
     ]
     try:
         with torch.no_grad():
-            ids = torch.arange(4, device=model.device).remainder_(model.get_input_embeddings().num_embeddings)
+            ids = torch.arange(4, device=model.device).remainder_(model.config.get_text_config().vocab_size)
             logits = state.original(input_ids=ids.unsqueeze(0), use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
+    if not logits.isfinite().all():
+        where = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
+        because = f"its weights are not: {where} has NaN or infinity" if where else "though all its weights are"
+        raise ValueError(f"attach: {name}'s logits are not finite, {because}")
     if "head_output" not in seen:
         raise ValueError(f"attach: {name} does not call its output head as a module, so it cannot be scored")
     if not torch.equal(seen["hidden"], seen["head_input"].to(seen["hidden"].device)):
         raise ValueError(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
     ours, theirs = state.transform(seen["head_output"]), logits.float()
-    tolerance = 8 * torch.finfo(logits.dtype).eps * theirs.abs().max()
+    coarse = max(torch.finfo(x.dtype).eps for x in (logits, seen["head_output"]))  # a wrapper may have widened logits
+    tolerance = 8 * coarse * theirs.abs().max()
     if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= tolerance:
         raise ValueError(
             f"attach: {name} transforms the output of its head in a way that its config does not declare: its logits "
             f"are not {state.transform} of it (maximum {theirs.abs().max():.4g}, expected {ours.abs().max():.4g})"
         )
-    hidden = seen["head_input"].flatten(0, 1)
-    tensors = head_tensors(model.get_output_embeddings(), hidden)
+    hidden, head = seen["head_input"].flatten(0, 1), model.get_output_embeddings()
+    tensors = head_tensors(head, hidden)
     if not isinstance(tensors, str) and tensors.low_rank is None:  # an adapter may drop out, each time anew
-        product = nn.functional.linear(hidden, tensors.weight, tensors.bias).float()
-        difference = (product - seen["head_output"].flatten(0, 1).float()).abs().max()
-        if not difference <= 8 * torch.finfo(hidden.dtype).eps * product.abs().max():
+        with torch.no_grad():  # called here, as the model's forward may be wrapped in autocast
+            product, called = nn.functional.linear(hidden, tensors.weight, tensors.bias), head(hidden)
+        difference = (product.float() - called.float()).abs().max()
+        if not difference <= 8 * torch.finfo(product.dtype).eps * product.abs().max():
             raise ValueError(f"attach: {name}'s output head is not the product with its weight (off {difference:.4g})")
     state.checked = True

@@ -1,6 +1,7 @@
 """`model(batch)`: the model's own log-probs and gradients, from the scored positions alone; nothing else changes."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -202,6 +203,51 @@ def test_weights_that_are_not_there_yet_are_checked_at_the_first_call():
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     with pytest.raises(ValueError, match="LoudLlama"):
         model(batch_of())
+
+
+class Bounded(torch.nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", ["llama", "cohere"], ids=["plain", "scaled"])
+def test_logits_of_a_head_that_is_called_are_left_alone(kind):
+    """Its own last operation and its hooks may need them after the backward."""
+    model, batch, kept = tiny_model(kind, **HEADS[kind]), batch_of(), []
+    model.lm_head.__class__ = Bounded
+    own = own_logits(model, batch).log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    expected = gradients(model, own)
+    attach(model)
+    model.lm_head.register_forward_hook(lambda _module, _args, out: kept.append((out, out.detach().clone())))
+    logps = model(batch).logps
+    torch.testing.assert_close(logps, own)
+    assert_same_gradients(gradients(model, logps), expected)
+    assert torch.equal(*kept[-1])
+
+
+def test_weights_that_are_not_finite_are_called_so():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="not finite, its weights are not: model.layers.1.mlp.up_proj.weight has NaN"):
+        attach(model)
+
+
+def test_a_forward_that_is_wrapped_in_autocast_is_no_reason_against_a_head():
+    """As accelerate leaves it after training in bf16: logits in fp32 that were computed in bf16."""
+    model = tiny_model()
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = inner(*args, **kwargs)
+        out.logits = out.logits.float()
+        return out
+
+    model.forward = forward
+    batch = batch_of()
+    torch.testing.assert_close(attach(model)(batch).logps, attach(tiny_model())(batch).logps)
 
 
 def test_bad_calls():
