@@ -49,6 +49,28 @@ def test_level_3(plan, dtype, impl, transform, monkeypatch):
     check(leaves, oracle, needs, dtype)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_adapter_in_fp32_on_a_head_in_16_bits(plan, dtype, impl, monkeypatch):
+    """Log-probs as for fp32 factors. In a gradient D is in 16 bits, and then so is the factor that it is multiplied by:
+    one rounding more."""
+    monkeypatch.setattr(plans, "FLOPS_PER_BYTE", 0 if plan == "pending" else 10**9)
+    p, needs = make(dtype), PLANS[plan]
+    p.tensors |= {k: v for k, v in make(torch.float32, seed=1).tensors.items() if k in ("down", "up")}
+    oracle, leaves = Oracle(p, dpo(p)), leaves_of(p, needs)
+    with on_cuda(seed=len(plan), tile_rows=8 if plan in ("pending", "recompute") else 12):
+        out = preference(p, leaves, impl=impl)
+        if needs:
+            out.loss.backward()
+    assert out.plan.name == plan
+    assert (out.stats.logps.double() - oracle.logps).abs().max() <= 4 * oracle.logit_error
+    for name in needs:
+        assert leaves[name].grad.dtype == leaves[name].dtype
+        error = (leaves[name].grad.double() - oracle.gradients[name]).abs()
+        assert (error <= (2 if name in ("down", "up") else 1) * oracle.bound(name, dtype)).all(), name
+
+
 @pytest.mark.parametrize("adds", [True, False], ids=["addmm", "no addmm"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_a_torch_that_cannot_add_products(dtype, adds):

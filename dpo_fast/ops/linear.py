@@ -5,13 +5,25 @@ frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its 
 recompute  the forward keeps two floats a token; the backward rebuilds the logits, vocabulary slice by slice
 """
 
+import numbers
 import os
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    check_finite,
+    check_ignore_index,
+    check_labels,
+    check_tensor,
+    check_transform,
+    checking,
+    edge_of,
+    without_derivative,
+)
 from .dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .head import (
     aligned,
@@ -52,7 +64,8 @@ def linear_token_logps(
     hidden: (N, H), weight: (V, H), both of one floating dtype (under autocast they are taken in its dtype); bias: (V,);
     labels: (N,) int64 or int32, in [0, V) or `ignore_index`.
     low_rank: (down, up) of shapes (N, r), (V, r): adds down up^T to the logits. For a LoRA-adapted head, down is
-      scaling * lora_A(hidden) and up is lora_B's weight; both get gradients.
+      scaling * lora_A(hidden) and up is lora_B's weight; both get gradients. Where they are in fp32 and hidden is not,
+      their product is, too (not under autocast).
     The logits x become `softcap tanh(x scale / softcap) / temperature`. tile_mib: the budget for the one tile of logits
     that exists at a time (MiB); None: DPO_FAST_TILE_MIB, or what suits the device, see `ops.plan.plan_head`.
 
@@ -118,9 +131,11 @@ def check_tile_mib(op: str, tile_mib: int | None) -> int | None:
     if tile_mib is None and os.environ.get("DPO_FAST_TILE_MIB"):
         source, tile_mib = "DPO_FAST_TILE_MIB", os.environ["DPO_FAST_TILE_MIB"]
         tile_mib = int(tile_mib) if tile_mib.isdecimal() else tile_mib
-    if tile_mib is not None and (not isinstance(tile_mib, int) or isinstance(tile_mib, bool) or tile_mib < 1):
+    if tile_mib is None:
+        return None
+    if not isinstance(tile_mib, numbers.Integral) or isinstance(tile_mib, bool) or tile_mib < 1:
         raise ValueError(f"{op}: {source} must be an int of at least 1 or None, got {tile_mib!r}")
-    return tile_mib
+    return int(tile_mib)
 
 
 def check_head(op: str, hidden, weight, labels, bias, low_rank) -> None:
@@ -135,12 +150,16 @@ def check_head(op: str, hidden, weight, labels, bias, low_rank) -> None:
     if bias is not None:
         check_tensor(op, "bias", bias, (V,), FLOATS, hidden.device)
     if low_rank is not None:
-        if len(low_rank) != 2:
-            raise ValueError(f"{op}: low_rank must be a pair (down, up), got {len(low_rank)} elements")
+        if not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
+            raise ValueError(f"{op}: low_rank must be a pair (down, up), got {_said(low_rank)}")
         check_tensor(op, "low_rank[0]", low_rank[0], (N, "r"), FLOATS, hidden.device)
         check_tensor(op, "low_rank[1]", low_rank[1], (V, low_rank[0].shape[1]), FLOATS, hidden.device)
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}; cast one, or enable autocast")
+
+
+def _said(value) -> str:
+    return f"{len(value)} elements" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -169,7 +188,8 @@ def _token_stats(
     outputs = check_outputs(op, outputs)
     check_head(op, hidden, weight, labels, bias, low_rank)
     tile_mib = check_tile_mib(op, tile_mib)
-    check_transform(op, logit_softcap, temperature, logit_scale)
+    logit_softcap, temperature, logit_scale = check_transform(op, logit_softcap, temperature, logit_scale)
+    ignore_index = check_ignore_index(op, ignore_index)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     if impl == "reference":
         check_head_values(op, hidden, weight, bias, low_rank, labels, ignore_index)
@@ -202,6 +222,7 @@ def _token_stats(
         tile_mib,
         dtype,
         impl,
+        edge_of(hidden, down) if plan == "frozen" else None,
     )
     found = dict(zip(outputs, extras.unbind(0), strict=True))
     if "is_top1" in found:
@@ -248,24 +269,33 @@ def mask_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, 
 
 
 class Factors:
-    """The head's factors in the dtype of the GEMMs: (hidden, weight), and (down, up) for a low-rank update."""
+    """The head's factors in the dtypes of their GEMMs: (hidden, weight), and (down, up) for a low-rank update."""
 
     def __init__(self, hidden, weight, bias, down, up, dtype: torch.dtype):
         self.lefts = [hidden] if down is None else [hidden, down]
+        self.dtypes = [dtype] if down is None else [dtype, _low_rank_dtype(hidden, down, up, dtype)]
         # One conversion of the whole head on an accelerator, as autocast itself does; on CPU 16-bit weights are
         # converted slice by slice (head.py), never as a whole.
         rights = [weight] if up is None else [weight, up]
-        self.rights = [right.to(dtype) for right in rights]
+        self.rights = [right.to(dtype) for right, dtype in zip(rights, self.dtypes, strict=True)]
         self.bias = bias
-        self.dtype = dtype
 
     def rows(self, index, ignored: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """The factors of some tokens, a slice or an index tensor; zeros where a token is `ignored`: its hidden state
         may hold anything, and 0 times infinity is NaN, in its own gradient and in all of the weight's."""
-        lefts = [left[index].to(self.dtype) for left in self.lefts]
+        lefts = [left[index].to(dtype) for left, dtype in zip(self.lefts, self.dtypes, strict=True)]
         if ignored is not None:
             lefts = [left.masked_fill(ignored.unsqueeze(1), 0) for left in lefts]
         return list(zip(lefts, self.rights, strict=True))
+
+
+def _low_rank_dtype(hidden, down, up, dtype: torch.dtype) -> torch.dtype:
+    """That of the product down up^T: autocast's where that was asked for, else the wider one of its factors, as PEFT
+    keeps an adapter in fp32 on a 16-bit head. It has few columns, so fp32 costs little; it ends in fp32 anyway."""
+    if dtype != hidden.dtype:
+        return dtype
+    wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), dtype)
+    return torch.float32 if wide == torch.float64 and dtype != torch.float64 else wide
 
 
 def _plan(N: int, weight, name: str, tile_mib: int | None, dtype: torch.dtype, device_type: str) -> HeadPlan:
@@ -301,9 +331,10 @@ def _forward(
     tile_mib: int | None,
     dtype: str,
     impl: str,
+    edge: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> logps (N,), [row_max, log_sum] (2, N), statistics (len(stats), N), and the directions d logp / d hidden and
-    d logp / d down where the plan is `frozen`, else empty."""
+    d logp / d down where the plan is `frozen`, else empty. edge: `edge_of` what `frozen` does not keep."""
     low_rank = None if down is None else (down, up)
     check_head_values("linear_token_logps", hidden, weight, bias, low_rank, labels, ignore_index)
     results = _empty_results(hidden, down, stats, plan)
@@ -417,7 +448,7 @@ def _recompute(
         wide, operand = partition.dtype, gemm_operand(chunk[0][0][:0]).dtype
         coefficient = d_logps.to(wide).masked_fill(labels == ignore_index, 0)
         inside, d_left_scale, d_right_scale = coefficient, None, None  # what D is multiplied by, and what its products
-        weighted = [gemm_operand(left) for left, _ in chunk]
+        weighted = [gemm_operand(left).to(operand) for left, _ in chunk]
         if operand == torch.float16:
             lift = fp16_lift(transform)
             inside, d_left_scale = torch.full_like(coefficient, lift), coefficient.unsqueeze(1) / lift
@@ -503,30 +534,33 @@ def _(hidden, weight, bias, down, up, labels, partition, d_logps, needs, *_):
 
 def _save(ctx, inputs, output):
     tensors, knobs = inputs[:6], inputs[6:]
-    ignore_index, softcap, scale, temperature, _, ctx.plan, tile_mib, dtype, _ = knobs
+    ignore_index, softcap, scale, temperature, _, ctx.plan, tile_mib, dtype, _, edge = knobs
     ctx.knobs = (ignore_index, softcap, scale, temperature, tile_mib, dtype)
     _, partition, extras, d_hidden, d_down = output
     ctx.mark_non_differentiable(partition, extras, d_hidden, d_down)
     ctx.set_materialize_grads(False)
     if ctx.plan == "frozen":  # hidden is not kept
-        ctx.save_for_backward(d_hidden, d_down)
+        ctx.save_for_backward(d_hidden, d_down, edge)
         ctx.dtypes = (tensors[0].dtype, tensors[0].dtype if tensors[3] is None else tensors[3].dtype)
     elif ctx.plan == "recompute":
         ctx.save_for_backward(*tensors, partition)
 
 
 def _differentiate(ctx, d_logps, *_):
-    gradients = [None] * 15
+    gradients = [None] * 16
     if d_logps is None:
         return tuple(gradients)
     needs = list(ctx.needs_input_grad[:5])
     if ctx.plan == "frozen":
-        for k, direction, dtype in zip((0, 3), ctx.saved_tensors, ctx.dtypes, strict=True):
+        *directions, edge = ctx.saved_tensors
+        for k, direction, dtype in zip((0, 3), directions, ctx.dtypes, strict=True):
             if needs[k]:
-                gradients[k] = _scale_rows(direction, d_logps).to(dtype)
+                gradient = _scale_rows(direction, d_logps).to(dtype)
+                gradients[k] = without_derivative("linear_token_logps", gradient, edge)
     elif ctx.plan == "recompute":
         *tensors, partition = ctx.saved_tensors
         found = _recompute(*tensors, partition, d_logps.contiguous(), needs, *ctx.knobs)
+        found = [without_derivative("linear_token_logps", d, *tensors) for d in found]
         gradients[:5] = [d if need else None for d, need in zip(found, needs, strict=True)]
     return tuple(gradients)
 
