@@ -41,10 +41,13 @@ class LossParams:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is float and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            if field.type is not float:
+                continue
+            # Compared, as torch.compile may leave a number open
+            if not (isinstance(value, (float, numbers.Real)) and -math.inf < value < math.inf):
                 raise ValueError(f"{field.name} must be a finite number, got {value!r}")
-            if field.type is float:
-                object.__setattr__(self, field.name, float(value))  # NumPy's scalars, too
+            if not isinstance(value, float):
+                object.__setattr__(self, field.name, float(value))  # NumPy's scalars
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .logps import PairLogps, pair_logps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
-from .ops.checks import check_finite, check_tensor, check_transform, checking
+from .ops.checks import check_finite, check_ignore_index, check_tensor, check_transform, checking
 from .ops.dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .ops.head import Transform
 from .ops.linear import check_head, check_head_values, check_tile_mib, compute_dtype, linear_token_stats
@@ -113,7 +113,8 @@ def linear_preference_loss(
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
     check_head(op, hidden, weight, labels, bias, low_rank)
     tile_mib = check_tile_mib(op, tile_mib)
-    check_transform(op, logit_softcap, temperature, logit_scale)
+    logit_softcap, temperature, logit_scale = check_transform(op, logit_softcap, temperature, logit_scale)
+    ignore_index = check_ignore_index(op, ignore_index)
     impl = choose_impl(op, impl, hidden.device, hidden.dtype)
     scored = labels != ignore_index
     context = _Context.make(

@@ -315,6 +315,32 @@ def test_bad_input_is_named(case, impl):
         logits_token_logps(**arguments)
 
 
+OWN_MEMORY = {
+    "rows that overlap": (lambda base: base.as_strided((4, 7), (1, 1)), False),
+    "rows that overlap by one": (lambda base: base.as_strided((3, 7), (6, 1)), False),
+    "one row": (lambda base: base.as_strided((1, 7), (0, 1)), True),
+    "transposed": (lambda base: base[:28].view(7, 4).T, True),
+    "every other": (lambda base: base[:56].view(4, 14)[:, ::2], True),
+    "every other row": (lambda base: base[:56].view(8, 7)[::2], True),
+    "a slice": (lambda base: base[:60].view(4, 15)[:, 3:10], True),
+    "no rows": (lambda base: base.as_strided((0, 7), (0, 1)), True),
+}
+
+
+@pytest.mark.parametrize("case", OWN_MEMORY)
+def test_a_gradient_is_written_over_memory_of_one_s_own(case):
+    view, fits = OWN_MEMORY[case]
+    base = torch.randn(64, generator=make_generator(), requires_grad=True)
+    labels = torch.arange(view(base).shape[0]) % 7
+    (expected,) = torch.autograd.grad(logits_token_logps(view(base * 1), labels).sum(), base)
+    if not fits:
+        with pytest.raises(ValueError, match="inplace_backward needs logits with memory of their own, got shape"):
+            logits_token_logps(view(base * 1), labels, inplace_backward=True)
+        return
+    (found,) = torch.autograd.grad(logits_token_logps(view(base * 1), labels, inplace_backward=True).sum(), base)
+    torch.testing.assert_close(found, expected)
+
+
 def test_unknown_output_is_named():
     with pytest.raises(ValueError, match="outputs must be a sequence of names from entropy"):
         logits_token_stats(torch.zeros(1, 2), torch.tensor([0]), outputs=("entropie",))

@@ -6,10 +6,12 @@ non-finite inputs on every device.
 """
 
 import math
+import numbers
 import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -33,15 +35,49 @@ def check_tensor(op: str, name: str, value, shape: tuple, dtypes: tuple, device:
         raise ValueError(f"{op}: {name} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, the other inputs are on {device}; move it there")
+    # A registered op would drop the tangent, in silence
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{op}: {name} has a tangent, but there is no forward-mode derivative; use backward")
 
 
-def check_transform(op: str, logit_softcap: float | None, temperature: float, logit_scale: float = 1.0) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
+def check_transform(
+    op: str, logit_softcap: float | None, temperature: float, logit_scale: float = 1.0
+) -> tuple[float | None, float, float]:
+    """(softcap, temperature, scale) as Python's numbers, which is what registered ops take."""
+    temperature, logit_scale = _number(op, "temperature", temperature), _number(op, "logit_scale", logit_scale)
+    if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be a positive number, got {temperature}")
-    if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
-        raise ValueError(f"{op}: logit_softcap must be a positive number or None, got {logit_softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+    if logit_softcap is None:
+        return None, temperature, logit_scale
+    logit_softcap = _number(op, "logit_softcap", logit_softcap)
+    if not 0 < logit_softcap < math.inf:
+        raise ValueError(f"{op}: logit_softcap must be a positive number or None, got {logit_softcap}")
+    return logit_softcap, temperature, logit_scale
+
+
+def _number(op: str, name: str, value) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {name} must be a number, got a tensor, which would get no gradient here. Give {name}.item(), or "
+            "where it is learned or differs between tokens, scale hidden states or logits by it"
+        )
+    if isinstance(value, (float, torch.SymFloat)):  # the latter is a number that a compiled graph leaves open
+        return value
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_ignore_index(op: str, value) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (numbers.Integral, torch.SymInt))
+        or not -(2**63) <= value < 2**63
+    ):
+        raise TypeError(f"{op}: ignore_index must be an int of 64 bits, got {value!r}")
+    return int(value)
 
 
 def check_labels(op: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
@@ -54,6 +90,35 @@ def check_labels(op: str, labels: Tensor, vocab: int, ignore_index: int) -> None
             f"{op}: {int(wrong.sum())} of {labels.numel()} labels are outside [0, {vocab}) and not "
             f"ignore_index={ignore_index}; the first is {labels[tuple(first)].item()} at index {first}"
         )
+
+
+def edge_of(*inputs: Tensor | None) -> Tensor | None:
+    """A zero with a path to the inputs that require gradients: it keeps their graph, but not their memory."""
+    with torch.enable_grad():
+        parts = [x[:0].sum() for x in inputs if x is not None and x.requires_grad]
+        return sum(parts) if parts else None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, op, *_):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.op}: its gradient has no derivative, which a gradient penalty or a Hessian needs; that of "
+            "impl='reference' has one"
+        )
+
+
+def without_derivative(op: str, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+    """`gradient`, as a backward returns it. Where the caller means to differentiate it (create_graph=True), that
+    raises: autograd sees no graph behind a gradient whose coefficients are constant, and would take it for one.
+
+    inputs: what it depends on, or the `edge_of` that."""
+    return _Once.apply(gradient, op, *inputs) if torch.is_grad_enabled() else gradient
 
 
 def check_finite(op: str, **tensors: Tensor | None) -> None:

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from . import logits_torch
-from .checks import FLOATS, INTEGERS, check_finite, check_labels, check_tensor, check_transform, checking
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    check_finite,
+    check_ignore_index,
+    check_labels,
+    check_tensor,
+    check_transform,
+    checking,
+    without_derivative,
+)
 from .dispatch import choose_impl, free_to_look
 from .reference import logits_token_stats_reference
 from .stats import STATS, TokenStats, check_outputs
@@ -84,9 +94,13 @@ def _token_stats(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_tensor(op, "labels", labels, tuple(logits.shape[:-1]), INTEGERS, logits.device)
-    check_transform(op, logit_softcap, temperature)
-    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"{op}: inplace_backward needs logits with memory of their own, got an expanded tensor")
+    logit_softcap, temperature, _ = check_transform(op, logit_softcap, temperature)
+    ignore_index = check_ignore_index(op, ignore_index)
+    if inplace_backward and _may_overlap(logits):
+        raise ValueError(
+            f"{op}: inplace_backward needs logits with memory of their own, got shape {tuple(logits.shape)} with "
+            f"strides {logits.stride()}, as of an expanded tensor"
+        )
     impl = choose_impl(op, impl, logits.device, logits.dtype)
     if impl == "reference":
         _check_values(op, logits, labels, ignore_index)
@@ -107,6 +121,16 @@ def _token_stats(
         found["is_top1"] = found["is_top1"] != 0
     shaped = {name: value.view(labels.shape) for name, value in {"logps": logps, **found}.items()}
     return TokenStats(**shaped)
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether two elements may lie in one place: unless each dimension steps over all that the smaller ones span."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _check_values(op: str, logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -247,7 +271,7 @@ def _differentiate(ctx, d_logps, _d_partition, _d_extras):
         d_logits = logits.detach()
     else:
         d_logits = _backward(*arguments)
-    return d_logits, *(None,) * 7
+    return without_derivative("logits_token_logps", d_logits, logits), *(None,) * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .checks import edge_of, without_derivative
 from .dispatch import free_to_look
 from .head import make_tile
 from .linear import Factors, scored_rows, usable_labels
 from .logits_torch import Transform
 from .plan import HeadPlan
 from .sequence import sequence_logps
+
+_OP = "linear_preference_loss"
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,12 @@ class PairwiseLossFunction(torch.autograd.Function):
             for pairs, part in run.chunks:
                 long = part.stop - part.start > head.plan.chunk_rows
                 losses[pairs] = (run.long_pair if long else run.chunk)(pairs, part)
-        ctx.gradients = gradients
+        ctx.gradients, ctx.edge = gradients, edge_of(*inputs)
         loss = (losses.double() if wide == torch.float64 or hidden.device.type != "mps" else losses).mean().to(wide)
         ctx.set_materialize_grads(False)
         return loss, losses, run.values[0], run.values[1:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss, *others):
         if any(d is not None for d in others):
             raise RuntimeError(
@@ -139,9 +140,10 @@ class PairwiseLossFunction(torch.autograd.Function):
                 "by the first backward; call the function again, or compose linear_token_logps and preference_loss"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        d_loss = d_loss.detach()
         scaled = not free_to_look(d_loss) or d_loss != 1  # looking is free on CPU only
         handed = [
-            None if d is None else (d.mul_(d_loss) if scaled else d).to(dtype)
+            None if d is None else without_derivative(_OP, (d.mul_(d_loss) if scaled else d).to(dtype), ctx.edge)
             for d, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *handed, None, None, None, None
@@ -155,13 +157,13 @@ class OwnLeaves(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, gradients, *leaves):
-        ctx.gradients = gradients
+        ctx.gradients, ctx.leaves = gradients, leaves
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss):
-        return d_loss, None, *(d * d_loss.to(d.dtype) for d in ctx.gradients)
+        own = (without_derivative(_OP, d * d_loss.detach().to(d.dtype), *ctx.leaves) for d in ctx.gradients)
+        return d_loss, None, *own
 
 
 def leaves_of(result: Tensor) -> list[Tensor]:
