@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import transformers as tf
+from tiny import skip_without_experts
 
 from dpo_fast import attention
 from dpo_fast.batch import TokenPair
@@ -48,9 +49,7 @@ CONFIGS = {
 
 def build(name):
     config = CONFIGS[name]()
-    experts = {"num_experts", "num_local_experts"} & set(config.to_dict())
-    if experts and not torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU"):
-        pytest.skip(f"torch {torch.__version__} cannot run transformers' experts on CPU: no grouped_mm there")
+    skip_without_experts(config)
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).float().train()
     for module in model.modules():
