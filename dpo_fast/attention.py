@@ -84,7 +84,7 @@ def _attention(module, query, key, value, attention_mask, *args, original, pair_
             raise LayoutLost(f"a layer above {type(module).__name__} does not hand the layout of a packed row on")
         out = _original(module, original)(module, query, key, value, attention_mask, *args, **kwargs)
         return out if _OBSERVER is None else _OBSERVER(module, out, kwargs)
-    if not torch.compiler.is_compiling():  # a probe has run uncompiled, see probe.py
+    if not torch.compiler.is_compiling():  # the probe has run uncompiled, see packing.py
         pair_layout.called.modules.add(module)
     dropout = kwargs.get("dropout") or 0.0
     if dropout and module.training:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import attention, probe
+from . import attention, packing
 from .batch import PreferenceBatch
 from .heads import head_tensors
 from .layout import separate_rows
@@ -97,6 +97,7 @@ class _Attachment:
     tile_mib: int | None
     checked: bool = False
     backbone: str = ""  # where the module is whose output the head is given; "": base_model
+    packs: bool = False  # the probe of packed rows has found nothing in either mode: what compiled code asks
 
 
 def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None) -> nn.Module:
@@ -230,20 +231,20 @@ def score_batch(
 def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
     """Run the backbone on the batch's rows -> (N, H), see `at_predictors`.
 
-    A packed row that the model cannot run, or not now (see probe.py), runs as padded rows, and a line says why.
+    A packed row that the model cannot run, or not now (see packing.py), runs as padded rows, and a line says why.
     """
     if batch.layout is not None:
         reasons = reasons_against_packed_rows(model, batch.input_ids.device)
         if reasons:
-            probe.refuse_or_log(model, reasons)
+            packing.refuse_or_log(model, reasons)
             batch = separate_rows(batch)
     backbone = backbone_of(model)
     rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None} | {"use_cache": False}
     if batch.layout is None:
-        hidden = backbone(**rows)[0]
+        hidden = packing.run_padded(model, backbone, rows)[0]
     else:
         attention.enable(model)
-        hidden = probe.run(model, backbone, rows | attention.model_inputs(batch.layout, batch.input_ids.device))[0]
+        hidden = packing.run(model, backbone, rows | attention.model_inputs(batch.layout, batch.input_ids.device))[0]
     return at_predictors(model, hidden, batch.predictors)
 
 
@@ -261,15 +262,24 @@ def reasons_against_packed_rows(
     The first call runs the probe (probe.py), once per model object.
     """
     base = _causal_lm(model)
-    attachment(base)  # the head's check finds the backbone
+    state = attachment(base)  # the head's check finds the backbone
+    if torch.compiler.is_compiling():  # hooks are part of what Dynamo traces
+        return [] if state.packs else list(_reasons_not_compiled(base, device, training))
     device = base.device if device is None else device
-    return probe.reasons_against(base, lambda: backbone_of(base), device, training)
+    reasons = packing.reasons_against(base, lambda: backbone_of(base), device, training)
+    state.packs = not reasons and packing.runs_in_both_modes(base)
+    return reasons
+
+
+@torch.compiler.disable
+def _reasons_not_compiled(model: nn.Module, device, training) -> list[str]:
+    return reasons_against_packed_rows(model, device, training)
 
 
 def is_ready(model: nn.Module, device: torch.device) -> bool:
     """Whether the probe can run now, outside the model's wrappers; else the first packed batch runs it, inside."""
     base = _causal_lm(model)
-    return probe.is_ready(base) and base.device.type == torch.device(device).type
+    return packing.is_ready(base) and base.device.type == torch.device(device).type
 
 
 def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tensor:

@@ -1,181 +1,44 @@
-"""Whether a model runs packed rows right: proven once per model, before its first one, and guarded at each call.
+"""The probe: three short pairs through a model, one sequence at a time, padded, and as one packed row.
 
-`reasons_against(model, backbone)` says why a packed row must not run; empty if it may. Three parts:
+The hidden states must agree, and every attention layer that computes the first must get the layout of the packed row.
+What is asked when, see packing.py.
 
-    read     the configuration and the modules (attention.py)
-    proven   three short pairs through the model: one sequence at a time, and packed. The hidden states must agree, and
-             every attention layer of the first pass must get the layout in the second. Once per model object
-    watched  what may change between calls: hooks inside the backbone, which would see a packed row, and dropout
-
-`run` is the packed pass itself, and raises unless every attention layer was called with the layout.
-
-The probe takes at most 34 tokens packed, or 34 + the window where that is at most 64, and about 6 times as many in
-all (`probe_tokens`): in FLOPs, forwards of at most 700 tokens, that is below a hundredth of a training step of
-16,000 tokens, once. It leaves nothing behind: no random number is drawn, modes, hooks, autocast's cache and, where it
-fails, the attention implementation are as before.
+Its packed row has 27 tokens and all its 17 passes 231 (`probe_tokens`): forwards only, so 0.4 % of the FLOPs of one
+training step of 16,000 tokens, in which policy and reference take four forwards' worth. A window of w <= 64 adds a row
+longer than it: 85 and 1,217 tokens for w = 64, 2 %. Once per model.
 
 The tolerance is what rounding does in this model, on this device: the sequences are run once more, and the output of
 each attention layer is changed in every element by as much as two computations of it may differ. Sixteen roundings:
-queries, keys, values, scores, exp (2), sum and weights, in both; and two sums of products in another order, the root
-of their width in fp32 (Higham, section 3.1). Random signs, the full amount in each: a packed pass that is right differs
-less. What follows attention is summed in another order, too, once or twice a layer: that is added as a random walk.
-Where a layer is left out or sees another key, the difference is not of that order, but of the attention's own.
+queries, keys, values, scores, exp (2), sum and weights, in both, each of up to one eps (half of it where a device
+rounds to the nearest); and two sums of products in another order, in fp32. Independent roundings grow as the root of
+their number (Higham, section 2.8): four eps, and twice the root of the width. Random signs, the full amount in each
+element: a packed pass that is right differs less. What follows attention is summed in another order, too, once or twice
+a layer: that is added as a random walk. Where a layer is left out or sees another key, the difference is not of that
+order, but of the attention's own.
 """
 
-import contextlib
-import functools
-import logging
-import weakref
-from collections.abc import Callable, Iterator
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.modules import module as torch_modules
 
 from . import attention
 from .batch import TokenPair
-from .layout import SharedPrefixLayout, common_prefix, shared_prefix_batch
-
-logger = logging.getLogger("dpo_fast")
+from .hooks import mode
+from .layout import common_prefix, shared_prefix_batch
 
 LARGEST_WINDOW = 64  # a row longer than larger ones would cost too much: there the keyword counts, see _lost_windows
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_LIBRARIES = {"torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "bitsandbytes", "dpo_fast"}
+# Whatever a model does with keywords or masks that it does not expect
+ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class Verdict:
     reasons: tuple[str, ...]
-    in_training: tuple[str, ...]  # those that hold in training mode
-    layers: frozenset[nn.Module]  # what calls the attention function
-
-
-# Not on the model: a copy is to be proven by itself, and a pickle must load where this library is not
-_VERDICTS: "weakref.WeakKeyDictionary[nn.Module, _Verdict]" = weakref.WeakKeyDictionary()
-_REQUIRED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-def reasons_against(
-    model: nn.Module, backbone: Callable[[], nn.Module], device: torch.device, training: bool | None = None
-) -> list[str]:
-    """Why `model`, a causal LM, must not be given a packed row; empty if it may. backbone: see `forward.py`;
-    training: in training mode or not, None: in the mode that the model is in.
-
-    The first call runs the probe, on every rank if the model is sharded: call it at the same point on all.
-    """
-    if torch.compiler.is_compiling():
-        return list(_not_compiled(model, backbone, device))
-    verdict = _VERDICTS.get(model)
-    if verdict is None:
-        verdict = _VERDICTS[model] = _prove(model, backbone(), device)
-    reasons = list(verdict.reasons)
-    if model.training if training is None else training:
-        reasons += verdict.in_training
-    return reasons or watched(model, backbone())
-
-
-@torch.compiler.disable
-def _not_compiled(model, backbone, device) -> tuple[str, ...]:
-    return tuple(reasons_against(model, backbone, device))
-
-
-def is_ready(model: nn.Module) -> bool:
-    """Whether its weights are here and whole, so that it can run outside its wrappers."""
-    return all(
-        p.numel() and not p.is_meta and not isinstance(p, DTensor) and not hasattr(p, "ds_id")
-        for p in model.parameters()
-    )
-
-
-def require(model: nn.Module) -> None:
-    """From now on a packed row that must not run raises ValueError instead of running as padded rows."""
-    _REQUIRED.add(model)
-
-
-def refuse_or_log(model: nn.Module, reasons: list[str]) -> None:
-    if model in _REQUIRED:
-        raise ValueError(f"layout='shared_prefix' cannot run: {'; '.join(reasons)}; use layout='padded' or 'auto'")
-    _log_once("; ".join(reasons))
-
-
-@functools.cache
-def _log_once(reasons: str) -> None:
-    logger.warning("layout: padded rows, not shared prefixes, because %s", reasons)
-
-
-def run(model: nn.Module, backbone: nn.Module, inputs: dict):
-    """The backbone's output for a packed row, whose `inputs` include those of `attention.model_inputs`.
-
-    Raises `attention.LayoutLost` unless every attention layer was called with the layout. Compiled, that is left to
-    the probe.
-    """
-    if torch.compiler.is_compiling():
-        return backbone(**inputs)
-    layout: SharedPrefixLayout = inputs["pair_layout"]
-    layout.called.modules.clear()
-    out = backbone(**inputs)
-    verdict = _VERDICTS.get(model)
-    expected = frozenset() if verdict is None else verdict.layers
-    if not layout.called.modules or not expected <= layout.called.modules:
-        missing = len(expected) - len(expected & layout.called.modules) or "its"
-        raise attention.LayoutLost(
-            f"{type(model).__name__} ran a packed row, but {missing} attention layers were not called with its layout; "
-            "use padded rows"
-        )
-    return out
-
-
-# --- what may change between calls ---------------------------------------------------------------------------------
-
-
-def watched(model: nn.Module, backbone: nn.Module) -> list[str]:
-    """Hooks below the backbone, and global ones: they would be shown a packed row where they expect one sequence."""
-    name = type(model).__name__
-    for dictionary in _global_hooks():
-        for hook in dictionary.values():
-            if not _is_a_librarys(hook):
-                return [f"a global hook of modules ({_name_of(hook)}) would see packed rows"]
-    # The backbone's own are its caller's business; the embeddings may lie outside of it
-    for path, module in [*backbone.named_modules(), ("embeddings", model.get_input_embeddings())]:
-        if module is backbone:
-            continue
-        for kind in _HOOKS:
-            for hook in vars(module)[kind].values():
-                if "neftune" in _name_of(hook):
-                    return [f"NEFTune (neftune_noise_alpha) scales its noise by the length of the row of {name}"]
-                if not _is_a_librarys(hook):
-                    return [f"the hook {_name_of(hook)} on {name}'s {path} would see packed rows"]
-    return []
-
-
-def _global_hooks() -> list[dict]:
-    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    return [getattr(torch_modules, f"_global_{name}") for name in names]
-
-
-def _function_of(hook):
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return getattr(hook, "__func__", hook)
-
-
-def _name_of(hook) -> str:
-    function = _function_of(hook)
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _is_a_librarys(hook) -> bool:
-    """FSDP, ZeRO-3, transformers and PEFT hang hooks on modules which do not read rows; everybody's recipe for
-    gradient checkpointing with adapters, make_inputs_require_grad, does not either."""
-    function = _function_of(hook)
-    origin = getattr(function, "__module__", None) or type(function).__module__
-    known = origin.partition(".")[0] in _LIBRARIES and "neftune" not in _name_of(hook)
-    return known or "make_inputs_require_grad" in _name_of(hook)
-
-
-# --- the probe -----------------------------------------------------------------------------------------------------
+    in_training: tuple[str, ...] = ()  # those that hold in training mode
+    layers: frozenset[nn.Module] = frozenset()  # what calls the attention function
+    padded: str = ""  # why padded rows are wrong, too
 
 
 def probe_pairs(config) -> list[TokenPair]:
@@ -206,7 +69,7 @@ def probe_tokens(config) -> tuple[int, int]:
     sequences = _sequences(pairs)
     width = max(map(len, sequences))
     packed = shared_prefix_batch(pairs).layout.length
-    return packed, packed + 2 * sum(map(len, sequences)) + 2 * len(sequences) * width + len(sequences[0])
+    return packed, packed + 2 * sum(map(len, sequences)) + 2 * len(sequences) * width + 2 * len(sequences[0])
 
 
 def _sequences(pairs: list[TokenPair]) -> list[list[int]]:
@@ -214,70 +77,74 @@ def _sequences(pairs: list[TokenPair]) -> list[list[int]]:
     return [[*p, *c] for q in pairs for p, c in ((q.chosen_prompt, q.chosen), (q.rejected_prompt, q.rejected))]
 
 
-def _prove(model: nn.Module, backbone: nn.Module, device: torch.device) -> _Verdict:
-    reasons, name = attention.reasons_against(model), type(model).__name__
-    if reasons:
-        return _Verdict(tuple(reasons), (), frozenset())
-    with torch.no_grad(), _no_trace(model, device):
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def prove(model: nn.Module, backbone: nn.Module, device: torch.device) -> Verdict:
+    name, read = type(model).__name__, attention.reasons_against(model)
+    sequences = _sequences(probe_pairs(model.config.get_text_config()))
+    with mode(model, training=False):
+        own = _one_at_a_time(backbone, sequences, device)
+        plain = _padded_pass(backbone, sequences, device)
+        layers = sum(1 for _ in backbone.modules()) if read else 0
         try:
-            verdict = _run_probe(model, backbone, device)
-        except torch.OutOfMemoryError:
-            attention.disable(model)
-            raise
+            verdict, budget = (Verdict(tuple(read)), 0.0) if read else _pack(model, backbone, device, own, plain)
         except attention.LayoutLost as error:
-            verdict = _Verdict((f"{name}: {error}",), (), frozenset())
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            # Whatever a model does with keywords or masks that it does not expect; its own forward has been checked
-            said = str(error).strip().partition("\n")[0]
-            verdict = _Verdict((f"{name} does not run packed rows ({type(error).__name__}: {said})",), (), frozenset())
-    if verdict.reasons:
-        attention.disable(model)
+            verdict, budget = Verdict((f"{name}: {error}",)), 0.0
+        except torch.OutOfMemoryError:
+            raise
+        except ERRORS as error:  # its own forward has run
+            verdict, budget = Verdict((f"{name} does not run packed rows ({said(error)})",)), 0.0
+    eps = torch.finfo(own.dtype).eps
+    budget = max(budget, (layers or len(verdict.layers) or 1) ** 0.5 * (4 * eps + 2 * _sums(own.dtype, own.shape[-1])))
+    found = _difference(plain, own)
+    if not found <= budget:
+        wrong = f"{name}'s padded rows differ from separate ones by {found:.2g} of a hidden state"
+        verdict = dataclasses.replace(verdict, padded=wrong)
     return verdict
 
 
-def _run_probe(model: nn.Module, backbone: nn.Module, device: torch.device) -> _Verdict:
+def _pack(model, backbone, device, own: Tensor, plain: Tensor) -> tuple[Verdict, float]:
+    """own: the hidden states of each token of the sequences one at a time; plain: of padded rows. The verdict, and by
+    how much rounding changes a hidden state."""
     name, config = type(model).__name__, model.config.get_text_config()
     pairs = probe_pairs(config)
-    sequences = _sequences(pairs)
-    notes = _Notes()
-
-    def ids(tokens) -> Tensor:
-        return torch.tensor([tokens], device=device)
-
-    def one_at_a_time(observer) -> Tensor:
-        with attention.observed(observer):
-            return torch.cat([backbone(input_ids=ids(s), use_cache=False)[0][0] for s in sequences])
-
-    with _mode(model, training=False):
-        plain = _padded_pass(backbone, sequences, device)
+    sequences, notes = _sequences(pairs), _Notes()
+    attention.enable(model)
+    if not torch.equal(_padded_pass(backbone, sequences, device), plain):
+        attention.disable(model)
+        if torch.equal(_padded_pass(backbone, sequences, device), plain):  # else it is not reproducible by itself
+            return Verdict((f"{name}'s plain forward depends on the name of its attention implementation",)), 0.0
         attention.enable(model)
-        if not torch.equal(_padded_pass(backbone, sequences, device), plain):
-            attention.disable(model)
-            if torch.equal(_padded_pass(backbone, sequences, device), plain):  # else it is not reproducible by itself
-                return _Verdict((f"{name}'s plain forward depends on its implementation's name",), (), frozenset())
-            attention.enable(model)
-        own = one_at_a_time(notes)
-        if not notes.windows:
-            return _Verdict(
-                (f"{name} does not take its attention from transformers' AttentionInterface",), (), frozenset()
-            )
-        lost = _lost_windows(model, config, notes)
-        if lost:
-            return _Verdict(tuple(lost), (), frozenset())
-        batch = shared_prefix_batch(pairs).to(device)
-        inputs = attention.model_inputs(batch.layout, device)
-        row = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)[0][0]
-        missing = notes.windows.keys() - batch.layout.called.modules
-        if missing:
-            return _Verdict((f"{name} does not hand the layout to {len(missing)} of its layers",), (), frozenset())
-        packed = torch.cat([row[torch.tensor(where, device=row.device)] for where in _places(pairs)])
-        peer = _difference(one_at_a_time(_Rounding(own.dtype, own.shape[-1])), own)
-        budget = peer + (2 * len(notes.windows)) ** 0.5 * _sums(own.dtype, own.shape[-1])
-        found = _difference(packed, own)
-        if not found <= budget:
-            wrong = f"{name}'s packed rows differ from separate ones by {found:.2g} of a hidden state, "
-            return _Verdict((wrong + f"rounding explains {budget:.2g}",), (), frozenset())
-    return _Verdict((), tuple(_reasons_in_training(model, backbone, ids(sequences[0]))), frozenset(notes.windows))
+    with attention.observed(notes):
+        _one_at_a_time(backbone, sequences[:1], device)
+    if not notes.windows:
+        return Verdict((f"{name} does not take its attention from transformers' AttentionInterface",)), 0.0
+    with attention.observed(_Rounding(own.shape[-1])):
+        rounded = _one_at_a_time(backbone, sequences, device)
+    budget = _difference(rounded, own) + (2 * len(notes.windows)) ** 0.5 * _sums(own.dtype, own.shape[-1])
+    lost = _lost_windows(model, config, notes)
+    if lost:
+        return Verdict(tuple(lost)), budget
+    batch = shared_prefix_batch(pairs).to(device)
+    inputs = attention.model_inputs(batch.layout, device)
+    row = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs)[0][0]
+    missing = notes.windows.keys() - batch.layout.called.modules
+    if missing:
+        return Verdict((f"{name} does not hand the layout to {len(missing)} of its layers",)), budget
+    packed = torch.cat([row[torch.tensor(where, device=row.device)] for where in _places(pairs)])
+    found = _difference(packed, own)
+    if not found <= budget:
+        wrong = f"{name}'s packed rows differ from separate ones by {found:.2g} of a hidden state, "
+        return Verdict((wrong + f"rounding explains {budget:.2g}",)), budget
+    in_training = _reasons_in_training(model, backbone, torch.tensor(sequences[:1], device=device))
+    return Verdict((), tuple(in_training), frozenset(notes.windows)), budget
+
+
+def _one_at_a_time(backbone: nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
+    rows = [torch.tensor([s], device=device) for s in sequences]
+    return torch.cat([backbone(input_ids=ids, use_cache=False)[0][0] for ids in rows])
 
 
 def _padded_pass(backbone: nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
@@ -325,16 +192,15 @@ def _sums(dtype: torch.dtype, width: int) -> float:
 class _Rounding:
     """Changes each element of an attention output by the most that rounding may, see the top of the file."""
 
-    def __init__(self, dtype: torch.dtype, width: int):
-        eps = torch.finfo(dtype).eps
-        self.amount = 16 * eps + 2 * _sums(dtype, width)
+    def __init__(self, width: int):
+        self.width = width
 
     def __call__(self, _module: nn.Module, out: tuple, _keywords: dict) -> tuple:
-        result = out[0]
-        eps = torch.finfo(result.dtype).eps  # coarser than the hidden states' under autocast
+        result = out[0]  # under autocast in its dtype
+        amount = 4 * torch.finfo(result.dtype).eps + 2 * _sums(result.dtype, self.width)
         signs = torch.randint(2, result.shape, device=result.device) * 2 - 1
-        changed = result.float() * (1 + signs * (self.amount + 16 * eps))
-        return (changed.to(result.dtype), *out[1:])
+        wide = result if result.dtype == torch.float64 else result.float()
+        return ((wide * (1 + signs * amount)).to(result.dtype), *out[1:])
 
 
 def _windows(config) -> dict[str, int]:
@@ -362,59 +228,10 @@ def _lost_windows(model: nn.Module, config, notes: _Notes) -> list[str]:
 def _reasons_in_training(model: nn.Module, backbone: nn.Module, ids: Tensor) -> list[str]:
     """Attention dropout, which shared-prefix attention has not, and layers that are left out at random."""
     notes, name = _Notes(), type(model).__name__
-    with _mode(model, training=True), attention.observed(notes):
+    # Called in evaluation mode, which `mode` restores
+    with mode(model, training=True), attention.observed(notes):
         backbone(input_ids=ids, use_cache=False)
     reasons = [f"{name} has attention dropout ({notes.dropout}), which packed rows have not"] if notes.dropout else []
     if any(isinstance(rate := getattr(m, "layerdrop", 0.0), (int, float)) and rate > 0 for m in model.modules()):
         reasons.append(f"{name} leaves out layers at random (layerdrop)")
     return reasons
-
-
-# --- no trace ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers, hooks that are not a library's and autocast's cache as before.
-
-    The cache: a cast of a weight that is made without gradients would be taken for the one that training needs.
-    """
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == device.type})
-    forked = dict(devices=devices, device_type=device.type) if device.type not in ("cpu", "meta") else dict(devices=[])
-    cached = torch.is_autocast_cache_enabled()
-    with torch.random.fork_rng(**forked), _without_hooks(model):
-        torch.manual_seed(0)  # the same on every rank
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-
-
-@contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    dictionaries = [vars(m)[kind] for m in model.modules() for kind in _HOOKS] + _global_hooks()
-    saved = [(d, list(d.items())) for d in dictionaries if any(not _is_a_librarys(hook) for hook in d.values())]
-    for dictionary, hooks in saved:
-        for key, hook in hooks:
-            if not _is_a_librarys(hook):
-                del dictionary[key]
-    try:
-        yield
-    finally:
-        for dictionary, hooks in saved:
-            added = [item for item in dictionary.items() if item not in hooks]
-            dictionary.clear()
-            dictionary.update([*hooks, *added])
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    changed = [module for module in model.modules() if module.training != training]
-    for module in changed:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = not training

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import attention, probe
+from . import attention, packing
 from .batch import TokenPair
 from .forward import (
     at_predictors,
@@ -106,6 +106,12 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             super().__init__(*args, **kwargs)
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
+        if layout != "padded" and self.args.neftune_noise_alpha is not None:
+            _refuse_or_log(layout, ["NEFTune (neftune_noise_alpha) scales its noise by the length of a row"])
+            layout = "padded"
+            for model in installed:
+                for seam in vars(model).get(_SEAMS, [])[-1:]:
+                    seam.layout = layout
         for model in installed:  # proven before the first batch where they can run already
             ours = _SEAMS in vars(model) and layout != "padded"
             reasons = reasons_against_packed_rows(model) if ours and is_ready(model, self.args.device) else []
@@ -180,8 +186,13 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout:
         head = model.get_output_embeddings()
         if layout == "shared_prefix" or hasattr(head, "base_layer"):
             raise
+        own = model.forward
+        trl_utils.add_fused_lm_head(model, outputs=tuple(outputs))
+        if not _trls_head_is_right(model):
+            model.forward = own
+            raise
         logger.warning("dpo_fast.trl: %s runs with TRL's own head and padded rows: %s", type(model).__name__, error)
-        return trl_utils.add_fused_lm_head(model, outputs=tuple(outputs))
+        return
     seams = vars(model).setdefault(_SEAMS, [])  # a model may go through several trainers, as with TRL's
     level = len(seams)
     seams.append(_Seam(model.forward, tuple(outputs), layout))
@@ -198,6 +209,19 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout:
     model.forward = types.MethodType(forward, model)
 
 
+@torch.no_grad()
+def _trls_head_is_right(model: nn.Module) -> bool:
+    """Whether TRL's head gives the log-probs of the model's own logits on four tokens; True where it cannot run yet."""
+    if not packing.is_ready(model):
+        return True
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]
+    true = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    # Four roundings of the largest logit, and of its products' sum in another order
+    return bool((found - true).abs().max() <= 8 * torch.finfo(logits.dtype).eps * logits.abs().max())
+
+
 def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
     """labels (B, T), or shift_labels, which are shifted already -> FusedCausalLMOutput with fields (B, T - 1)."""
     state, config = attachment(model), model.config.get_text_config()
@@ -209,9 +233,9 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
     rows = _rows_of(model, seam.layout, kwargs, labels, shift_labels)
     if "pair_layout" in rows.inputs:
         attention.enable(model)
-        out = probe.run(model, backbone_of(model), rows.inputs)
+        out = packing.run(model, backbone_of(model), rows.inputs)
     else:
-        out = backbone_of(model)(**rows.inputs)
+        out = packing.run_padded(model, backbone_of(model), rows.inputs, one_by_one=not routed)
     hidden = at_predictors(model, out[0], rows.predictors)
     targets, places = rows.targets.to(hidden.device), rows.places.to(hidden.device)
     wanted = [name for name in seam.outputs if name != "log_probs"]

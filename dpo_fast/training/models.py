@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dpo_fast import attention, probe, reference
+from dpo_fast import attention, packing, reference
 from dpo_fast.forward import attach, is_ready, reasons_against_packed_rows
 
 from .config import FastDPOConfig
@@ -162,7 +162,7 @@ def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module)
         else:
             reasons += attention.reasons_against(base)
         if config.layout == "shared_prefix":
-            probe.require(base)
+            packing.require(base)
     _raise_if_explicit(config, reasons)
     if reasons:
         logger.warning("layout: padded rows, not shared prefixes, because %s", "; ".join(dict.fromkeys(reasons)))
