@@ -186,10 +186,12 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout:
         head = model.get_output_embeddings()
         if layout == "shared_prefix" or hasattr(head, "base_layer"):
             raise
-        own = model.forward
+        own = vars(model).get("forward")
         trl_utils.add_fused_lm_head(model, outputs=tuple(outputs))
         if not _trls_head_is_right(model):
-            model.forward = own
+            del model.forward
+            if own is not None:
+                model.forward = own
             raise
         logger.warning("dpo_fast.trl: %s runs with TRL's own head and padded rows: %s", type(model).__name__, error)
         return

@@ -1,6 +1,7 @@
 """Policy and reference: from paths, models and adapters to what the trainer calls."""
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 
@@ -131,13 +132,29 @@ def prepare_reference_model(model: nn.Module, accelerator, config: FastDPOConfig
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0: of modules, and of the numbers that layers hand to functions under names
-    such as attention_dropout, resid_pdrop, activation_dropout and layerdrop."""
+    such as attention_dropout, resid_pdrop, activation_dropout and layerdrop. Layers that read them off the config in
+    each call (Falcon's) get a config of their own: the model's is saved with it."""
+    without = {}
     for module in model.modules():
+        for name in _dropout_read_off_the_config(module):
+            config = without.setdefault(id(module.config), copy.copy(module.config))
+            setattr(config, name, 0.0)
+            without[id(config)] = module.config = config
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(module, name, 0.0)
+
+
+def _dropout_read_off_the_config(module: nn.Module) -> list[str]:
+    """Names of dropout probabilities that the module's forward takes from its config."""
+    forward = inspect.unwrap(type(module).forward)
+    if not hasattr(module, "config") or isinstance(module, transformers.PreTrainedModel):
+        return []
+    names = forward.__code__.co_names if inspect.isfunction(forward) else ()
+    names = [name for name in names if "drop" in name and name not in vars(module)]
+    return [name for name in names if isinstance(getattr(module.config, name, None), (int, float))]
 
 
 def check_layout(config: FastDPOConfig, *used: nn.Module) -> None:
