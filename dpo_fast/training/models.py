@@ -1,9 +1,11 @@
 """Policy and reference: from paths, models and adapters to what the trainer calls."""
 
 import copy
+import dis
 import inspect
 import logging
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 import transformers
@@ -152,9 +154,9 @@ def _dropout_read_off_the_config(module: nn.Module) -> list[str]:
     forward = inspect.unwrap(type(module).forward)
     if not hasattr(module, "config") or isinstance(module, transformers.PreTrainedModel):
         return []
-    names = forward.__code__.co_names if inspect.isfunction(forward) else ()
-    names = [name for name in names if "drop" in name and name not in vars(module)]
-    return [name for name in names if isinstance(getattr(module.config, name, None), (int, float))]
+    loads = [step.argval for step in dis.get_instructions(forward)] if inspect.isfunction(forward) else []
+    names = [name for owner, name in pairwise(loads) if owner == "config" and "drop" in str(name)]
+    return [name for name in dict.fromkeys(names) if isinstance(getattr(module.config, name, None), (int, float))]
 
 
 def check_layout(config: FastDPOConfig, *used: nn.Module) -> None:
