@@ -110,6 +110,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
     transform of its head's output that its config declares.
     """
+    _check_adapter(model)
     base = _causal_lm(model)
     state = getattr(base, _STATE, None)
     if state is not None:
@@ -150,6 +151,17 @@ def _causal_lm(model: nn.Module) -> nn.Module:
             f"(get_output_embeddings), got {type(base).__name__}"
         )
     return base
+
+
+def _check_adapter(model: nn.Module) -> None:
+    """Raise TypeError for a PEFT adapter that works on rows before the model's forward sees them, or past it."""
+    if not hasattr(model, "get_base_model"):
+        return
+    kind = str(getattr(model.active_peft_config, "peft_type", "")).rpartition(".")[2]
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise TypeError(f"attach: the adapter ({kind}) puts tokens before each row, which cannot be scored; use LoRA")
+    if "forward" in vars(model.base_model):  # it keeps the forward that the model had when the adapter was made
+        raise TypeError(f"attach: the adapter ({kind}) does not call the model's forward as it is now; use LoRA")
 
 
 @functools.cache

@@ -319,6 +319,24 @@ def test_layers_that_are_left_out_at_random_ask_for_padded_rows():
     assert "layerdrop" in reasons_against_packed_rows(model.train())[0]
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "AdaptionPromptConfig"])
+def test_adapters_that_work_on_rows_are_refused_by_name(kind):
+    peft = pytest.importorskip("peft")
+    options = dict(adapter_len=4, adapter_layers=2) if kind == "AdaptionPromptConfig" else dict(num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **options))
+    with pytest.raises(TypeError, match="attach: the adapter .*; use LoRA"):
+        attach(model)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(use_dora=True), dict(use_rslora=True)])
+def test_adapters_that_work_on_tokens_are_packed(options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **options)
+    model, pairs = attach(peft.get_peft_model(tiny_model(), config).eval()), tiny_pairs()
+    assert reasons_against_packed_rows(model) == []
+    assert torch.allclose(sums_of(model, shared_prefix_batch(pairs)), sums_of(model, padded_batch(pairs, 0)), atol=1e-4)
+
+
 # --- backbones -----------------------------------------------------------------------------------------------------
 
 PARTS = {
