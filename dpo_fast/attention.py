@@ -12,12 +12,14 @@ keyword argument `pair_layout` of the model's forward, through the layers, to th
               values narrower than queries
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import math
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +80,12 @@ def model_inputs(layout: SharedPrefixLayout, device: torch.device) -> dict:
 def _attention(module, query, key, value, attention_mask, *args, original, pair_layout=None, **kwargs):
     """The registered function: query (B, heads, S, D), key and value (B, kv heads, S, D) -> (B, S, heads, D), None."""
     if pair_layout is None:
-        return _original(module, original)(module, query, key, value, attention_mask, *args, **kwargs)
+        if _is_stand_in(attention_mask, query):
+            raise LayoutLost(f"a layer above {type(module).__name__} does not hand the layout of a packed row on")
+        out = _original(module, original)(module, query, key, value, attention_mask, *args, **kwargs)
+        return out if _OBSERVER is None else _OBSERVER(module, out, kwargs)
+    if not torch.compiler.is_compiling():  # the probe has run uncompiled, see packing.py
+        pair_layout.called.modules.add(module)
     dropout = kwargs.get("dropout") or 0.0
     if dropout and module.training:
         raise ValueError(f"attention dropout must be 0 over a shared-prefix row, got {dropout}; use disable_dropout")
@@ -90,6 +97,32 @@ def _attention(module, query, key, value, attention_mask, *args, original, pair_
         sinks=kwargs.get("s_aux"),
     )
     return shared_prefix_attention(query, key, value, pair_layout, **knobs), None
+
+
+class LayoutLost(RuntimeError):
+    """A packed row reached an attention layer without its layout."""
+
+
+# Is shown every call without a layout, and gives the result: (module, (output, weights), keywords) -> the same.
+# None but while probe.py looks.
+_OBSERVER = None
+
+
+@contextlib.contextmanager
+def observed(observer) -> Iterator[None]:
+    """Show `observer` the calls of attention layers without a layout."""
+    global _OBSERVER
+    before, _OBSERVER = _OBSERVER, observer
+    try:
+        yield
+    finally:
+        _OBSERVER = before
+
+
+def _is_stand_in(mask: Tensor | None, query: Tensor) -> bool:
+    """Whether it is the mask of `model_inputs`. A real mask has a column for every key: of one row with one column
+    there is one query."""
+    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 1, 1) and query.shape[-2] > 1
 
 
 def _original(module: nn.Module, name: str):
@@ -128,12 +161,6 @@ def reasons_against(model: nn.Module) -> list[str]:
     if not reasons and not _hands_keywords_through(model):
         reasons.append(f"{name} does not hand keyword arguments through to its attention")
     return reasons
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether the model drops out attention weights in training, which no implementation here does."""
-    rates = [getattr(m, name, 0.0) for m in model.modules() for name in ("attention_dropout", "attn_dropout")]
-    return any((rate.p if isinstance(rate, nn.Dropout) else rate) for rate in rates if rate is not None)
 
 
 def _mixes_tokens_otherwise(module: nn.Module) -> bool:

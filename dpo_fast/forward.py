@@ -13,6 +13,7 @@ how the backbone runs: padded rows with the model's own attention, or a shared-p
 """
 
 import functools
+import inspect
 import logging
 import types
 from collections.abc import Callable, Sequence
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import attention
+from . import attention, packing
 from .batch import PreferenceBatch
 from .heads import head_tensors
+from .layout import separate_rows
 from .logps import PairLogps
 from .objective import Objective
 from .ops.linear import linear_token_stats
@@ -94,6 +96,8 @@ class _Attachment:
     impl: str
     tile_mib: int | None
     checked: bool = False
+    backbone: str = ""  # where the module is whose output the head is given; "": base_model
+    packs: bool = False  # the probe of packed rows has found nothing in either mode: what compiled code asks
 
 
 def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None) -> nn.Module:
@@ -106,6 +110,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
     transform of its head's output that its config declares.
     """
+    _check_adapter(model)
     base = _causal_lm(model)
     state = getattr(base, _STATE, None)
     if state is not None:
@@ -146,6 +151,17 @@ def _causal_lm(model: nn.Module) -> nn.Module:
             f"(get_output_embeddings), got {type(base).__name__}"
         )
     return base
+
+
+def _check_adapter(model: nn.Module) -> None:
+    """Raise TypeError for a PEFT adapter that works on rows before the model's forward sees them, or past it."""
+    if not hasattr(model, "get_base_model"):
+        return
+    kind = str(getattr(model.active_peft_config, "peft_type", "")).rpartition(".")[2]
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise TypeError(f"attach: the adapter ({kind}) puts tokens before each row, which cannot be scored; use LoRA")
+    if "forward" in vars(model.base_model):  # it keeps the forward that the model had when the adapter was made
+        raise TypeError(f"attach: the adapter ({kind}) does not call the model's forward as it is now; use LoRA")
 
 
 @functools.cache
@@ -225,12 +241,57 @@ def score_batch(
 
 
 def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
-    """Run the backbone on the batch's rows -> (N, H), see `at_predictors`."""
-    rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None}
+    """Run the backbone on the batch's rows -> (N, H), see `at_predictors`.
+
+    A packed row that the model cannot run, or not now (see packing.py), runs as padded rows, and a line says why.
+    """
     if batch.layout is not None:
+        reasons = reasons_against_packed_rows(model, batch.input_ids.device)
+        if reasons:
+            packing.refuse_or_log(model, reasons)
+            batch = separate_rows(batch)
+    backbone = backbone_of(model)
+    rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None} | {"use_cache": False}
+    if batch.layout is None:
+        hidden = packing.run_padded(model, backbone, rows)[0]
+    else:
         attention.enable(model)
-        rows |= attention.model_inputs(batch.layout, batch.input_ids.device)
-    return at_predictors(model, model.base_model(**rows, use_cache=False)[0], batch.predictors)
+        hidden = packing.run(model, backbone, rows | attention.model_inputs(batch.layout, batch.input_ids.device))[0]
+    return at_predictors(model, hidden, batch.predictors)
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The module of an attached model whose output the head is given."""
+    path = getattr(model, _STATE).backbone
+    return model.get_submodule(path) if path else model.base_model
+
+
+def reasons_against_packed_rows(
+    model: nn.Module, device: torch.device | None = None, training: bool | None = None
+) -> list[str]:
+    """Why an attached model must be given padded rows, not packed ones; empty if packed ones are right.
+
+    The first call runs the probe (probe.py), once per model object.
+    """
+    base = _causal_lm(model)
+    state = attachment(base)  # the head's check finds the backbone
+    if torch.compiler.is_compiling():  # hooks are part of what Dynamo traces
+        return [] if state.packs else list(_reasons_not_compiled(base, device, training))
+    device = base.device if device is None else device
+    reasons = packing.reasons_against(base, lambda: backbone_of(base), device, training)
+    state.packs = not reasons and packing.runs_in_both_modes(base)
+    return reasons
+
+
+@torch.compiler.disable
+def _reasons_not_compiled(model: nn.Module, device, training) -> list[str]:
+    return reasons_against_packed_rows(model, device, training)
+
+
+def is_ready(model: nn.Module, device: torch.device) -> bool:
+    """Whether the probe can run now, outside the model's wrappers; else the first packed batch runs it, inside."""
+    base = _causal_lm(model)
+    return packing.is_ready(base) and base.device.type == torch.device(device).type
 
 
 def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tensor:
@@ -293,16 +354,25 @@ def _token_scores(stats: TokenStats, outputs: Sequence[str]) -> TokenScores:
     )
 
 
+def _takes_tokens(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(module.forward).parameters
+
+
 def check_head(model: nn.Module, state: _Attachment) -> None:
     """Compare what `score_hidden` computes with the model's own logits on four tokens, once.
 
-    One pass of the model's own forward suffices: hooks note what leaves the backbone and what enters and leaves the
-    head. Raises `ValueError` with the name of the model's class.
+    One pass of the model's own forward suffices: hooks note what leaves the modules that take tokens, of which the
+    backbone is one, and what enters and leaves the head. Raises `ValueError` with the name of the model's class.
     """
     name = type(model).__name__
-    seen = {}
+    seen, left = {}, {}
+
+    def note(module, _args, out):  # the modules in the order in which they are left
+        out = list(out.values()) if isinstance(out, dict) else out
+        left[module] = out[0] if isinstance(out, (tuple, list)) and out else out
+
     hooks = [
-        model.base_model.register_forward_hook(lambda _module, _args, out: seen.update(hidden=out[0])),
+        *(m.register_forward_hook(note) for m in model.modules() if _takes_tokens(m)),
         model.get_output_embeddings().register_forward_hook(
             lambda _module, args, out: seen.update(head_input=args[0], head_output=out)
         ),
@@ -320,8 +390,13 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         raise ValueError(f"attach: {name}'s logits are not finite, {because}")
     if "head_output" not in seen:
         raise ValueError(f"attach: {name} does not call its output head as a module, so it cannot be scored")
-    if not torch.equal(seen["hidden"], seen["head_input"].to(seen["hidden"].device)):
+    entered = seen["head_input"]
+    found = [m for m, x in left.items() if m is not model and isinstance(x, Tensor) and x.shape == entered.shape]
+    found = [m for m in found if torch.equal(left[m], entered.to(left[m].device))]
+    if not found:
         raise ValueError(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
+    if model.base_model not in found:  # OPT calls a part of it
+        state.backbone = next(path for path, module in model.named_modules() if module is found[-1])
     ours, theirs = state.transform(seen["head_output"]), logits.float()
     coarse = max(torch.finfo(x.dtype).eps for x in (logits, seen["head_output"]))  # a wrapper may have widened logits
     tolerance = 8 * coarse * theirs.abs().max()

@@ -17,6 +17,14 @@ from torch import Tensor
 from .batch import PreferenceBatch, TokenPair, reference_logps
 
 
+class CalledModules:
+    """The modules that called the attention function with a layout. A class of its own, for wrappers that copy the
+    sets, lists and dicts that they are handed: every copy of a layout notes here."""
+
+    def __init__(self):
+        self.modules: set = set()
+
+
 @dataclass(frozen=True)
 class SharedPrefixLayout:
     """Where each pair lies in the packed row. `pairs` is host-side: nothing on the CPU path waits for a device."""
@@ -32,6 +40,7 @@ class SharedPrefixLayout:
     branches: Tensor  # (S,) int32: 0 prefix, 1 chosen, 2 rejected
     positions: Tensor  # (S,) int32 position within the sequence
     cache: dict = field(default_factory=dict, compare=False, repr=False)  # what every layer needs again
+    called: CalledModules = field(default_factory=CalledModules, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -48,7 +57,7 @@ class SharedPrefixLayout:
 
     def _map(self, function) -> "SharedPrefixLayout":
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return SharedPrefixLayout(self.pairs, **tensors)
+        return SharedPrefixLayout(self.pairs, **tensors, called=self.called)
 
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -136,4 +145,36 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
         host_lengths=tuple(counts),
         reference_logps=reference_logps(pairs),
         layout=layout,
+    )
+
+
+def separate_rows(batch: PreferenceBatch) -> PreferenceBatch:
+    """A packed batch as padded rows, [chosen 0..P-1, rejected 0..P-1], for a model that cannot run the packed one.
+
+    What is scored stays as it is, in its order. Made on the batch's device; nothing waits for it.
+    """
+    layout, P = batch.layout, batch.num_pairs
+    width = max(1, *(max(p + c, p + r) for p, c, r in layout.pairs))
+    index, lengths, start = [[] for _ in range(2 * P)], [0] * (2 * P), 0
+    for i, (p, c, r) in enumerate(layout.pairs):
+        rejected = [*range(start, start + p), *range(start + p + c, start + p + c + r)]
+        for row, tokens in ((i, [*range(start, start + p + c)]), (P + i, rejected)):
+            index[row], lengths[row] = tokens + [start] * (width - len(tokens)), len(tokens)
+        start += p + c + r
+    device = batch.input_ids.device
+
+    def send(values: list) -> Tensor:
+        host = torch.tensor(values, dtype=torch.int64)
+        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+    inside = torch.arange(width, device=device) < send(lengths)[:, None]
+    ids = batch.input_ids[0][send(index)] if layout.length else batch.input_ids.new_zeros((2 * P, width))
+    columns = layout.positions.to(device).index_select(0, batch.predictors.to(device))
+    return PreferenceBatch(
+        batch,
+        input_ids=ids.masked_fill(~inside, 0),
+        attention_mask=inside.long(),
+        position_ids=None,
+        predictors=batch.sequence_ids.to(device) * width + columns,
+        layout=None,
     )

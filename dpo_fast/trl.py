@@ -4,8 +4,11 @@
 which gives them a forward that answers `model(..., labels=labels, fused_lm_head=True)` with per-token log-probs of a
 padded batch. Ours answers the same call: it packs the batch's pairs into one row, each prompt once (layout.py), runs
 that, and puts the results where TRL expects them. What cannot be packed runs as padded rows, and a log line says why.
+A model whose head cannot be scored from here is left to TRL's own function, and a log line says that.
 
-`padding_free=True` is accepted, and true of every packed batch. `DPO_FAST_IMPL` chooses the head's implementation.
+`padding_free=True` is accepted, and true of every packed batch. `DPOTrainer(..., layout="padded")`, or the environment
+variable `DPO_FAST_LAYOUT=padded`, asks for padded rows; "shared_prefix" raises where "auto" would fall back.
+`DPO_FAST_IMPL` chooses the head's implementation.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import os
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -21,9 +25,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, packing
 from .batch import TokenPair
-from .forward import at_predictors, attach, attachment, score_hidden
+from .forward import (
+    at_predictors,
+    attach,
+    attachment,
+    backbone_of,
+    is_ready,
+    reasons_against_packed_rows,
+    score_hidden,
+)
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
 
@@ -38,6 +50,7 @@ except ImportError as error:
 
 logger = logging.getLogger("dpo_fast")
 
+LAYOUTS = ("auto", "shared_prefix", "padded")
 _SEAMS = "_dpo_fast_trl"
 _CONSTRUCTING = threading.RLock()
 
@@ -72,24 +85,46 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     """`trl.DPOTrainer`, faster: the same arguments, the same numbers, the same files.
 
     Beyond TRL's, adapters on the output head train (TRL refuses them) and `padding_free=True` is not ignored.
+    layout: "auto" packs what can be packed, "padded" nothing; "shared_prefix" raises ValueError instead of falling
+    back. None: DPO_FAST_LAYOUT, or "auto".
+
     Raises RuntimeError when TRL does not ask for the forward that is offered to it.
     """
 
     @functools.wraps(dpo_trainer.DPOTrainer.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, layout: str | None = None, **kwargs):
+        layout = _layout_asked_for(layout)
         config = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
         installed = []
 
         def add_fused_lm_head(model, outputs=("log_probs",)):
-            install(model, outputs)
-            installed.append(type(model).__name__)
+            install(model, outputs, layout)
+            installed.append(model)
 
         # BaseTunerLayer: TRL's forward would not see an adapter on the head, so it refuses those; ours sees them
         with _in_trl(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing), _padding_free_unseen(config):
             super().__init__(*args, **kwargs)
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
+        if layout != "padded" and self.args.neftune_noise_alpha is not None:
+            _refuse_or_log(layout, ["NEFTune (neftune_noise_alpha) scales its noise by the length of a row"])
+            layout = "padded"
+            for model in installed:
+                for seam in vars(model).get(_SEAMS, [])[-1:]:
+                    seam.layout = layout
+        for model in installed:  # proven before the first batch where they can run already
+            ours = _SEAMS in vars(model) and layout != "padded"
+            reasons = reasons_against_packed_rows(model) if ours and is_ready(model, self.args.device) else []
+            if reasons:
+                _refuse_or_log(layout, reasons)
         self.padding_free = self.args.padding_free
+
+
+def _layout_asked_for(layout: str | None) -> str:
+    source, layout = ("layout", layout) if layout else ("DPO_FAST_LAYOUT", os.environ.get("DPO_FAST_LAYOUT") or "auto")
+    if layout not in LAYOUTS:
+        raise ValueError(f"{source} must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return layout
 
 
 class _Nothing:
@@ -133,24 +168,36 @@ class _Seam:
 
     inner: Callable  # the bound forward below
     outputs: tuple[str, ...]  # fields of FusedCausalLMOutput that TRL asks for
-    reasons: tuple[str, ...]  # why the model cannot run shared-prefix rows
+    layout: str  # one of LAYOUTS
 
 
-def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout: str = "auto") -> None:
     """What TRL's `add_fused_lm_head` does: let `model`, a causal LM, answer `model(..., fused_lm_head=True)`.
 
-    Any other call goes to the forward that the model had, and `dpo_fast.attach`'s. Raises as `attach` does.
+    Any other call goes to the forward that the model had, and `dpo_fast.attach`'s. A model that `attach` refuses gets
+    TRL's own, unless an adapter is on its head, which TRL's would not see.
     """
     unknown = set(outputs) - {"log_probs", *STATS}
     if unknown:
         raise RuntimeError(_mismatch(f"asks for {', '.join(sorted(unknown))} of each token"))
-    attach(model)
-    reasons = attention.reasons_against(model)
-    if attention.has_dropout(model):
-        reasons.append(f"{type(model).__name__} has attention dropout, which shared-prefix attention has not")
+    try:
+        attach(model)
+    except (TypeError, ValueError) as error:
+        head = model.get_output_embeddings()
+        if layout == "shared_prefix" or hasattr(head, "base_layer"):
+            raise
+        own = vars(model).get("forward")
+        trl_utils.add_fused_lm_head(model, outputs=tuple(outputs))
+        if not _trls_head_is_right(model):
+            del model.forward
+            if own is not None:
+                model.forward = own
+            raise
+        logger.warning("dpo_fast.trl: %s runs with TRL's own head and padded rows: %s", type(model).__name__, error)
+        return
     seams = vars(model).setdefault(_SEAMS, [])  # a model may go through several trainers, as with TRL's
     level = len(seams)
-    seams.append(_Seam(model.forward, tuple(outputs), tuple(reasons)))
+    seams.append(_Seam(model.forward, tuple(outputs), layout))
 
     @functools.wraps(type(model).forward)  # `generate` reads its signature
     def forward(self, *args, fused_lm_head=False, **kwargs):
@@ -164,6 +211,19 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None
     model.forward = types.MethodType(forward, model)
 
 
+@torch.no_grad()
+def _trls_head_is_right(model: nn.Module) -> bool:
+    """Whether TRL's head gives the log-probs of the model's own logits on four tokens; True where it cannot run yet."""
+    if not packing.is_ready(model):
+        return True
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]
+    true = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    # Four roundings of the largest logit, and of its products' sum in another order
+    return bool((found - true).abs().max() <= 8 * torch.finfo(logits.dtype).eps * logits.abs().max())
+
+
 def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
     """labels (B, T), or shift_labels, which are shifted already -> FusedCausalLMOutput with fields (B, T - 1)."""
     state, config = attachment(model), model.config.get_text_config()
@@ -172,11 +232,13 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
     routed = kwargs.setdefault("output_router_logits", getattr(config, "output_router_logits", False))
     if not routed:
         del kwargs["output_router_logits"]
-    rows = _rows_of(kwargs, labels, shift_labels, seam.reasons)
+    rows = _rows_of(model, seam.layout, kwargs, labels, shift_labels)
     if "pair_layout" in rows.inputs:
         attention.enable(model)
-    backbone = model.base_model(**rows.inputs)
-    hidden = at_predictors(model, backbone[0], rows.predictors)
+        out = packing.run(model, backbone_of(model), rows.inputs)
+    else:
+        out = packing.run_padded(model, backbone_of(model), rows.inputs, one_by_one=not routed)
+    hidden = at_predictors(model, out[0], rows.predictors)
     targets, places = rows.targets.to(hidden.device), rows.places.to(hidden.device)
     wanted = [name for name in seam.outputs if name != "log_probs"]
     stats = score_hidden(model.get_output_embeddings(), hidden, targets, state, wanted)
@@ -185,7 +247,7 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
         return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)
 
     loss = -stats.logps.sum() / (max(places.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
-    aux_loss = _balancing_loss(config, backbone.router_logits, rows.token_weights) if routed else None
+    aux_loss = _balancing_loss(config, out.router_logits, rows.token_weights) if routed else None
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return trl_utils.FusedCausalLMOutput(
@@ -219,13 +281,14 @@ class _Rows:
     token_weights: Tensor | None  # (B, T) of the backbone's rows: how many of TRL's tokens each stands for
 
 
-def _rows_of(kwargs: dict, labels, shift_labels, reasons: tuple[str, ...]) -> _Rows:
+def _rows_of(model: nn.Module, layout: str, kwargs: dict, labels, shift_labels) -> _Rows:
     """Packed if nothing speaks against it, else as they come; in that case the reasons are logged, once."""
-    reasons = list(reasons) or _reasons_against_batch(kwargs, labels)
-    packed = reasons or _packed_once(kwargs, labels)
-    if isinstance(packed, _Rows):
-        return packed
-    _log_once("; ".join(packed))
+    if layout != "padded":
+        packed = reasons_against_packed_rows(model) or _reasons_against_batch(kwargs, labels)
+        packed = packed or _packed_once(kwargs, labels)
+        if isinstance(packed, _Rows):
+            return packed
+        _refuse_or_log(layout, packed)
     targets = labels[:, 1:] if shift_labels is None else shift_labels
     places = (targets != -100).flatten().nonzero().squeeze(1)
     row_ends = 0 if shift_labels is not None else places // max(targets.shape[1], 1)  # each row has one more position
@@ -237,6 +300,12 @@ def _rows_of(kwargs: dict, labels, shift_labels, reasons: tuple[str, ...]) -> _R
         places=places,
         token_weights=kwargs.get("attention_mask"),
     )
+
+
+def _refuse_or_log(layout: str, reasons: list[str]) -> None:
+    if layout == "shared_prefix":
+        raise ValueError(f"layout='shared_prefix' cannot run: {'; '.join(reasons)}; use layout='padded' or 'auto'")
+    _log_once("; ".join(reasons))
 
 
 @functools.cache

@@ -1,10 +1,12 @@
 """The packed row: what lies where, what is scored, and that it is the same as in padded rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from dpo_fast.batch import TokenPair, padded_batch
-from dpo_fast.layout import common_prefix, make_layout, shared_prefix_batch
+from dpo_fast.layout import common_prefix, make_layout, separate_rows, shared_prefix_batch
 
 
 def pair(prompt, chosen, rejected, rejected_prompt=None, **more):
@@ -45,6 +47,28 @@ def test_scores_the_same_tokens_as_padded_rows(name):
     assert torch.equal(packed.lengths, padded.lengths) and packed.num_pairs == padded.num_pairs
     assert packed.input_ids.shape == (1, packed.layout.length)
     assert packed.input_ids.shape[1] <= int(padded.attention_mask.sum())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_separate_rows_of_a_packed_one_are_the_padded_batch(name):
+    packed, padded = shared_prefix_batch(CASES[name]), padded_batch(CASES[name], pad_token_id=0)
+    apart = separate_rows(packed)
+    assert apart.layout is None and apart.position_ids is None
+    assert torch.equal(apart.input_ids, padded.input_ids)
+    assert torch.equal(apart.attention_mask, padded.attention_mask)
+    assert sequences(apart) == sequences(padded)
+    for name in ("targets", "sequence_ids", "lengths"):
+        assert torch.equal(apart[name], packed[name])
+    rows = apart.predictors // apart.input_ids.shape[1]
+    assert torch.equal(rows, apart.sequence_ids)
+
+
+def test_copies_of_a_layout_note_in_one_place():
+    """Wrappers copy what they hand to layers, some of them field by field."""
+    layout = make_layout([(3, 2, 1)])
+    for other in (layout.to("cpu"), layout.on(torch.device("meta")), dataclasses.replace(layout)):
+        other.called.modules.add(len(layout.called.modules))
+    assert len(layout.called.modules) == 3
 
 
 def test_rows_positions_and_lengths():

@@ -1,6 +1,7 @@
 """`dpo_fast.trl.DPOTrainer` against TRL's own: the same fields of a batch, the same curves of a training."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -245,6 +246,63 @@ def test_attention_dropout_is_not_lost(caplog):
     assert "attention dropout" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["stablelm", "nemotron", "falcon"])
+def test_every_field_is_trls_where_packed_rows_are_wrong(kind, caplog):
+    ours._log_once.cache_clear()
+    theirs, mine = both(kind, **(dict(head_dim=8) if kind == "nemotron" else {}))
+    with caplog.at_level("WARNING", "dpo_fast"):
+        assert_same_call(theirs, mine, inputs_of())
+    assert "padded rows, not shared prefixes, because" in caplog.text
+
+
+def test_a_model_that_calls_a_part_of_its_base_model_is_packed():
+    theirs, mine = both("opt", ffn_dim=48, word_embed_proj_dim=32)
+    seen = []
+    mine.model.decoder.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert_same_fields(*(model(**inputs_of(), fused_lm_head=True) for model in (theirs, mine)))
+    assert seen == [1]
+
+
+def test_a_hook_on_a_layer_asks_for_padded_rows(caplog):
+    ours._log_once.cache_clear()
+    theirs, mine = both()
+    rows = []
+    mine.model.layers[0].register_forward_hook(lambda _module, args, _out: rows.append(len(args[0])))
+    with caplog.at_level("WARNING", "dpo_fast"):
+        assert_same_call(theirs, mine, inputs_of())
+    assert set(rows) == {8} and "model's layers.0" not in caplog.text and "layers.0 would see" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["minicpm3", "gemma2"])
+def test_a_head_that_cannot_be_scored_from_here_is_trls_own(kind, caplog, monkeypatch):
+    """MiniCPM3 divides hidden states between backbone and head; TRL's head knows that."""
+    latent = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, head_dim=8)
+    more = dict(num_key_value_heads=4, scale_emb=2, dim_model_base=8, **latent) if kind == "minicpm3" else {}
+    if kind == "gemma2":
+
+        def refuse(_model):
+            raise ValueError("a head of another kind")
+
+        monkeypatch.setattr(ours, "attach", refuse)
+    with caplog.at_level("WARNING", "dpo_fast"):
+        theirs, mine = both(kind, **more)
+        assert_same_call(theirs, mine, inputs_of())
+    lines = [r.getMessage() for r in caplog.records if "TRL's own head" in r.getMessage()]
+    assert len(lines) == 1 and type(mine).__name__ in lines[0]
+    with pytest.raises(ValueError):
+        ours.install(tiny_model(kind, **more), layout="shared_prefix")
+
+
+def test_a_head_that_trls_does_not_score_either_is_refused():
+    """BERT has layers between the backbone and the product: TRL would leave them out."""
+    model = tiny_model("bert", is_decoder=True)
+    with pytest.raises(ValueError, match="BertLMHeadModel changes hidden states"):
+        ours.install(model)
+    assert "forward" not in vars(model)
+
+
 def test_policy_and_reference_pack_a_batch_once(monkeypatch):
     packed = []
     monkeypatch.setattr(ours, "_pack", lambda *args, pack=ours._pack: packed.append(1) or pack(*args))
@@ -452,6 +510,36 @@ def test_padding_free_is_not_ignored(tmp_path):
     seen = packed_widths(trainer.model)
     trainer.train()
     assert {rows for rows, _ in seen} == {1}
+
+
+@pytest.mark.parametrize("how", ["keyword", "environment"])
+def test_padded_rows_on_request(tmp_path, how, monkeypatch, caplog):
+    trainer_class = functools.partial(DPOTrainer, layout="padded") if how == "keyword" else DPOTrainer
+    if how == "environment":
+        monkeypatch.setenv("DPO_FAST_LAYOUT", "padded")
+    trainer = trainer_of(trainer_class, tmp_path)
+    seen = packed_widths(trainer.model)
+    trainer.evaluate()
+    assert {rows % 2 for rows, _ in seen} == {0} and "padded rows" not in caplog.text
+    monkeypatch.setenv("DPO_FAST_LAYOUT", "packed")
+    with pytest.raises(ValueError, match="DPO_FAST_LAYOUT must be one of auto, shared_prefix, padded, got 'packed'"):
+        trainer_of(DPOTrainer, tmp_path)
+
+
+def test_an_explicit_layout_does_not_fall_back(tmp_path):
+    with pytest.raises(ValueError, match="layout='shared_prefix' cannot run: .*StableLm"):
+        trainer_of(functools.partial(DPOTrainer, layout="shared_prefix"), tmp_path, model="stablelm")
+    with pytest.raises(ValueError, match="layout='shared_prefix' cannot run: NEFTune"):
+        trainer_of(functools.partial(DPOTrainer, layout="shared_prefix"), tmp_path, neftune_noise_alpha=5.0)
+    model = tiny_model()
+    ours.install(model, layout="shared_prefix")
+    with pytest.raises(ValueError, match="cannot run: the batch has position_ids"):
+        model(**with_position_ids(inputs_of()), fused_lm_head=True)
+
+
+@pytest.mark.parametrize("options", [dict(neftune_noise_alpha=5.0), dict(model="stablelm"), dict(model="falcon")])
+def test_curves_are_trls_where_rows_must_be_padded(tmp_path, options):
+    assert_same_curves(tmp_path, **options)
 
 
 def test_one_model_through_trls_trainer_and_ours(tmp_path):

@@ -1,15 +1,19 @@
 """Policy and reference: from paths, models and adapters to what the trainer calls."""
 
 import copy
+import dis
+import inspect
 import logging
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from dpo_fast import attention, reference
-from dpo_fast.forward import attach
+from dpo_fast import attention, packing, reference
+from dpo_fast.forward import attach, is_ready, reasons_against_packed_rows
 
 from .config import FastDPOConfig
 
@@ -129,26 +133,67 @@ def prepare_reference_model(model: nn.Module, accelerator, config: FastDPOConfig
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, attention's included, which is an attribute and not a module."""
+    """Set every dropout probability to 0: of modules, and of the numbers that layers hand to functions under names
+    such as attention_dropout, resid_pdrop, activation_dropout and layerdrop. Layers that read them off the config in
+    each call (Falcon's) get a config of their own: the model's is saved with it."""
+    without = {}
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        for name in _dropout_read_off_the_config(module):
+            config = without.setdefault(id(module.config), copy.copy(module.config))
+            setattr(config, name, 0.0)
+            without[id(config)] = module.config = config
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(module, name, 0.0)
 
 
-def choose_layout(layout: str, *used: nn.Module) -> str:
-    """The layout that runs: for "auto", shared_prefix where every model that is `used` (the policy first) can run it,
-    else padded, and a line says why. An explicit "shared_prefix" that cannot run raises ValueError."""
-    if layout == "padded":
-        return layout
-    bases = [model.get_base_model() if is_peft_model(model) else model for model in used]
-    reasons = [reason for base in bases for reason in attention.reasons_against(base)]
-    if attention.has_dropout(bases[0]):
-        reasons.append(f"{type(bases[0]).__name__} has attention dropout, which disable_dropout would switch off")
-    if not reasons:
-        return "shared_prefix"
-    if layout == "shared_prefix":
+def _dropout_read_off_the_config(module: nn.Module) -> list[str]:
+    """Names of dropout probabilities that the module's forward takes from its config."""
+    forward = inspect.unwrap(type(module).forward)
+    if not hasattr(module, "config") or isinstance(module, transformers.PreTrainedModel):
+        return []
+    loads = [step.argval for step in dis.get_instructions(forward)] if inspect.isfunction(forward) else []
+    names = [name for owner, name in pairwise(loads) if owner == "config" and "drop" in str(name)]
+    return [name for name in dict.fromkeys(names) if isinstance(getattr(module.config, name, None), (int, float))]
+
+
+def check_layout(config: FastDPOConfig, *used: nn.Module) -> None:
+    """Raise ValueError for an explicit "shared_prefix" that cannot run, as far as that can be read off the models."""
+    reasons = _neftune(config)
+    for model in used:
+        reasons += attention.reasons_against(model.get_base_model() if is_peft_model(model) else model)
+    _raise_if_explicit(config, reasons)
+
+
+def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module) -> str:
+    """The layout that runs: for "auto", shared_prefix where every attached model that is `used` (the policy first) runs
+    packed rows right, which the probe shows, else padded, and a line says why. An explicit "shared_prefix" that cannot
+    run raises ValueError. Models that are sharded or not on their device yet are proven by the first batch."""
+    if config.layout == "padded":
+        return "padded"
+    reasons = _neftune(config)
+    for index, model in enumerate(used):
+        base = model.get_base_model() if is_peft_model(model) else model
+        if is_ready(model, device):
+            reasons += reasons_against_packed_rows(model, training=index == 0)
+        else:
+            reasons += attention.reasons_against(base)
+        if config.layout == "shared_prefix":
+            packing.require(base)
+    _raise_if_explicit(config, reasons)
+    if reasons:
+        logger.warning("layout: padded rows, not shared prefixes, because %s", "; ".join(dict.fromkeys(reasons)))
+    return "padded" if reasons else "shared_prefix"
+
+
+def _neftune(config: FastDPOConfig) -> list[str]:
+    if config.neftune_noise_alpha is None:
+        return []
+    return ["NEFTune (neftune_noise_alpha) scales its noise by the length of a row"]
+
+
+def _raise_if_explicit(config: FastDPOConfig, reasons: list[str]) -> None:
+    if reasons and config.layout == "shared_prefix":
         raise ValueError(f"layout='shared_prefix' cannot run: {'; '.join(reasons)}; use layout='padded' or 'auto'")
-    logger.warning("layout: padded rows, not shared prefixes, because %s", "; ".join(reasons))
-    return "padded"

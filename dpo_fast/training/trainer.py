@@ -1,5 +1,6 @@
 """`FastDPOTrainer`: transformers' `Trainer` around `dpo_fast.functional`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -62,10 +63,11 @@ class FastDPOTrainer(transformers.Trainer):
         self.args, self.processing_class = args, tokenizer  # what _prepare needs
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
-        if data_collator is None:
+        choose_layout = data_collator is None
+        if choose_layout:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-            layout = models.choose_layout(args.layout, *(m for m in (model, ref_model) if m is not None))
-            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1, layout)
+            models.check_layout(args, *(m for m in (model, ref_model) if m is not None))
+            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)
         super().__init__(
             model=model,
             args=args,
@@ -80,6 +82,10 @@ class FastDPOTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
         attach(self.model, impl=args.impl, tile_mib=args.tile_mib)
         self.reference = self._make_reference(ref_model, new_adapter=peft_config is not None)
+        if choose_layout:  # proven on the models as they run, before the first batch
+            others = [self.reference.model] if isinstance(self.reference, reference.FrozenModel) else []
+            layout = models.choose_layout(args, args.device, self.model, *(m for m in others if m is not self.model))
+            self.data_collator = dataclasses.replace(data_collator, layout=layout)
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
         if args.precompute_ref_log_probs:
             self._precompute_reference()
