@@ -32,11 +32,12 @@ from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
 from .ops.stats import TokenStats
 from .preference import linear_preference_loss, preference_from_stats
+from .router import balancing_loss, token_weights
 
 logger = logging.getLogger("dpo_fast")
 
 _ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
-_KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha")
+_KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha", "aux_loss")
 _STATE = "_dpo_fast"
 
 
@@ -56,10 +57,20 @@ class TokenScores(NamedTuple):
 class PreferenceScores(NamedTuple):
     """What `model(batch, objective=...)` returns."""
 
-    loss: Tensor  # () mean over the pairs; the only one that is differentiated
+    mean_loss: Tensor  # () mean over the pairs; this and aux_loss are differentiated
     losses: Tensor  # (P,) detached
     pairs: PairLogps
     tokens: TokenScores
+    aux_loss: Tensor | None = None  # () a mixture of experts' balancing loss, not multiplied, not in `loss`
+
+    @property
+    def loss(self) -> Tensor:
+        """`mean_loss`; a copy, because PEFT's AdaLoRA adds its regulariser to it in place. TRL's loss has none."""
+        return self.mean_loss.clone()
+
+    @loss.setter
+    def loss(self, value: Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -180,20 +191,23 @@ def score_batch(
     batch: PreferenceBatch,
     outputs: Sequence[str] = (),
     objective: Objective | None = None,
+    aux_loss: bool = False,
     **pair_knobs,
 ) -> TokenScores | PreferenceScores:
     """Backbone -> hidden states at the scored positions -> head (-> loss). Call `model(batch)`, which ends up here.
 
     pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha; see
-    `linear_preference_loss`.
+    `linear_preference_loss`. aux_loss, with an objective: return a mixture of experts' balancing loss as well.
     """
     state = attachment(model)
-    hidden = scored_hidden_states(model, batch)
+    backbone = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
+    hidden = at_predictors(model, backbone[0], batch.predictors)
     head = model.get_output_embeddings()
     targets = batch.targets.to(hidden.device)
     if objective is None:
-        if any(value is not None for value in pair_knobs.values()):
-            raise TypeError(f"model(batch, ...) takes {', '.join(pair_knobs)} only together with objective=")
+        if aux_loss or any(value is not None for value in pair_knobs.values()):
+            knobs = ", ".join([*pair_knobs, *(["aux_loss"] if aux_loss else [])])
+            raise TypeError(f"model(batch, ...) takes {knobs} only together with objective=")
         return _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
     tensors = _tensors_or_reason(head, hidden)
     common = dict(
@@ -221,16 +235,21 @@ def score_batch(
             tile_mib=state.tile_mib,
             **common,
         )
-    return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs))
+    aux = _balancing_loss(model, batch, backbone) if aux_loss else None
+    return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs), aux)
 
 
-def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
-    """Run the backbone on the batch's rows -> (N, H), see `at_predictors`."""
+def _balancing_loss(model: nn.Module, batch: PreferenceBatch, backbone) -> Tensor:
+    return balancing_loss(model, getattr(backbone, "router_logits", None), token_weights(batch))
+
+
+def run_backbone(model: nn.Module, batch: PreferenceBatch, **options):
+    """The backbone's outputs on the batch's rows; the first is (B, T, H) hidden states."""
     rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None}
     if batch.layout is not None:
         attention.enable(model)
         rows |= attention.model_inputs(batch.layout, batch.input_ids.device)
-    return at_predictors(model, model.base_model(**rows, use_cache=False)[0], batch.predictors)
+    return model.base_model(**rows, **options, use_cache=False)
 
 
 def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from .batch import TokenPair
 from .forward import at_predictors, attach, attachment, score_hidden
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
+from .router import balancing_loss
 
 try:
     import trl
@@ -185,7 +186,7 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
         return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)
 
     loss = -stats.logps.sum() / (max(places.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
-    aux_loss = _balancing_loss(config, backbone.router_logits, rows.token_weights) if routed else None
+    aux_loss = balancing_loss(model, getattr(backbone, "router_logits", None), rows.token_weights) if routed else None
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return trl_utils.FusedCausalLMOutput(
@@ -195,15 +196,6 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
         aux_loss=aux_loss,
         **{name: spread(getattr(stats, name)) for name in wanted},
     )
-
-
-def _balancing_loss(config, router_logits, token_weights: Tensor | None) -> Tensor:
-    """The load-balancing loss of TRL's padded rows. transformers' function multiplies by its mask: a token of the
-    packed row that stands for two padded ones has a 2 there."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, token_weights)
 
 
 # --- TRL's batch as rows for the model -----------------------------------------------------------------------------

@@ -71,6 +71,9 @@ class FastDPOConfig(TrainingArguments):
     cpo_alpha: float = _option(1.0, "Weight of the negative log-likelihood in cpo.")
     ld_alpha: float | None = _option(None, "LD-DPO: weight of the tokens beyond the shorter completion's length.")
     use_weighting: bool = _option(False, "WPO: weigh each pair by how likely the policy is to produce it.")
+    router_aux_loss_coef: float | None = _option(
+        None, "Mixtures of experts: weight of the router's load-balancing loss. None: the model's own; 0: without."
+    )
 
     # the data
     max_length: int | None = _option(1024, "Longest prompt + completion, in tokens; None: no limit.")

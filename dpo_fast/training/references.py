@@ -139,7 +139,9 @@ def check_start(model: nn.Module, batch: PreferenceBatch, found: SequenceScores,
     with torch.no_grad(), reference.evaluating(model):
         policy = score(model, batch, ld_alpha=ld_alpha)
     distance, budget = disagreement(policy.tokens.logps, found.tokens.logps, unit_roundoff(model, accelerator))
-    off = accelerator.reduce((~(distance <= budget)).float(), reduction="sum")  # NaN is off, too
+    off = (~(distance <= budget)).float()  # NaN is off, too
+    if accelerator.num_processes > 1:
+        off = accelerator.reduce(off, reduction="sum")
     if not off.item():
         return
     base = accelerator.unwrap_model(model)

@@ -19,6 +19,7 @@ from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weight
 from dpo_fast.forward import attach
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums
+from dpo_fast.router import router_coefficient
 
 from . import models, references
 from .config import FastDPOConfig
@@ -64,6 +65,7 @@ class FastDPOTrainer(transformers.Trainer):
         model = models.load_model(model, args)
         base = None if peft_config is None else WeightSample(model, leave_out=reference.of_adapters(model))
         model = models.make_policy(model, args, peft_config)
+        self.router_aux_loss_coef = router_coefficient(model, args.router_aux_loss_coef)
         if ref_model is not None:
             ref_model = models.load_model(ref_model, args)
             compute_with_own_weights(ref_model.get_base_model() if models.is_peft_model(ref_model) else ref_model)
@@ -207,7 +209,7 @@ class FastDPOTrainer(transformers.Trainer):
         """Mean over the pairs of the batch, or, in training, the batch's share of the mean over the optimizer step:
         micro-batches of different sizes then weigh as much as they hold."""
         step = self.run_step(model, inputs)
-        loss = step.loss
+        loss = step.loss if step.aux_loss is None else step.loss + self.router_aux_loss_coef * step.aux_loss
         if num_items_in_batch is not None:
             # training_step divides by the number of micro-batches
             loss = loss * (inputs.num_pairs * self.current_gradient_accumulation_steps / num_items_in_batch)
@@ -219,14 +221,24 @@ class FastDPOTrainer(transformers.Trainer):
         if self._unproven and model.training:
             self._prove_reference(model, batch, ref)
         step = preference_step(
-            model, batch, self.objective, ref, ld_alpha=self.args.ld_alpha, extra_metrics=self.args.extra_metrics
+            model,
+            batch,
+            self.objective,
+            ref,
+            ld_alpha=self.args.ld_alpha,
+            extra_metrics=self.args.extra_metrics,
+            aux_loss=self.router_aux_loss_coef != 0.0,
         )
         if model.training:
             metrics = step_metrics(step, batch, self.objective)
             del metrics["loss"]  # Trainer logs its own
             self._sums["train"].add(metrics)
         else:
-            self._sums["eval"].add(step_metrics(step, batch, self.objective, first=self._pairs_that_count(batch)))
+            metrics = step_metrics(step, batch, self.objective, first=self._pairs_that_count(batch))
+            if "aux_loss" in metrics:
+                total, pairs = metrics["loss"]
+                metrics["loss"] = total + self.router_aux_loss_coef * metrics["aux_loss"][0], pairs
+            self._sums["eval"].add(metrics)
         return step
 
     def _prove_reference(self, model, batch: PreferenceBatch, ref: SequenceScores | None) -> None:
