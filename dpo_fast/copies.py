@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import forward
-
 logger = logging.getLogger("dpo_fast")
 
+ATTACHED = "_dpo_fast"  # under this name `attach` keeps on a model what it needs, the forward of before among it
 _FORWARDS = ("forward", "_old_forward")  # the second is what accelerate's hooks call
 
 
@@ -29,7 +28,7 @@ def compute_with_own_weights(model: nn.Module) -> nn.Module:
     """
     own = {id(module) for module in model.modules()}
     replaced = []
-    state = vars(model).get(forward._STATE)
+    state = vars(model).get(ATTACHED)
     for name, module in model.named_modules():
         bound = {key: vars(module)[key] for key in _FORWARDS if key in vars(module)}
         if module is model and state is not None:
@@ -42,7 +41,7 @@ def compute_with_own_weights(model: nn.Module) -> nn.Module:
             if not _is_foreign(bound.get("forward"), module, own):
                 module.forward = bound["forward"]
         if module is model:
-            vars(model).pop(forward._STATE, None)
+            vars(model).pop(ATTACHED, None)
         replaced.append(name or type(model).__name__)
     if replaced:
         logger.warning(
@@ -108,9 +107,13 @@ def _storages(tensor: Tensor) -> set[int]:
 
 
 class WeightSample:
-    """A few numbers of each weight of a model, by which one can tell whether it was rewritten: 1,024 at most."""
+    """A few numbers of each weight of a model, 1,024 at most, by which one can tell whether it was rewritten.
+
+    leave_out: ids of parameters of adapters that the model has already; those may be made anew.
+    """
 
     def __init__(self, model: nn.Module, leave_out: set[int] = frozenset()):
+        self.had_adapters = bool(leave_out)
         self.before = [(name, p, _sample(p)) for name, p in model.named_parameters() if id(p) not in leave_out]
 
     def rewritten_in(self, model: nn.Module) -> list[str]:
@@ -126,4 +129,4 @@ def _sample(parameter: nn.Parameter) -> Tensor:
     if is_traceable_wrapper_subclass(parameter) or parameter.is_meta:
         return torch.empty(0, device=parameter.device)  # judged by identity alone
     flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 1024)].nan_to_num().clone()
+    return flat[:: max(1, -(-flat.numel() // 1024))].nan_to_num().clone()

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from . import attention
 from .batch import PreferenceBatch
+from .copies import ATTACHED, compute_with_own_weights
 from .heads import head_tensors
 from .logps import PairLogps
 from .objective import Objective
@@ -38,7 +39,7 @@ logger = logging.getLogger("dpo_fast")
 
 _ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
 _KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha", "aux_loss")
-_STATE = "_dpo_fast"
+_STATE = ATTACHED
 
 
 class TokenScores(NamedTuple):
@@ -117,7 +118,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
     transform of its head's output that its config declares.
     """
-    base = _causal_lm(model)
+    base = compute_with_own_weights(_causal_lm(model))
     state = getattr(base, _STATE, None)
     if state is not None:
         state.impl, state.tile_mib = impl, tile_mib

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from . import attention
 from .batch import TokenPair
+from .copies import compute_with_own_weights
+from .drift import AdapterWatch, is_peft_model
 from .forward import at_predictors, attach, attachment, score_hidden
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
@@ -78,19 +80,30 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     @functools.wraps(dpo_trainer.DPOTrainer.__init__)
     def __init__(self, *args, **kwargs):
-        config = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
-        installed = []
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
+        installed, noting = (
+            [],
+            watch.noting(getattr(dpo_trainer, "get_peft_model", None)),
+        )  # None: PEFT is not installed
 
         def add_fused_lm_head(model, outputs=("log_probs",)):
             install(model, outputs)
             installed.append(type(model).__name__)
 
         # BaseTunerLayer: TRL's forward would not see an adapter on the head, so it refuses those; ours sees them
-        with _in_trl(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing), _padding_free_unseen(config):
+        ours = dict(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing, get_peft_model=noting)
+        with _in_trl(**ours), _padding_free_unseen(config):
             super().__init__(*args, **kwargs)
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
         self.padding_free = self.args.padding_free
+        if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
+            logger.warning(
+                "dpo_fast.trl: TRL's reference is not the model before training, because %s. Pass ref_model; or use "
+                "dpo_fast.FastDPOTrainer, which keeps the model from before training as the reference",
+                "; ".join(reasons),
+            )
 
 
 class _Nothing:
@@ -145,7 +158,7 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None
     unknown = set(outputs) - {"log_probs", *STATS}
     if unknown:
         raise RuntimeError(_mismatch(f"asks for {', '.join(sorted(unknown))} of each token"))
-    attach(model)
+    attach(compute_with_own_weights(model))
     reasons = attention.reasons_against(model)
     if attention.has_dropout(model):
         reasons.append(f"{type(model).__name__} has attention dropout, which shared-prefix attention has not")

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dpo_fast"
 # who may import whom inside the package; training, trl, cli and the demo may import everything
 OPS = {"ops"}
 STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics", "heads"}
-STAGE |= {"block_mask", "preference", "reference", "functional", "copies", "router"}
+STAGE |= {"block_mask", "preference", "reference", "functional", "copies", "router", "drift"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels"}, "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
 MAY_BE_HEAVY = {"training", "trl", "cli", "demo", "data", "env", "selftest"}

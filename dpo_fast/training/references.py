@@ -14,6 +14,7 @@ from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weight
 from dpo_fast.forward import attach
 from dpo_fast.functional import SequenceScores, score
 
+from . import models
 from .config import FastDPOConfig
 from .data import REFERENCE_COLUMNS
 
@@ -35,6 +36,12 @@ def of_adapter(model: nn.Module, base: WeightSample | None, accelerator):
         check_sharded(model, rest)
         return reference.FrozenAdapter(model, copy_adapter(model))
     if rewritten := base.rewritten_in(model):
+        if base.had_adapters:
+            raise ValueError(
+                f"the model held adapters already (a cell that ran twice?), and the new one ({_kinds(model)}) has "
+                f"rewritten {len(rewritten)} weights of the model, {rewritten[0]} the first, a second time: load the "
+                "model anew"
+            )
         logger.warning(
             "the new adapter has rewritten %d weights of the model (%s, ...), so the model without it is another one "
             "than before: the reference is the model with the adapter as it starts",
@@ -190,6 +197,9 @@ def unit_roundoff(model: nn.Module, accelerator) -> float:
 def keep_adapters(model: nn.Module) -> Iterator[None]:
     """Which adapters are active and what trains, restored after: transformers activates the first one alone when it
     loads a checkpoint."""
+    if not models.is_peft_model(model):
+        yield
+        return
     active = list(model.active_adapters)
     with reference.keep_trainable(model):
         yield

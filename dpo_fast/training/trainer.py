@@ -276,13 +276,15 @@ class FastDPOTrainer(transformers.Trainer):
         """As `Trainer`'s, which before transformers 5.23 loads no adapter but those in sub-folders where there is one:
         one named "default" is in none. Which adapters are active stays as it is."""
         model = self.model if model is None else model
-        if not models.is_peft_model(model):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with references.keep_adapters(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             in_root = any(Path(resume_from_checkpoint).glob("adapter_model.*"))
-            if in_root and "default" in model.peft_config and len(model.peft_config) > 1:
+            if in_root and models.is_peft_model(model) and {"default"} < set(model.peft_config):
                 model.load_adapter(resume_from_checkpoint, "default", is_trainable="default" in model.active_adapters)
+
+    def _load_best_model(self):
+        with references.keep_adapters(self.model):
+            super()._load_best_model()
 
     def _save(self, output_dir=None, state_dict=None):
         with references.unseen(self.reference):
