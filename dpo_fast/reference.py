@@ -120,8 +120,8 @@ class Snapshot:
     """Frozen copies of parameters, and the places where they belong.
 
     The copies replace entries of modules' tables, not values: no memory is moved in a pass, what holds the parameters
-    (optimizer, DDP) does not notice, and a parameter that was exchanged in training (AdaLoRA's of fewer ranks) is one
-    that can be replaced as well.
+    (optimizer, DDP) does not notice, and a parameter that was exchanged for another (AdaLoRA's, by one of fewer
+    ranks) is replaced as well.
     """
 
     kept: list[_Kept] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A copy computes with its own weights, whatever has replaced a forward; shared memory and rewritten weights are seen."""
+"""A copy computes with its own weights, whatever has replaced a forward; shared memory and new weights are seen."""
 
 import copy
 import functools

@@ -145,7 +145,11 @@ def check_start(model: nn.Module, batch: PreferenceBatch, found: SequenceScores,
     """
     with torch.no_grad(), reference.evaluating(model):
         policy = score(model, batch, ld_alpha=ld_alpha)
-    distance, budget = disagreement(policy.tokens.logps, found.tokens.logps, unit_roundoff(model, accelerator))
+    # An adapter that starts as the identity multiplies by 1 and adds products with 0: roundings, as many as `attach`
+    # grants a head. All else are the same operations on the same numbers, and only sums may have another order.
+    roundings = 8 if isinstance(source, reference.AdapterOff) else 1
+    roundoff = roundings * unit_roundoff(model, accelerator)
+    distance, budget = disagreement(policy.tokens.logps, found.tokens.logps, roundoff)
     off = (~(distance <= budget)).float()  # NaN is off, too
     if accelerator.num_processes > 1:
         off = accelerator.reduce(off, reduction="sum")
@@ -173,13 +177,12 @@ def check_start(model: nn.Module, batch: PreferenceBatch, found: SequenceScores,
 def disagreement(policy: Tensor, found: Tensor, roundoff: float) -> tuple[Tensor, Tensor]:
     """(root mean square of the difference of token log-probs, what rounding explains of it), device scalars.
 
-    Both come from the same operations on the same weights. An adapter that starts as the identity adds products with
-    zeros, which costs roundings: eight, of the largest log-prob, as for a head in `attach`.
+    roundoff: relative to the largest log-prob, which stands for the logits that it was made of.
     """
     if not policy.numel():
         return policy.new_zeros(()), policy.new_zeros(())
     policy, found = policy.double(), found.to(policy.device).double()
-    return (policy - found).square().mean().sqrt(), 8 * roundoff * found.abs().max().clamp(min=1)
+    return (policy - found).square().mean().sqrt(), roundoff * found.abs().max().clamp(min=1)
 
 
 def unit_roundoff(model: nn.Module, accelerator) -> float:
