@@ -1,8 +1,9 @@
 """Models that compute with their own weights.
 
-`copy.deepcopy` follows bound methods but not closures. Whoever replaces `model.forward` by a function that holds the
-forward of before (TRL's trainers do) makes every later deep copy of the model compute with the original's weights: a
-frozen copy then moves with the policy, and a copy that is trained does not move at all.
+`copy.deepcopy` follows bound methods but not closures. Whoever replaces a method of a model by a function that holds
+the method of before (TRL's trainers do it to `forward`, accelerate's `dispatch_model` to `to`) makes every later deep
+copy of the model compute with the original's weights, or hand out the original: a frozen copy then moves with the
+policy, and a copy that is trained does not move at all.
 """
 
 import functools
@@ -17,54 +18,104 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 logger = logging.getLogger("dpo_fast")
 
 ATTACHED = "_dpo_fast"  # under this name `attach` keeps on a model what it needs, the forward of before among it
-_FORWARDS = ("forward", "_old_forward")  # the second is what accelerate's hooks call
+_OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
+_BEFORE_ATTACH = "forward, before attach"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def compute_with_own_weights(model: nn.Module) -> nn.Module:
-    """Give modules their class's forward back where an instance's own computes with another model's modules.
+def compute_with_own_weights(model: nn.Module, original: nn.Module | None = None) -> nn.Module:
+    """Give modules their class's methods back where an instance's own reach another model.
 
     model: the Hugging Face model itself, below a PEFT wrapper. Changes it in place and returns it. A model that needs
     it may be attached, and is not after: `attach` it again. One warning says what was replaced.
+    original: the model that `model` is a copy of, if that is known: none of its modules and none of its weights that
+      train may be reached then. If it is not, no module of the same class as the one that the method belongs to.
     """
-    own = {id(module) for module in model.modules()}
-    replaced = []
-    state = vars(model).get(ATTACHED)
-    for name, module in model.named_modules():
-        bound = {key: vars(module)[key] for key in _FORWARDS if key in vars(module)}
-        if module is model and state is not None:
-            bound["the forward before attach"] = state.original
-        if not any(_is_foreign(function, module, own) for function in bound.values()):
-            continue
-        vars(module).pop("forward", None)
-        if "_old_forward" in bound:  # hooks of accelerate would be lost with the instance's forward
-            module._old_forward = module.forward
-            if not _is_foreign(bound.get("forward"), module, own):
-                module.forward = bound["forward"]
-        if module is model:
-            vars(model).pop(ATTACHED, None)
-        replaced.append(name or type(model).__name__)
+    world, replaced, hooked = _World(model, original), [], []
+    for name, module in list(model.named_modules()):
+        found = _instance_methods(module)
+        if hasattr(vars(module).get(ATTACHED), "original"):
+            found[_BEFORE_ATTACH] = vars(module)[ATTACHED].original
+        foreign = [key for key, function in found.items() if world.is_foreign(function, module)]
+        if foreign:
+            replaced.append(f"{name or type(model).__name__}.{foreign[0]}")
+            _take_back(module, found, foreign)
+        hooks = [hook for table in _HOOKS for hook in getattr(module, table).values()]
+        if original is not None and any(world.is_foreign(hook, module) for hook in hooks):
+            hooked.append(name or type(model).__name__)
     if replaced:
         logger.warning(
-            "%s is a copy whose forward (of %s) computed with the weights of the model that it was copied from; it has "
-            "its class's forward again",
+            "%s is a copy some methods of which (%s) worked on the model that it was copied from; it has its class's "
+            "again",
             type(model).__name__,
             ", ".join(replaced[:3]) + (", ..." if len(replaced) > 3 else ""),
+        )
+    if hooked:
+        logger.warning(
+            "a hook on %s holds a module or a weight of the model that %s was copied from: if it computes with that, "
+            "the copy moves when the model is trained",
+            hooked[0],
+            type(model).__name__,
         )
     return model
 
 
-def _is_foreign(function, module: nn.Module, own: set[int]) -> bool:
-    """Whether a forward of `module` reaches a module of the same class outside of the model."""
-    return any(type(m) is type(module) and id(m) not in own for m in _modules_reached(function, set()))
+def _instance_methods(module: nn.Module) -> dict:
+    """The methods of its class that this instance has as attributes of its own."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if callable(value)
+        and not isinstance(value, (nn.Module, type))
+        and (key == _OLD_FORWARD or callable(getattr(type(module), key, None)))
+    }
 
 
-def _modules_reached(value, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a callable holds: by `self`, closures, arguments that are bound, and callables of those."""
+def _take_back(module: nn.Module, found: dict, foreign: list[str]) -> None:
+    """Remove foreign methods, and if one is a forward, what others have built on it."""
+    for key in foreign:
+        vars(module).pop(key, None)
+    forwards = [key for key in foreign if "forward" in key]
+    if not forwards:
+        return
+    hooked = found.get(_BEFORE_ATTACH, found.get("forward")) if forwards == [_OLD_FORWARD] else None
+    vars(module).pop("forward", None)
+    vars(module).pop(ATTACHED, None)
+    if _OLD_FORWARD in found:  # the instance's forward is then accelerate's, which runs its hooks and calls this
+        module._old_forward = module.forward
+        if hooked is not None:
+            module.forward = hooked
+
+
+class _World:
+    """What belongs to a model and what to others."""
+
+    def __init__(self, model: nn.Module, original: nn.Module | None):
+        self.own = {id(module) for module in model.modules()}
+        others = () if original is None else original.modules()
+        self.others = {id(module) for module in others} - self.own
+        weights = () if original is None else (p for p in original.parameters() if p.requires_grad)
+        self.memory = {where for p in weights for where in _storages(p)}
+
+    def is_foreign(self, function, module: nn.Module) -> bool:
+        """Whether a function that belongs to `module` reaches what it must not."""
+        for value in _reached(function, set()):
+            if isinstance(value, Tensor):
+                foreign = not self.memory.isdisjoint(_storages(value))
+            else:
+                foreign = id(value) in self.others or (type(value) is type(module) and id(value) not in self.own)
+            if foreign:
+                return True
+        return False
+
+
+def _reached(value, seen: set[int]) -> Iterator[nn.Module | Tensor]:
+    """The modules and tensors that a callable holds: by `self`, closures, bound arguments, and callables of those."""
     if id(value) in seen:
         return
     seen.add(id(value))
     held = ()
-    if isinstance(value, nn.Module):
+    if isinstance(value, (nn.Module, Tensor)):
         yield value
     elif isinstance(value, types.MethodType):
         held = (value.__self__, value.__func__)
@@ -81,7 +132,7 @@ def _modules_reached(value, seen: set[int]) -> Iterator[nn.Module]:
     elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):  # as accelerate's wrappers
         held = tuple(content for key, content in vars(value).items() if key != "__wrapped__")
     for content in held:
-        yield from _modules_reached(content, seen)
+        yield from _reached(content, seen)
 
 
 def check_storage(policy: nn.Module, reference: nn.Module) -> None:

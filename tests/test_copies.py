@@ -75,7 +75,7 @@ def test_a_copy_of_a_patched_model(replace, where, caplog):
     assert not same(twin, expected)
     with caplog.at_level(logging.WARNING, logger="dpo_fast"):
         assert same(compute_with_own_weights(twin), expected)
-    assert "computed with the weights of the model that it was copied from" in caplog.text
+    assert "worked on the model that it was copied from" in caplog.text
     assert same(model, tiny_model())  # the original keeps what was installed
     assert "forward" in vars(where(model))
 
@@ -103,6 +103,44 @@ def test_attaching_a_copy_of_a_patched_model(attached_first):
     with torch.no_grad():
         assert torch.equal(score(twin, BATCH).logps, score(attach(expected), BATCH).logps)
     assert same(twin, expected)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_copy_of_a_dispatched_model(patched, attached):
+    """accelerate's `to` hands out the model that it was made for; its hooks stay."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    if patched:
+        by_closure(model)
+    model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    if attached:
+        attach(model)
+    twin, expected = moved(model)
+    assert twin.to("cpu") is model
+    assert compute_with_own_weights(twin).to("cpu") is twin
+    assert same(attach(twin), expected) and same(model, tiny_model())
+    assert type(twin.lm_head.forward) is functools.partial
+
+
+def test_weights_that_a_method_holds():
+    """Only whoever knows the original can tell these from something that the user means."""
+    model = tiny_model()
+    weight, norm = model.lm_head.weight, model.model.norm
+    forward = type(norm).forward
+    model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, weight)
+    model.model.layers[0].mlp.forward = lambda hidden: forward(norm, hidden)
+    twin, expected = moved(model)
+    compute_with_own_weights(twin)
+    assert "forward" in vars(twin.lm_head) and not same(twin, expected)
+    assert same(compute_with_own_weights(twin, original=model), expected)
+
+
+def test_hooks_are_named(caplog):
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, args, out, norm=model.model.norm: out * norm.weight.mean())
+    compute_with_own_weights(copy.deepcopy(model), original=model)
+    assert "a hook on lm_head holds a module or a weight of the model" in caplog.text
 
 
 def test_a_copy_that_is_not_patched_is_left_alone():

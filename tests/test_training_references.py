@@ -287,6 +287,18 @@ def test_after_somebody_has_replaced_the_forward(build, attached):
     assert losses(trainer)[-1] < losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_a_dispatched_model(build):
+    """As with device_map: accelerate has replaced `to`, which its own `prepare_model` calls."""
+    import accelerate
+
+    trainer = build(accelerate.dispatch_model(model(), {"": "cpu"}, force_hooks=True))
+    assert trainer.reference.model is not trainer.model
+    start = reference_logps(trainer)
+    trainer.train()
+    assert torch.equal(reference_logps(trainer), start)
+    assert losses(trainer)[-1] < losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_copies_of_a_patched_model(build):
     """Neither the policy nor the reference is the model whose forward their forwards hold."""
     plain = model()

@@ -118,7 +118,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the policy is sharded by DeepSpeed ZeRO-3 and cannot be copied: pass ref_model= (a path will do)"
         )
-    twin = reference.freeze(compute_with_own_weights(copy.deepcopy(model)))
+    twin = reference.freeze(compute_with_own_weights(copy.deepcopy(model), original=model))
     check_storage(model, twin)
     return twin
 

@@ -68,7 +68,8 @@ class FastDPOTrainer(transformers.Trainer):
         self.router_aux_loss_coef = router_coefficient(model, args.router_aux_loss_coef)
         if ref_model is not None:
             ref_model = models.load_model(ref_model, args)
-            compute_with_own_weights(ref_model.get_base_model() if models.is_peft_model(ref_model) else ref_model)
+            base_of_reference = ref_model.get_base_model() if models.is_peft_model(ref_model) else ref_model
+            compute_with_own_weights(base_of_reference, original=model)
             check_storage(model, ref_model)
         tokenizer = models.load_tokenizer(processing_class, model, args)
 
@@ -160,7 +161,9 @@ class FastDPOTrainer(transformers.Trainer):
             if self.args.precompute_ref_log_probs:
                 return reference.InitialPolicy(reference.Snapshot())  # before training the policy is the reference
             ref_model = references.frozen_copy(self.model)
-        return reference.FrozenModel(references.prepare_model(ref_model, self.accelerator, self.args))
+        ref_model = references.prepare_model(ref_model, self.accelerator, self.args)
+        check_storage(self.model, ref_model)  # whatever has placed it
+        return reference.FrozenModel(ref_model)
 
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
