@@ -94,8 +94,8 @@ class Precomputed:
     def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
         if batch.reference_logps is None:
             raise ValueError(
-                "reference log-probs were precomputed before training and the reference model is gone, but this batch "
-                "has none; give the data set to the trainer when it is built, or pass ref_model"
+                "reference log-probs came with the data or were precomputed and the reference model is gone, but this "
+                "batch has none; give the data set to the trainer when it is built"
             )
         return SequenceScores(batch.reference_logps)
 

@@ -423,6 +423,7 @@ def test_what_a_sharded_model_cannot_have(build, sharded):
     with pytest.raises(ValueError, match="an adapter that starts as the identity"):
         build(model(), peft_config=lora(init_lora_weights="olora"))
     assert isinstance(build(model(), peft_config=lora()).reference, reference.AdapterOff)
+    assert isinstance(build(two_adapters(), train_dataset=scored_rows()).reference, reference.Precomputed)
 
 
 # --- log-probs that come with the data -----------------------------------------------------------------------------
@@ -446,6 +447,9 @@ def test_columns_and_a_reference_model(build):
         build(model(), train_dataset=scored_rows(), ref_model=model())
     with pytest.raises(ValueError, match="got ref_model and data with the columns"):
         build(model(), eval_dataset={"a": scored_rows()}, ref_model=model())
+    with pytest.raises(ValueError, match="got ref_model and data with the columns"):
+        build(model(), ref_model=model()).evaluate(scored_rows())
+    build(model(), train_dataset=scored_rows(), ref_model=model(), loss_type="simpo")  # needs no reference
 
 
 @pytest.mark.parametrize("ref_model", [None, "another"])

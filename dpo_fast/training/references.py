@@ -156,9 +156,10 @@ def check_start(model: nn.Module, batch: PreferenceBatch, found: SequenceScores,
     if not off.item():
         return
     base = accelerator.unwrap_model(model)
+    rounding = f"rounding explains {budget.item():.2g}" + (", it is more on another rank" if distance <= budget else "")
     said = (
-        f"{distance.item():.3g} nats per token apart (root mean square; rounding explains {budget.item():.2g}), policy "
-        f"{type(base).__name__}, reference {type(source).__name__}"
+        f"{distance.item():.3g} nats per token apart (root mean square; {rounding}), policy {type(base).__name__}, "
+        f"reference {type(source).__name__}"
     )
     if isinstance(source, reference.AdapterOff) and not reference.starts_as_identity(base):
         logger.warning(
@@ -191,6 +192,32 @@ def unit_roundoff(model: nn.Module, accelerator) -> float:
     dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     dtypes.add(mixed.get(accelerator.mixed_precision, torch.float32))
     return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+# --- log-probs that come with the data -----------------------------------------------------------------------------
+
+
+def check_columns(sets, given_reference: bool, precompute: bool) -> bool:
+    """Whether all the data sets hold columns of reference log-probs that are used; one line says so if any does.
+
+    Raises ValueError if there is a reference model as well: one of the two is not meant.
+    """
+    parts = [part for data in sets for part in (data.values() if isinstance(data, dict) else [data])]
+    parts = [part for part in parts if part is not None]
+    scored = [part for part in parts if set(REFERENCE_COLUMNS) & set(part.column_names or ())]
+    columns = ", ".join(REFERENCE_COLUMNS)
+    if not scored:
+        return False
+    if precompute:
+        logger.warning("precompute_ref_log_probs: the columns %s of the data are replaced", columns)
+        return False
+    if given_reference:
+        raise ValueError(
+            f"got ref_model and data with the columns {columns}, which are log-probs of a reference, too: remove the "
+            "columns (remove_columns) to use ref_model, or omit ref_model to use the columns"
+        )
+    logger.warning("reference log-probs come from the data: its columns %s", columns)
+    return len(scored) == len(parts)
 
 
 # --- what others do to adapters ------------------------------------------------------------------------------------

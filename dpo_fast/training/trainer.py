@@ -1,7 +1,6 @@
 """`FastDPOTrainer`: transformers' `Trainer` around `dpo_fast.functional`."""
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +24,6 @@ from . import models, references
 from .config import FastDPOConfig
 from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
 from .sampler import TokenBudgetBatchSampler
-
-logger = logging.getLogger("dpo_fast")
 
 
 class FastDPOTrainer(transformers.Trainer):
@@ -76,7 +73,8 @@ class FastDPOTrainer(transformers.Trainer):
         self.args, self.processing_class = args, tokenizer  # what _prepare needs
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
-        self._all_scored = check_reference_columns(train_dataset, eval_dataset, ref_model, args, self.objective)
+        self._given_reference = ref_model is not None
+        self._all_scored = self._check_reference_columns(train_dataset, eval_dataset)
         if data_collator is None:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             layout = models.choose_layout(args.layout, *(m for m in (model, ref_model) if m is not None))
@@ -154,9 +152,10 @@ class FastDPOTrainer(transformers.Trainer):
         if not self.objective.needs_reference:
             return None
         if ref_model is None:
-            if self._all_scored and not models.is_peft_model(self.model):
+            adapter = models.is_peft_model(self.model)
+            if self._all_scored and (not adapter or references.is_sharded(self.accelerator)):
                 return reference.Precomputed()
-            if models.is_peft_model(self.model):
+            if adapter:
                 return references.of_adapter(self.model, base, self.accelerator)
             if self.args.precompute_ref_log_probs:
                 return reference.InitialPolicy(reference.Snapshot())  # before training the policy is the reference
@@ -164,6 +163,11 @@ class FastDPOTrainer(transformers.Trainer):
         ref_model = references.prepare_model(ref_model, self.accelerator, self.args)
         check_storage(self.model, ref_model)  # whatever has placed it
         return reference.FrozenModel(ref_model)
+
+    def _check_reference_columns(self, *sets, precompute: bool | None = None) -> bool:
+        """Whether all these data come with log-probs of a reference that are used: see `references.check_columns`."""
+        precompute = self.args.precompute_ref_log_probs if precompute is None else precompute
+        return self.objective.needs_reference and references.check_columns(sets, self._given_reference, precompute)
 
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
@@ -297,6 +301,7 @@ class FastDPOTrainer(transformers.Trainer):
         """As `Trainer.evaluate`; takes data sets as they come, too. Returns eval_loss, eval_rewards/chosen, ..."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
             eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+            self._check_reference_columns(eval_dataset, precompute=False)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -333,26 +338,6 @@ def check_arguments(model, ref_model, args) -> None:
         )
     if args.accelerator_config.dispatch_batches:
         raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
-
-
-def check_reference_columns(train_dataset, eval_dataset, ref_model, args, objective) -> bool:
-    """Whether all data come with reference log-probs that will be used; raises ValueError where that is not clear."""
-    parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-    parts = [part for part in parts if part is not None]
-    scored = [part for part in parts if set(REFERENCE_COLUMNS) & set(part.column_names or ())]
-    if not scored or not objective.needs_reference:
-        return False
-    columns = ", ".join(REFERENCE_COLUMNS)
-    if args.precompute_ref_log_probs:
-        logger.warning("precompute_ref_log_probs: the columns %s of the data are replaced", columns)
-        return False
-    if ref_model is not None:
-        raise ValueError(
-            f"got ref_model and data with the columns {columns}, which are log-probs of a reference, too: remove the "
-            "columns (remove_columns) to use ref_model, or omit ref_model to use the columns"
-        )
-    logger.warning("reference log-probs come from the data: its columns %s", columns)
-    return len(scored) == len(parts)
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module) -> None:
