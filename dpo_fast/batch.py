@@ -5,6 +5,7 @@ with the sequence it belongs to and the position whose hidden state predicts it.
 these vectors and never sees padding.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -110,4 +111,10 @@ def reference_logps(pairs: Sequence[TokenPair]) -> Tensor | None:
         return None
     if missing:
         raise ValueError(f"{missing} of {2 * len(pairs)} precomputed reference log-probs are missing in this batch")
+    impossible = [value for value in chosen + rejected if not -math.inf < value <= 0]
+    if impossible:
+        raise ValueError(
+            f"{len(impossible)} of {2 * len(pairs)} precomputed reference log-probs are no log-probs: expected finite "
+            f"numbers of at most 0, got {impossible[0]}"
+        )
     return torch.tensor(chosen + rejected, dtype=torch.float32)

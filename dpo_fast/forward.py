@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from . import attention, packing
 from .batch import PreferenceBatch
+from .copies import ATTACHED, compute_with_own_weights
 from .heads import head_tensors
 from .layout import separate_rows
 from .logps import PairLogps
@@ -34,12 +35,21 @@ from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
 from .ops.stats import TokenStats
 from .preference import linear_preference_loss, preference_from_stats
+from .router import balancing_loss, token_weights
 
 logger = logging.getLogger("dpo_fast")
 
 _ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
-_KNOBS = ("outputs", "objective", "reference_logps", "reference_token_logps", "ld_alpha", "mean_chosen_length")
-_STATE = "_dpo_fast"
+_KNOBS = (
+    "outputs",
+    "objective",
+    "reference_logps",
+    "reference_token_logps",
+    "ld_alpha",
+    "mean_chosen_length",
+    "aux_loss",
+)
+_STATE = ATTACHED
 
 
 class TokenScores(NamedTuple):
@@ -58,10 +68,20 @@ class TokenScores(NamedTuple):
 class PreferenceScores(NamedTuple):
     """What `model(batch, objective=...)` returns."""
 
-    loss: Tensor  # () mean over the pairs; see `PreferenceOutput` for what else has a gradient
+    mean_loss: Tensor  # () mean over the pairs; see `PreferenceOutput` for what else has a gradient
     losses: Tensor  # (P,)
     pairs: PairLogps
     tokens: TokenScores
+    aux_loss: Tensor | None = None  # () a mixture of experts' balancing loss, not multiplied, not in `loss`
+
+    @property
+    def loss(self) -> Tensor:
+        """`mean_loss`; a copy, because PEFT's AdaLoRA adds its regulariser to it in place. TRL's loss has none."""
+        return self.mean_loss.clone()
+
+    @loss.setter
+    def loss(self, value: Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     transform of its head's output that its config declares.
     """
     _check_adapter(model)
-    base = _causal_lm(model)
+    base = compute_with_own_weights(_causal_lm(model))
     state = getattr(base, _STATE, None)
     if state is not None:
         state.impl, state.tile_mib = impl, tile_mib
@@ -196,20 +216,23 @@ def score_batch(
     batch: PreferenceBatch,
     outputs: Sequence[str] = (),
     objective: Objective | None = None,
+    aux_loss: bool = False,
     **pair_knobs,
 ) -> TokenScores | PreferenceScores:
     """Backbone -> hidden states at the scored positions -> head (-> loss). Call `model(batch)`, which ends up here.
 
     pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha, mean_chosen_length;
-    see `linear_preference_loss`.
+    see `linear_preference_loss`. aux_loss, with an objective: return a mixture of experts' balancing loss as well.
     """
     state = attachment(model)
-    hidden = scored_hidden_states(model, batch)
+    backbone, batch = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
+    hidden = at_predictors(model, backbone[0], batch.predictors)
     head = model.get_output_embeddings()
     targets = batch.targets.to(hidden.device)
     if objective is None:
-        if any(value is not None for value in pair_knobs.values()):
-            raise TypeError(f"model(batch, ...) takes {', '.join(pair_knobs)} only together with objective=")
+        if aux_loss or any(value is not None for value in pair_knobs.values()):
+            knobs = ", ".join([*pair_knobs, *(["aux_loss"] if aux_loss else [])])
+            raise TypeError(f"model(batch, ...) takes {knobs} only together with objective=")
         return _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
     tensors = _tensors_or_reason(head, hidden)
     common = dict(
@@ -237,11 +260,16 @@ def score_batch(
             tile_mib=state.tile_mib,
             **common,
         )
-    return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs))
+    aux = _balancing_loss(model, batch, backbone) if aux_loss else None
+    return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs), aux)
 
 
-def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
-    """Run the backbone on the batch's rows -> (N, H), see `at_predictors`.
+def _balancing_loss(model: nn.Module, batch: PreferenceBatch, backbone) -> Tensor:
+    return balancing_loss(model, getattr(backbone, "router_logits", None), token_weights(batch))
+
+
+def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
+    """The backbone's outputs, whose first is (B, T, H) hidden states, and the batch whose rows it ran.
 
     A packed row that the model cannot run, or not now (see packing.py), runs as padded rows, and a line says why.
     """
@@ -251,13 +279,12 @@ def scored_hidden_states(model: nn.Module, batch: PreferenceBatch) -> Tensor:
             packing.refuse_or_log(model, reasons)
             batch = separate_rows(batch)
     backbone = backbone_of(model)
-    rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None} | {"use_cache": False}
-    if batch.layout is None:
-        hidden = packing.run_padded(model, backbone, rows)[0]
-    else:
+    rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None} | {"use_cache": False, **options}
+    if batch.layout is not None:
         attention.enable(model)
-        hidden = packing.run(model, backbone, rows | attention.model_inputs(batch.layout, batch.input_ids.device))[0]
-    return at_predictors(model, hidden, batch.predictors)
+        packed = attention.model_inputs(batch.layout, batch.input_ids.device)
+        return packing.run(model, backbone, rows | packed), batch
+    return packing.run_padded(model, backbone, rows), batch
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

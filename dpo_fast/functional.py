@@ -44,6 +44,7 @@ class PreferenceStep:
     losses: Tensor  # (P,)
     pairs: PairLogps
     tokens: TokenScores
+    aux_loss: Tensor | None = None  # () with gradients: a mixture of experts' balancing loss, not multiplied
 
 
 def score(
@@ -66,14 +67,18 @@ def preference_step(
     ld_alpha: float | None = None,
     mean_chosen_length: Tensor | float | None = None,
     extra_metrics: Sequence[str] = (),
+    aux_loss: bool = False,
 ) -> PreferenceStep:
     """Score the batch with the policy and apply the objective, both inside the model's forward.
 
     reference: `score` of the reference model, or (2P,) log-probs under the same `ld_alpha`; None for losses without
       one. Where token log-probs are at hand, log-ratios are summed token by token, which keeps more digits.
     mean_chosen_length: over all micro-batches and ranks of an optimizer step, see `linear_preference_loss`.
+    aux_loss: compute a mixture of experts' balancing loss, too; it is not added to the loss.
     """
     knobs = {"ld_alpha": ld_alpha, "mean_chosen_length": mean_chosen_length}
+    if aux_loss:
+        knobs["aux_loss"] = True
     if isinstance(reference, Tensor) or (reference is not None and reference.tokens is None):
         knobs["reference_logps"] = reference if isinstance(reference, Tensor) else reference.logps
     elif reference is not None:
@@ -91,8 +96,12 @@ def step_metrics(
         losses, pairs = losses[:first], pairs.first(first)
         keep = sequence_ids % batch.num_pairs < first
         tokens, sequence_ids = TokenScores(*(x if x is None else x[keep] for x in tokens)), sequence_ids[keep]
-    return {
-        "loss": (losses.sum(), losses.new_full((), losses.numel())),
+    pairs_counted = losses.new_full((), losses.numel())
+    metrics = {
+        "loss": (losses.sum(), pairs_counted),
         **pair_metrics(pairs, objective),
         **token_metrics(tokens, sequence_ids, batch.num_pairs),
     }
+    if step.aux_loss is not None:
+        metrics["aux_loss"] = step.aux_loss.detach() * losses.numel(), pairs_counted
+    return metrics

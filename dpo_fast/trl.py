@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from . import attention, packing
 from .batch import TokenPair
+from .copies import compute_with_own_weights
+from .drift import AdapterWatch, is_peft_model
 from .forward import (
     at_predictors,
     attach,
@@ -38,6 +40,7 @@ from .forward import (
 )
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
+from .router import balancing_loss
 
 try:
     import trl
@@ -94,15 +97,20 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     @functools.wraps(dpo_trainer.DPOTrainer.__init__)
     def __init__(self, *args, layout: str | None = None, **kwargs):
         layout = _layout_asked_for(layout)
-        config = inspect.signature(super().__init__).bind(*args, **kwargs).arguments.get("args")
-        installed = []
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
+        installed, noting = (
+            [],
+            watch.noting(getattr(dpo_trainer, "get_peft_model", None)),
+        )  # None: PEFT is not installed
 
         def add_fused_lm_head(model, outputs=("log_probs",)):
             install(model, outputs, layout)
             installed.append(model)
 
         # BaseTunerLayer: TRL's forward would not see an adapter on the head, so it refuses those; ours sees them
-        with _in_trl(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing), _padding_free_unseen(config):
+        ours = dict(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing, get_peft_model=noting)
+        with _in_trl(**ours), _padding_free_unseen(config):
             super().__init__(*args, **kwargs)
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
@@ -118,6 +126,12 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             if reasons:
                 _refuse_or_log(layout, reasons)
         self.padding_free = self.args.padding_free
+        if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
+            logger.warning(
+                "dpo_fast.trl: TRL's reference is not the model before training, because %s. Pass ref_model; or use "
+                "dpo_fast.FastDPOTrainer, which keeps the model from before training as the reference",
+                "; ".join(reasons),
+            )
 
 
 def _layout_asked_for(layout: str | None) -> str:
@@ -180,6 +194,7 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout:
     unknown = set(outputs) - {"log_probs", *STATS}
     if unknown:
         raise RuntimeError(_mismatch(f"asks for {', '.join(sorted(unknown))} of each token"))
+    compute_with_own_weights(model)
     try:
         attach(model)
     except (TypeError, ValueError) as error:
@@ -247,7 +262,7 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
         return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)
 
     loss = -stats.logps.sum() / (max(places.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
-    aux_loss = _balancing_loss(config, out.router_logits, rows.token_weights) if routed else None
+    aux_loss = balancing_loss(model, getattr(out, "router_logits", None), rows.token_weights) if routed else None
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return trl_utils.FusedCausalLMOutput(
@@ -257,15 +272,6 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
         aux_loss=aux_loss,
         **{name: spread(getattr(stats, name)) for name in wanted},
     )
-
-
-def _balancing_loss(config, router_logits, token_weights: Tensor | None) -> Tensor:
-    """The load-balancing loss of TRL's padded rows. transformers' function multiplies by its mask: a token of the
-    packed row that stands for two padded ones has a 2 there."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, token_weights)
 
 
 # --- TRL's batch as rows for the model -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "dpo_fast"
 OPS = {"ops"}
 STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics", "heads"}
 STAGE |= {"block_mask", "hooks", "packing", "probe", "preference", "reference", "functional"}
+STAGE |= {"copies", "router", "drift"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels"}, "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
 MAY_BE_HEAVY = {"training", "trl", "cli", "demo", "data", "env", "selftest"}

@@ -7,7 +7,22 @@ from tiny import tiny_model, tiny_pairs
 from dpo_fast import attach
 from dpo_fast.batch import TokenPair, padded_batch
 from dpo_fast.functional import score
-from dpo_fast.reference import AdapterOff, FrozenAdapter, FrozenModel, Precomputed, evaluating, freeze, keep_trainable
+from dpo_fast.reference import (
+    AdapterOff,
+    FrozenAdapter,
+    FrozenModel,
+    InitialPolicy,
+    Precomputed,
+    Snapshot,
+    evaluating,
+    freeze,
+    keep_trainable,
+    of_adapters,
+    starts_as_identity,
+)
+from dpo_fast.reference import (
+    trainable as trainable_ids,
+)
 
 peft = pytest.importorskip("peft")
 BATCH = padded_batch(tiny_pairs(3), pad_token_id=0)
@@ -68,6 +83,62 @@ def test_frozen_adapter_comes_back_after_an_error():
     with pytest.raises(ValueError):
         FrozenAdapter(model, "reference")(model, None)
     assert model.active_adapter == "default"
+
+
+def test_initial_policy():
+    model = adapted(lora_dropout=0.5, modules_to_save=["lm_head"]).train()
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    reference = InitialPolicy(Snapshot.of(model, trainable_ids(model)))
+    before, parameters = trainable(model), list(model.parameters())
+    start = logps(model.eval())
+    for p in parameters:
+        if p.requires_grad:
+            p.data.add_(0.1)
+    found = reference(model.train(), BATCH).logps
+    assert torch.equal(found, start) and not found.requires_grad
+    assert not torch.equal(logps(model.eval()), start)
+    with pytest.raises(ValueError):
+        reference(model.train(), None)
+    assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+    assert trainable(model) == before and model.training
+
+
+def test_snapshot():
+    """One copy of a tied weight in both places; it follows the model's dtype and takes a new parameter's place."""
+    model = tiny_model(tie_word_embeddings=True)
+    weight = model.lm_head.weight
+    snapshot = Snapshot.of(model, {id(weight)})
+    assert len(snapshot.kept) == 2 and snapshot.kept[0].copy is snapshot.kept[1].copy
+    model.double()
+    model.lm_head.weight = torch.nn.Parameter(weight[:5].double())
+    with snapshot.put_in():
+        assert model.lm_head.weight is model.model.embed_tokens.weight is snapshot.kept[0].copy
+        assert model.lm_head.weight.dtype == torch.float64 and torch.equal(
+            model.lm_head.weight, weight.detach().double()
+        )
+    assert model.lm_head.weight.shape[0] == 5 and len(model.model.embed_tokens.weight) > 5
+
+
+def test_adapter_off_brings_back_the_rest():
+    model, base = adapted(bias="all"), attach(tiny_model())
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    rest = trainable_ids(model) - of_adapters(model)
+    reference = AdapterOff(model, Snapshot.of(model, rest))
+    model.get_base_model().model.norm.weight.data.mul_(2)
+    assert torch.equal(reference(model, BATCH).logps, logps(base))
+    assert not torch.equal(AdapterOff(model)(model, BATCH).logps, logps(base))
+
+
+def test_what_starts_as_the_identity():
+    def new(config):
+        return peft.get_peft_model(tiny_model(), config)
+
+    names = ["q_proj", "embed_tokens"]
+    assert starts_as_identity(new(peft.LoraConfig(target_modules=names, modules_to_save=["lm_head"], use_dora=True)))
+    assert starts_as_identity(new(peft.AdaLoraConfig(target_modules=names[:1], total_step=9)))
+    assert not starts_as_identity(new(peft.LoraConfig(target_modules=names, init_lora_weights=False)))
+    assert not starts_as_identity(new(peft.LoraConfig(target_modules=names[:1], init_lora_weights="pissa")))
+    assert not starts_as_identity(tiny_model())
 
 
 def test_precomputed():

@@ -1,6 +1,7 @@
 """Against TRL's own trainer, on the same model, data and order of batches."""
 
 import pytest
+import torch
 from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("trl")
@@ -29,9 +30,9 @@ OF_PAIRS += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "ac
 OF_TOKENS = ["entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"]
 
 
-def history(trainer_class, config_class, tmp_path, rows, peft_config=None, **options):
+def history(trainer_class, config_class, tmp_path, rows, peft_config=None, kind="llama", model=(), **options):
     extra = {} if config_class is trl.DPOConfig else dict(extra_metrics=["entropy", "logits", "mean_token_accuracy"])
-    model = tiny_model()
+    model = tiny_model(kind, **dict(model))
     for p in model.parameters():
         p.data.mul_(3 if p.ndim > 1 else 1)
     model.save_pretrained(tmp_path / "model")
@@ -71,6 +72,31 @@ def test_the_loss_curve_is_trls(tmp_path, options):
     ours = history(FastDPOTrainer, FastDPOConfig, tmp_path, rows, max_length=24, **options)
     assert_same_curves(ours, theirs, OF_PAIRS if "gradient_accumulation_steps" in options else OF_PAIRS + OF_TOKENS)
     assert abs(ours[-1]["loss"] - ours[0]["loss"]) > 1e-2
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_balancing_loss_of_experts(tmp_path, coefficient):
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU"):
+        pytest.skip(f"torch {torch.__version__} cannot run transformers' experts on CPU: no grouped_mm there")
+    rows = tiny_rows(12, seed=4)
+    options = dict(kind="qwen3_moe", model=experts, router_aux_loss_coef=coefficient)
+    theirs = history(trl.DPOTrainer, trl.DPOConfig, tmp_path, rows, **options)
+    ours = history(FastDPOTrainer, FastDPOConfig, tmp_path, rows, **options)
+    assert_same_curves(ours, theirs, [*OF_PAIRS, "aux_loss"])
+    assert ours[0]["loss"] - 0.693147 == pytest.approx(ours[0]["aux_loss"] * (coefficient or 0.001), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adalora(tmp_path):
+    """PEFT adds its regulariser to a loss that TRL does not train on."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=20, init_r=4, target_modules=["q_proj", "v_proj"])
+    rows = tiny_rows(12, seed=4)
+    theirs = history(trl.DPOTrainer, trl.DPOConfig, tmp_path, rows, config)
+    names = [name for name in (*OF_PAIRS, *OF_TOKENS) if "accuracies" not in name]  # margins are nearly 0 here
+    assert_same_curves(history(FastDPOTrainer, FastDPOConfig, tmp_path, rows, config), theirs, names)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -71,6 +71,9 @@ class FastDPOConfig(TrainingArguments):
     cpo_alpha: float = _option(1.0, "Weight of the negative log-likelihood in cpo.")
     ld_alpha: float | None = _option(None, "LD-DPO: weight of the tokens beyond the shorter completion's length.")
     use_weighting: bool = _option(False, "WPO: weigh each pair by how likely the policy is to produce it.")
+    router_aux_loss_coef: float | None = _option(
+        None, "Mixtures of experts: weight of the router's load-balancing loss. None: the model's own; 0: without."
+    )
 
     # the data
     max_length: int | None = _option(1024, "Longest prompt + completion, in tokens; None: no limit.")
@@ -99,7 +102,9 @@ class FastDPOConfig(TrainingArguments):
     trust_remote_code: bool = _option(False, "Allow models and tokenizers that come with code of their own.")
     disable_dropout: bool = _option(True, "No dropout in the policy; the reference never has any.")
     precompute_ref_log_probs: bool = _option(
-        False, "Score the data with the reference before training, then free it. Recomputed at each start, never stale."
+        False,
+        "Score the data with the reference before training, then free it. Recomputed at each start, never stale: "
+        "columns ref_chosen_logps and ref_rejected_logps of the data are replaced.",
     )
     precompute_ref_batch_size: int | None = _option(None, "Pairs per batch while precomputing; None: as in training.")
     impl: str = _option("auto", "Implementation of the kernels; see dpo-fast env.", choices=["auto", *IMPLS])

@@ -12,14 +12,13 @@ import transformers
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dpo_fast import attention, packing, reference
-from dpo_fast.forward import attach, is_ready, reasons_against_packed_rows
+from dpo_fast import attention, packing
+from dpo_fast.copies import compute_with_own_weights
+from dpo_fast.forward import is_ready, reasons_against_packed_rows
 
 from .config import FastDPOConfig
 
 logger = logging.getLogger("dpo_fast")
-
-REFERENCE_ADAPTER = "reference"  # the name of a frozen copy of the policy's adapter
 
 
 def load_model(model, config: FastDPOConfig) -> nn.Module:
@@ -30,13 +29,14 @@ def load_model(model, config: FastDPOConfig) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(model, **{**options, **(config.model_init_kwargs or {})})
 
 
-def make_policy(model, config: FastDPOConfig, peft_config, has_reference_model: bool) -> nn.Module:
+def make_policy(model, config: FastDPOConfig, peft_config) -> nn.Module:
     """The model to train: loaded if it is a path, with a new adapter if `peft_config` says so, without dropout."""
     model = load_model(model, config)
+    compute_with_own_weights(model.get_base_model() if is_peft_model(model) else model)
     if peft_config is not None:
         model = add_adapter(model, peft_config)
     if is_peft_model(model):
-        check_adapter(model, new=peft_config is not None, has_reference_model=has_reference_model)
+        check_adapter(model)
         if config.gradient_checkpointing:
             model.enable_input_require_grads()  # a reentrant checkpoint without it passes no gradient on
     if config.disable_dropout:
@@ -76,15 +76,14 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
     return peft.get_peft_model(model, peft_config)
 
 
-def check_adapter(model: nn.Module, new: bool, has_reference_model: bool) -> None:
-    """Refuse adapters that the forward cannot score or that cannot be switched off for the reference."""
+def check_adapter(model: nn.Module) -> None:
+    """Refuse adapters that the forward cannot score, and say what it leaves out of others."""
     for name, config in model.peft_config.items():
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(f"adapter {name!r} is {config.peft_type}: prompt learning changes positions, use LoRA")
-        if new and not has_reference_model and getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"adapter {name!r} trains biases of the base model (bias={config.bias!r}), which switching the adapter "
-                "off does not restore: pass ref_model, or use bias='none'"
+        if weight := getattr(config, "orth_reg_weight", None):
+            logger.warning(
+                "adapter %r: its regulariser (orth_reg_weight=%g) is not part of the loss, as in TRL", name, weight
             )
 
 
@@ -96,40 +95,6 @@ def check_reference(model, ref_model) -> None:
             "ref_model is the same object as model: it would move with the policy. Omit it to use a frozen copy of the "
             "policy (or the policy without its adapter), or load it a second time"
         )
-
-
-def copy_adapter(model: nn.Module) -> str:
-    """Add a frozen copy of the active adapter; returns its name."""
-    import peft
-
-    active = model.active_adapter
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
-    weights = peft.get_peft_model_state_dict(model, adapter_name=active)
-    peft.set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
-    for name, parameter in model.named_parameters():
-        if f".{REFERENCE_ADAPTER}." in name or name.endswith(f".{REFERENCE_ADAPTER}"):
-            parameter.requires_grad_(False)
-    return REFERENCE_ADAPTER
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A frozen copy of the policy, on its device."""
-    if any(getattr(p, "ds_id", None) is not None for p in model.parameters()):
-        raise ValueError(
-            "the policy is sharded by DeepSpeed ZeRO-3 and cannot be copied: pass ref_model= (a path will do)"
-        )
-    return reference.freeze(copy.deepcopy(model))
-
-
-def prepare_reference_model(model: nn.Module, accelerator, config: FastDPOConfig) -> nn.Module:
-    """A reference model, frozen, attached, and placed as the accelerator places models for evaluation."""
-    if str(accelerator.distributed_type).split(".")[-1] in ("DEEPSPEED", "FSDP"):
-        raise ValueError(
-            f"a separate reference model under {accelerator.distributed_type} is not supported yet: use "
-            "precompute_ref_log_probs=True, or a PEFT adapter, whose reference is the policy without it"
-        )
-    prepared = accelerator.prepare_model(reference.freeze(model), evaluation_mode=True)
-    return attach(prepared, impl=config.impl, tile_mib=config.tile_mib)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -15,11 +15,13 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
+from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weights
 from dpo_fast.forward import attach
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics
+from dpo_fast.router import router_coefficient
 
-from . import models
+from . import models, references
 from .config import FastDPOConfig
 from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
 from .sampler import TokenBudgetBatchSampler
@@ -29,8 +31,11 @@ class FastDPOTrainer(transformers.Trainer):
     """Trains a causal language model on preference pairs.
 
     model: a Hugging Face causal LM, a PEFT model around one, or a path to load one from.
-    ref_model: a model or a path. Omitted: a frozen copy of the policy; with `peft_config`, the policy with its adapter
-      off; for a PEFT model, the policy with a frozen copy of the adapter that came with it.
+    ref_model: a model or a path. Omitted: the policy as it is before training. That is a frozen copy of it; with
+      `peft_config`, the policy with its adapter off; for a PEFT model, the policy with copies of the weights that
+      train, which are put in for the reference's pass. Where weights train that no adapter holds (unfrozen norms,
+      `bias="all"`), and where an adapter's initialisation rewrites the base model (PiSSA, OLoRA), the reference still
+      is what the model was; TRL's drifts there, or is another model.
     train_dataset, eval_dataset: see `dpo_fast.training.data.prepare_dataset`; eval_dataset may be a dict of data sets.
     processing_class: the tokenizer; omitted: the one that lies with the model.
     The other arguments are those of `transformers.Trainer`.
@@ -55,14 +60,22 @@ class FastDPOTrainer(transformers.Trainer):
         self.objective = args.objective()
 
         transformers.set_seed(args.seed)  # a new adapter is initialised at random
-        model = models.make_policy(model, args, peft_config, has_reference_model=ref_model is not None)
+        model = models.load_model(model, args)
+        base = None if peft_config is None else WeightSample(model, leave_out=reference.of_adapters(model))
+        model = models.make_policy(model, args, peft_config)
+        self.router_aux_loss_coef = router_coefficient(model, args.router_aux_loss_coef)
         if ref_model is not None:
             ref_model = models.load_model(ref_model, args)
+            base_of_reference = ref_model.get_base_model() if models.is_peft_model(ref_model) else ref_model
+            compute_with_own_weights(base_of_reference, original=model)
+            check_storage(model, ref_model)
         tokenizer = models.load_tokenizer(processing_class, model, args)
 
         self.args, self.processing_class = args, tokenizer  # what _prepare needs
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
+        self._given_reference = ref_model is not None
+        self._all_scored = self._check_reference_columns(train_dataset, eval_dataset)
         choose_layout = data_collator is None
         if choose_layout:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -81,7 +94,10 @@ class FastDPOTrainer(transformers.Trainer):
         # The loss is a mean over pairs, which compute_loss takes care of; nothing depends on a count of labels
         self.model_accepts_loss_kwargs = False
         attach(self.model, impl=args.impl, tile_mib=args.tile_mib)
-        self.reference = self._make_reference(ref_model, new_adapter=peft_config is not None)
+        self.reference = self._make_reference(ref_model, base)
+        # A reference that is made from the policy must agree with it when training starts
+        self._must_agree = ref_model is None and self.reference is not None
+        self._unproven = False
         if choose_layout:  # proven on the models as they run, before the first batch
             others = [self.reference.model] if isinstance(self.reference, reference.FrozenModel) else []
             layout = models.choose_layout(args, args.device, self.model, *(m for m in others if m is not self.model))
@@ -111,7 +127,7 @@ class FastDPOTrainer(transformers.Trainer):
         args = self.args
         self.train_dataset = self._with_reference_logps(self.train_dataset, "train", args.per_device_train_batch_size)
         self.eval_dataset = self._with_reference_logps(self.eval_dataset, "eval", args.per_device_eval_batch_size)
-        if isinstance(self.reference, reference.FrozenModel):
+        if self.reference is not None and not models.is_peft_model(self.model):
             self.reference = reference.Precomputed()
 
     def _with_reference_logps(self, dataset, name: str, batch_size: int):
@@ -129,6 +145,7 @@ class FastDPOTrainer(transformers.Trainer):
             with self.accelerator.autocast():
                 logps = self.reference(self.model, batch, self.args.ld_alpha).logps
             found.append(self.accelerator.gather_for_metrics(torch.stack(logps.tensor_split(2), dim=1)))
+        dataset = dataset.remove_columns([column for column in REFERENCE_COLUMNS if column in dataset.column_names])
         columns = torch.cat(found).tolist()  # (pairs, 2)
         for index, column in enumerate(REFERENCE_COLUMNS):
             dataset = dataset.add_column(column, [row[index] for row in columns])
@@ -136,19 +153,27 @@ class FastDPOTrainer(transformers.Trainer):
 
     # --- reference -------------------------------------------------------------------------------------------------
 
-    def _make_reference(self, ref_model, new_adapter: bool):
-        """What gives the reference log-probs, None where no loss needs them."""
+    def _make_reference(self, ref_model, base: WeightSample | None):
+        """What gives the reference log-probs, None where no loss needs them. base: see `references.of_adapter`."""
         if not self.objective.needs_reference:
             return None
         if ref_model is None:
-            if models.is_peft_model(self.model):
-                if new_adapter:
-                    return reference.AdapterOff(self.model)
-                return reference.FrozenAdapter(self.model, models.copy_adapter(self.model))
+            adapter = models.is_peft_model(self.model)
+            if self._all_scored and (not adapter or references.is_sharded(self.accelerator)):
+                return reference.Precomputed()
+            if adapter:
+                return references.of_adapter(self.model, base, self.accelerator)
             if self.args.precompute_ref_log_probs:
-                return reference.FrozenModel(self.model)  # before training the policy is the reference
-            ref_model = models.frozen_copy(self.model)
-        return reference.FrozenModel(models.prepare_reference_model(ref_model, self.accelerator, self.args))
+                return reference.InitialPolicy(reference.Snapshot())  # before training the policy is the reference
+            ref_model = references.frozen_copy(self.model)
+        ref_model = references.prepare_model(ref_model, self.accelerator, self.args)
+        check_storage(self.model, ref_model)  # whatever has placed it
+        return reference.FrozenModel(ref_model)
+
+    def _check_reference_columns(self, *sets, precompute: bool | None = None) -> bool:
+        """Whether all these data come with log-probs of a reference that are used: see `references.check_columns`."""
+        precompute = self.args.precompute_ref_log_probs if precompute is None else precompute
+        return self.objective.needs_reference and references.check_columns(sets, self._given_reference, precompute)
 
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
@@ -201,7 +226,7 @@ class FastDPOTrainer(transformers.Trainer):
         micro-batches of different sizes then weigh as much as they hold, in a likelihood by their chosen tokens."""
         of_step = None if num_items_in_batch is None else self._mean_chosen_length
         step = self.run_step(model, inputs, of_step)
-        loss = step.loss
+        loss = step.loss if step.aux_loss is None else step.loss + self.router_aux_loss_coef * step.aux_loss
         if num_items_in_batch is not None:
             # training_step divides by the number of micro-batches
             loss = loss * (inputs.num_pairs * self.current_gradient_accumulation_steps / num_items_in_batch)
@@ -211,6 +236,8 @@ class FastDPOTrainer(transformers.Trainer):
         """Reference, then policy, then loss; metrics are added up on the device. mean_chosen_length: that of all
         micro-batches of the optimizer step, None: the batch's."""
         ref = self.reference_scores(model, batch)
+        if self._unproven and model.training:
+            self._prove_reference(model, batch, ref)
         step = preference_step(
             model,
             batch,
@@ -219,6 +246,7 @@ class FastDPOTrainer(transformers.Trainer):
             ld_alpha=self.args.ld_alpha,
             mean_chosen_length=mean_chosen_length,
             extra_metrics=self.args.extra_metrics,
+            aux_loss=self.router_aux_loss_coef != 0.0,
         )
         if model.training:
             metrics = step_metrics(step, batch, self.objective)
@@ -227,9 +255,19 @@ class FastDPOTrainer(transformers.Trainer):
         else:
             count = self._pairs_that_count(batch)
             pairs = step.pairs if count is None else step.pairs.first(count)
-            parts = loss_metrics(step.losses[:count], pairs, self.objective)
-            self._sums["eval"].add({**step_metrics(step, batch, self.objective, first=count), **parts})
+            metrics = step_metrics(step, batch, self.objective, first=count)
+            metrics |= loss_metrics(step.losses[:count], pairs, self.objective)
+            if "aux_loss" in metrics:
+                total, pairs = metrics["loss"]
+                metrics["loss"] = total + self.router_aux_loss_coef * metrics["aux_loss"][0], pairs
+            self._sums["eval"].add(metrics)
         return step
+
+    def _prove_reference(self, model, batch: PreferenceBatch, ref: SequenceScores | None) -> None:
+        """Once per trainer, before the first update of `train`: `references.check_start`."""
+        self._unproven = self._must_agree = False
+        if self.state.global_step == 0 and ref is not None and ref.tokens is not None:
+            references.check_start(model, batch, ref, self.reference, self.accelerator, self.args.ld_alpha)
 
     def _pairs_that_count(self, batch: PreferenceBatch) -> int | None:
         """How many pairs of an evaluation batch are not repeats (None: all): where the last pairs do not suffice for
@@ -253,23 +291,32 @@ class FastDPOTrainer(transformers.Trainer):
         if isinstance(resume_from_checkpoint, (str, Path)):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.model)
-        self._sums["train"] = MetricSums()
+        self._sums["train"], self._unproven = MetricSums(), self._must_agree
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """As `Trainer`'s, which before transformers 5.23 loads no adapter but those in sub-folders where there is one:
-        the reference adapter is in one, the policy's, named "default", is not."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        one named "default" is in none. Which adapters are active stays as it is."""
         model = self.model if model is None else model
-        in_root = any(Path(resume_from_checkpoint).glob("adapter_model.*"))
-        if in_root and models.is_peft_model(model) and {"default", models.REFERENCE_ADAPTER} <= set(model.peft_config):
-            active = model.active_adapter == "default"
-            model.load_adapter(resume_from_checkpoint, "default", is_trainable=active)
+        with references.keep_adapters(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            in_root = any(Path(resume_from_checkpoint).glob("adapter_model.*"))
+            if in_root and models.is_peft_model(model) and {"default"} < set(model.peft_config):
+                model.load_adapter(resume_from_checkpoint, "default", is_trainable="default" in model.active_adapters)
+
+    def _load_best_model(self):
+        with references.keep_adapters(self.model):
+            super()._load_best_model()
+
+    def _save(self, output_dir=None, state_dict=None):
+        with references.unseen(self.reference):
+            super()._save(output_dir, state_dict)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As `Trainer.evaluate`; takes data sets as they come, too. Returns eval_loss, eval_rewards/chosen, ..."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
             eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
+            self._check_reference_columns(eval_dataset, precompute=False)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(

@@ -1,0 +1,183 @@
+"""Models that compute with their own weights.
+
+`copy.deepcopy` follows bound methods but not closures. Whoever replaces a method of a model by a function that holds
+the method of before (TRL's trainers do it to `forward`, accelerate's `dispatch_model` to `to`) makes every later deep
+copy of the model compute with the original's weights, or hand out the original: a frozen copy then moves with the
+policy, and a copy that is trained does not move at all.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+logger = logging.getLogger("dpo_fast")
+
+ATTACHED = "_dpo_fast"  # under this name `attach` keeps on a model what it needs, the forward of before among it
+_OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
+_BEFORE_ATTACH = "forward, before attach"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def compute_with_own_weights(model: nn.Module, original: nn.Module | None = None) -> nn.Module:
+    """Give modules their class's methods back where an instance's own reach another model.
+
+    model: the Hugging Face model itself, below a PEFT wrapper. Changes it in place and returns it. A model that needs
+    it may be attached, and is not after: `attach` it again. One warning says what was replaced.
+    original: the model that `model` is a copy of, if that is known: none of its modules and none of its weights that
+      train may be reached then. If it is not, no module of the same class as the one that the method belongs to.
+    """
+    world, replaced, hooked = _World(model, original), [], []
+    for name, module in list(model.named_modules()):
+        found = _instance_methods(module)
+        if hasattr(vars(module).get(ATTACHED), "original"):
+            found[_BEFORE_ATTACH] = vars(module)[ATTACHED].original
+        foreign = [key for key, function in found.items() if world.is_foreign(function, module)]
+        if foreign:
+            replaced.append(f"{name or type(model).__name__}.{foreign[0]}")
+            _take_back(module, found, foreign)
+        hooks = [hook for table in _HOOKS for hook in getattr(module, table).values()]
+        if original is not None and any(world.is_foreign(hook, module) for hook in hooks):
+            hooked.append(name or type(model).__name__)
+    if replaced:
+        logger.warning(
+            "%s is a copy some methods of which (%s) worked on the model that it was copied from; it has its class's "
+            "again",
+            type(model).__name__,
+            ", ".join(replaced[:3]) + (", ..." if len(replaced) > 3 else ""),
+        )
+    if hooked:
+        logger.warning(
+            "a hook on %s holds a module or a weight of the model that %s was copied from: if it computes with that, "
+            "the copy moves when the model is trained",
+            hooked[0],
+            type(model).__name__,
+        )
+    return model
+
+
+def _instance_methods(module: nn.Module) -> dict:
+    """The methods of its class that this instance has as attributes of its own."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if callable(value)
+        and not isinstance(value, (nn.Module, type))
+        and (key == _OLD_FORWARD or callable(getattr(type(module), key, None)))
+    }
+
+
+def _take_back(module: nn.Module, found: dict, foreign: list[str]) -> None:
+    """Remove foreign methods, and if one is a forward, what others have built on it."""
+    for key in foreign:
+        vars(module).pop(key, None)
+    forwards = [key for key in foreign if "forward" in key]
+    if not forwards:
+        return
+    hooked = found.get(_BEFORE_ATTACH, found.get("forward")) if forwards == [_OLD_FORWARD] else None
+    vars(module).pop("forward", None)
+    vars(module).pop(ATTACHED, None)
+    if _OLD_FORWARD in found:  # the instance's forward is then accelerate's, which runs its hooks and calls this
+        module._old_forward = module.forward
+        if hooked is not None:
+            module.forward = hooked
+
+
+class _World:
+    """What belongs to a model and what to others."""
+
+    def __init__(self, model: nn.Module, original: nn.Module | None):
+        self.own = {id(module) for module in model.modules()}
+        others = () if original is None else original.modules()
+        self.others = {id(module) for module in others} - self.own
+        weights = () if original is None else (p for p in original.parameters() if p.requires_grad)
+        self.memory = {where for p in weights for where in _storages(p)}
+
+    def is_foreign(self, function, module: nn.Module) -> bool:
+        """Whether a function that belongs to `module` reaches what it must not."""
+        for value in _reached(function, set()):
+            if isinstance(value, Tensor):
+                foreign = not self.memory.isdisjoint(_storages(value))
+            else:
+                foreign = id(value) in self.others or (type(value) is type(module) and id(value) not in self.own)
+            if foreign:
+                return True
+        return False
+
+
+def _reached(value, seen: set[int]) -> Iterator[nn.Module | Tensor]:
+    """The modules and tensors that a callable holds: by `self`, closures, bound arguments, and callables of those."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    held = ()
+    if isinstance(value, (nn.Module, Tensor)):
+        yield value
+    elif isinstance(value, types.MethodType):
+        held = (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        held = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]
+        held = (*(cell.cell_contents for cell in cells), *(value.__defaults__ or ()))
+        held += tuple((value.__kwdefaults__ or {}).values())
+    elif isinstance(value, (tuple, list)):
+        held = value
+    elif isinstance(value, dict):
+        held = tuple(value.values())
+    elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):  # as accelerate's wrappers
+        held = tuple(content for key, content in vars(value).items() if key != "__wrapped__")
+    for content in held:
+        yield from _reached(content, seen)
+
+
+def check_storage(policy: nn.Module, reference: nn.Module) -> None:
+    """Raise ValueError for a reference that holds memory of a parameter that trains."""
+    held = {where for p in reference.parameters() for where in _storages(p)}
+    shared = [name for name, p in policy.named_parameters() if p.requires_grad and not held.isdisjoint(_storages(p))]
+    if shared:
+        raise ValueError(
+            f"ref_model ({type(reference).__name__}) shares the memory of {len(shared)} parameters that train with "
+            f"model ({type(policy).__name__}), {shared[0]} the first: it would move with the policy. Pass a copy "
+            "(copy.deepcopy), load it a second time, or omit it to use the policy as it is before training"
+        )
+
+
+def _storages(tensor: Tensor) -> set[int]:
+    """Where the memory of a tensor lies; of a wrapper (DTensor, quantised), of what it wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _context = tensor.__tensor_flatten__()
+        return {where for name in names for where in _storages(getattr(tensor, name))}
+    if tensor.is_meta or not tensor.numel():  # nothing there, or not yet
+        return set()
+    return {tensor.untyped_storage().data_ptr()}
+
+
+class WeightSample:
+    """A few numbers of each weight of a model, 1,024 at most, by which one can tell whether it was rewritten.
+
+    leave_out: ids of parameters of adapters that the model has already; those may be made anew.
+    """
+
+    def __init__(self, model: nn.Module, leave_out: set[int] = frozenset()):
+        self.had_adapters = bool(leave_out)
+        self.before = [(name, p, _sample(p)) for name, p in model.named_parameters() if id(p) not in leave_out]
+
+    def rewritten_in(self, model: nn.Module) -> list[str]:
+        """The names, as they were, of the weights that `model` does not hold any more or holds with other values.
+
+        Waits for the device once per weight: this is for loading.
+        """
+        held = {id(p) for p in model.parameters()}
+        return [name for name, p, sample in self.before if id(p) not in held or not torch.equal(_sample(p), sample)]
+
+
+def _sample(parameter: nn.Parameter) -> Tensor:
+    if is_traceable_wrapper_subclass(parameter) or parameter.is_meta:
+        return torch.empty(0, device=parameter.device)  # judged by identity alone
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // 1024))].nan_to_num().clone()
