@@ -96,8 +96,7 @@ def prove(model: nn.Module, backbone: nn.Module, device: torch.device) -> Verdic
             raise
         except ERRORS as error:  # its own forward has run
             verdict, budget = Verdict((f"{name} does not run packed rows ({said(error)})",)), 0.0
-    eps = torch.finfo(own.dtype).eps
-    budget = max(budget, (layers or len(verdict.layers) or 1) ** 0.5 * (4 * eps + 2 * _sums(own.dtype, own.shape[-1])))
+    budget = max(budget, (layers or len(verdict.layers) or 1) ** 0.5 * (4 * _eps(own) + 2 * _sums(own, own.shape[-1])))
     found = _difference(plain, own)
     if not found <= budget:
         wrong = f"{name}'s padded rows differ from separate ones by {found:.2g} of a hidden state"
@@ -123,7 +122,7 @@ def _pack(model, backbone, device, own: Tensor, plain: Tensor) -> tuple[Verdict,
         return Verdict((f"{name} does not take its attention from transformers' AttentionInterface",)), 0.0
     with attention.observed(_Rounding(own.shape[-1])):
         rounded = _one_at_a_time(backbone, sequences, device)
-    budget = _difference(rounded, own) + (2 * len(notes.windows)) ** 0.5 * _sums(own.dtype, own.shape[-1])
+    budget = _difference(rounded, own) + (2 * len(notes.windows)) ** 0.5 * _sums(own, own.shape[-1])
     lost = _lost_windows(model, config, notes)
     if lost:
         return Verdict(tuple(lost)), budget
@@ -184,9 +183,17 @@ class _Notes:
         return out
 
 
-def _sums(dtype: torch.dtype, width: int) -> float:
-    """By how much sums of `width` products differ in another order, relative; 16-bit ones are summed in fp32."""
-    return width**0.5 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+def _eps(x: Tensor) -> float:
+    """Of what x is computed in: a GPU's fp32 products may be in TF32."""
+    return 2.0**-10 if x.is_cuda and x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+
+
+def _sums(x: Tensor, width: int) -> float:
+    """By how much sums of `width` products differ in another order, relative; 16-bit ones are summed in fp32, but on a
+    GPU the parts of a split sum in 16 bits."""
+    eps = torch.finfo(x.dtype).eps
+    parts = eps if x.is_cuda and x.element_size() == 2 else 0.0
+    return width**0.5 * min(eps, torch.finfo(torch.float32).eps) + parts
 
 
 class _Rounding:
@@ -197,7 +204,7 @@ class _Rounding:
 
     def __call__(self, _module: nn.Module, out: tuple, _keywords: dict) -> tuple:
         result = out[0]  # under autocast in its dtype
-        amount = 4 * torch.finfo(result.dtype).eps + 2 * _sums(result.dtype, self.width)
+        amount = 4 * _eps(result) + 2 * _sums(result, self.width)
         signs = torch.randint(2, result.shape, device=result.device) * 2 - 1
         wide = result if result.dtype == torch.float64 else result.float()
         return ((wide * (1 + signs * amount)).to(result.dtype), *out[1:])

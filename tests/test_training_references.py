@@ -157,7 +157,23 @@ def trained(trainer):
     return {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
 
 
-@pytest.mark.parametrize("name", GIVEN)
+SLOW = {
+    "dora",
+    "olora",
+    "ia3",
+    "saved modules, norms",
+    "two, one frozen",
+    "few weights",
+    "pissa_niter",
+    "saved modules",
+}
+
+
+def names_of(cases):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in cases]
+
+
+@pytest.mark.parametrize("name", names_of(GIVEN))
 def test_of_a_model_that_is_given(build, name):
     given = GIVEN[name]()
     trainable = {name for name, p in given.named_parameters() if p.requires_grad}
@@ -177,6 +193,16 @@ def test_of_a_model_that_is_given(build, name):
     assert actives(given) == active
 
 
+def test_what_is_not_saved_is_said(build, caplog):
+    build(unfrozen(adapted(), "norm"))
+    assert (
+        "5 parameters train that belong to no adapter (base_model.model.model.layers.0.input_layernorm" in caplog.text
+    )
+    caplog.clear()
+    build(model(attention_bias=True), peft_config=lora(bias="all"))
+    assert "belong to no adapter" not in caplog.text
+
+
 NEW = {
     "plain": lora(),
     "pissa": lora(init_lora_weights="pissa"),
@@ -190,7 +216,7 @@ NEW = {
 }
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", names_of(NEW))
 @pytest.mark.filterwarnings("error:Careful, disabling adapter layers")
 def test_of_a_new_adapter(build, name):
     if name == "orthogonal" and "orthogonal" not in str(peft.LoraConfig.__dataclass_fields__["init_lora_weights"].type):

@@ -29,6 +29,7 @@ def of_adapter(model: nn.Module, base: WeightSample | None, accelerator):
     sharded, switched = is_sharded(accelerator), reference.of_adapters(model)
     trained = reference.trainable(model)
     rest = trained - switched
+    _warn_of_rest(model, rest)
     if base is None:
         if not sharded:
             moved = reference.moved_by_adapters(model)
@@ -61,6 +62,19 @@ def of_adapter(model: nn.Module, base: WeightSample | None, accelerator):
     if sharded:
         check_sharded(model, rest)
     return reference.AdapterOff(model, reference.Snapshot.of(model, rest))
+
+
+def _warn_of_rest(model: nn.Module, rest: set[int]) -> None:
+    """Say that PEFT saves an adapter without what trains beside it (biases excepted, if the adapter asks for those)."""
+    saved = ".bias" if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()) else None
+    names = [name for name, p in model.named_parameters() if id(p) in rest and not (saved and name.endswith(saved))]
+    if names:
+        logger.warning(
+            "%d parameters train that belong to no adapter (%s, ...): the reference keeps them as they were, but a "
+            "saved adapter does not hold them; modules_to_save of the adapter's config does",
+            len(names),
+            names[0],
+        )
 
 
 def is_sharded(accelerator) -> bool:
