@@ -23,6 +23,10 @@ class HeadTensors(NamedTuple):
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+# As torch defines it; None where somebody has replaced it already
+_LINEAR_FORWARD = nn.Linear.forward if nn.Linear.forward.__module__ == "torch.nn.modules.linear" else None
+
+
 def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
     """What `head(hidden)` computes, for hidden states (N, H); or the reason why the module has to be called."""
     if reason := _what_hangs_on(head):
@@ -59,11 +63,7 @@ def _what_hangs_on(head: nn.Module) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether calling it is `nn.Linear.forward`, as torch defines it."""
-    forward = type(module).forward
-    return isinstance(module, nn.Linear) and (forward.__module__, forward.__qualname__) == (
-        "torch.nn.modules.linear",
-        "Linear.forward",
-    )
+    return type(module).forward is _LINEAR_FORWARD
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -27,7 +27,10 @@ WRONG = {
     "stablelm": (dict(num_key_value_heads=4), "does not hand the layout"),
     "nemotron": (dict(head_dim=8), "does not hand the layout"),
     "falcon": ({}, "depends on the name of its attention implementation"),
-    "phimoe": (dict(num_local_experts=4, sliding_window=6, router_jitter_noise=0.0), "window"),
+    "phimoe": (
+        dict(num_local_experts=4, sliding_window=6, router_jitter_noise=0.0, router_aux_loss_coef=0.0),
+        "window",
+    ),
     "doge": (dict(sliding_window=6), "window"),
     "bert-generation": ({}, "differ from separate ones"),
 }
