@@ -53,6 +53,12 @@ def runs_in_both_modes(model: nn.Module) -> bool:
     return verdict is not None and not verdict.reasons and not verdict.in_training
 
 
+def draws_in_training(model: nn.Module) -> bool:
+    """Whether the model draws random numbers in training mode, as far as the probe has run."""
+    verdict = _VERDICTS.get(model)
+    return verdict is not None and verdict.draws
+
+
 def is_ready(model: nn.Module) -> bool:
     """Whether its weights are here and whole, so that it can run outside its wrappers."""
     return all(

@@ -39,6 +39,7 @@ class Verdict:
     in_training: tuple[str, ...] = ()  # those that hold in training mode
     layers: frozenset[nn.Module] = frozenset()  # what calls the attention function
     padded: str = ""  # why padded rows are wrong, too
+    draws: bool = False  # random numbers, in training mode
 
 
 def probe_pairs(config) -> list[TokenPair]:
@@ -101,7 +102,8 @@ def prove(model: nn.Module, backbone: nn.Module, device: torch.device) -> Verdic
     if not found <= budget:
         wrong = f"{name}'s padded rows differ from separate ones by {found:.2g} of a hidden state"
         verdict = dataclasses.replace(verdict, padded=wrong)
-    return verdict
+    in_training, draws = _in_training(model, backbone, torch.tensor(sequences[:1], device=device))
+    return dataclasses.replace(verdict, in_training=tuple(in_training), draws=draws)
 
 
 def _pack(model, backbone, device, own: Tensor, plain: Tensor) -> tuple[Verdict, float]:
@@ -137,8 +139,7 @@ def _pack(model, backbone, device, own: Tensor, plain: Tensor) -> tuple[Verdict,
     if not found <= budget:
         wrong = f"{name}'s packed rows differ from separate ones by {found:.2g} of a hidden state, "
         return Verdict((wrong + f"rounding explains {budget:.2g}",)), budget
-    in_training = _reasons_in_training(model, backbone, torch.tensor(sequences[:1], device=device))
-    return Verdict((), tuple(in_training), frozenset(notes.windows)), budget
+    return Verdict((), (), frozenset(notes.windows)), budget
 
 
 def _one_at_a_time(backbone: nn.Module, sequences: list[list[int]], device: torch.device) -> Tensor:
@@ -232,13 +233,19 @@ def _lost_windows(model: nn.Module, config, notes: _Notes) -> list[str]:
     return [f"{name} does not hand its window ({key}={w}) to its attention function" for key, w in lost.items()]
 
 
-def _reasons_in_training(model: nn.Module, backbone: nn.Module, ids: Tensor) -> list[str]:
-    """Attention dropout, which shared-prefix attention has not, and layers that are left out at random."""
+def _in_training(model: nn.Module, backbone: nn.Module, ids: Tensor) -> tuple[list[str], bool]:
+    """Attention dropout, which shared-prefix attention has not, and layers that are left out at random; and whether
+    any random number is drawn."""
     notes, name = _Notes(), type(model).__name__
-    # Called in evaluation mode, which `mode` restores
+    before = _random_state(ids.device)
     with mode(model, training=True), attention.observed(notes):
         backbone(input_ids=ids, use_cache=False)
+    draws = not all(map(torch.equal, before, _random_state(ids.device)))
     reasons = [f"{name} has attention dropout ({notes.dropout}), which packed rows have not"] if notes.dropout else []
     if any(isinstance(rate := getattr(m, "layerdrop", 0.0), (int, float)) and rate > 0 for m in model.modules()):
         reasons.append(f"{name} leaves out layers at random (layerdrop)")
-    return reasons
+    return reasons, draws
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

@@ -72,6 +72,21 @@ def test_a_hook_that_comes_later_sees_sequences(tmp_path):
     assert set(rows) == {6}
 
 
+class Noisy(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.2, training=self.training)
+
+
+def test_random_numbers_that_no_name_gives_away_are_said(tmp_path, caplog):
+    quiet, noisy = tiny_model(), tiny_model()
+    noisy.model.layers[1].mlp.act_fn = Noisy()
+    with caplog.at_level("WARNING", "dpo_fast"):
+        trainer_of(tmp_path, quiet)
+        assert "draws random numbers" not in caplog.text
+        trainer_of(tmp_path, noisy)
+    assert "LlamaForCausalLM draws random numbers in training all the same" in caplog.text
+
+
 DROPOUT = {
     "llama": dict(attention_dropout=0.3),
     "gpt2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3),

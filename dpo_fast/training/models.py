@@ -143,6 +143,12 @@ def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module)
         base = model.get_base_model() if is_peft_model(model) else model
         if is_ready(model, device):
             reasons += reasons_against_packed_rows(model, training=index == 0)
+            if index == 0 and config.disable_dropout and packing.draws_in_training(base):
+                logger.warning(
+                    "disable_dropout: %s draws random numbers in training all the same (a router's noise, or dropout "
+                    "under another name); the policy's first loss is not that of its copy",
+                    type(base).__name__,
+                )
         else:
             reasons += attention.reasons_against(base)
         if config.layout == "shared_prefix":
