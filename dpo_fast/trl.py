@@ -99,10 +99,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         layout = _layout_asked_for(layout)
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
-        installed, noting = (
-            [],
-            watch.noting(getattr(dpo_trainer, "get_peft_model", None)),
-        )  # None: PEFT is not installed
+        noting = watch.noting(getattr(dpo_trainer, "get_peft_model", None))  # not there without PEFT
+        installed = []
 
         def add_fused_lm_head(model, outputs=("log_probs",)):
             install(model, outputs, layout)
