@@ -28,6 +28,12 @@ class TokenPair:
     ref_rejected_logps: float | None = None
 
 
+_NOT_ATTACHED = (
+    "a model took this PreferenceBatch for token ids: it is not attached, or not any more (its forward was replaced, "
+    "or it was loaded from a file); call dpo_fast.attach(model)"
+)
+
+
 class PreferenceBatch(dict):
     """P preference pairs, ready for `model(batch)` on a model prepared by `dpo_fast.attach`.
 
@@ -49,7 +55,13 @@ class PreferenceBatch(dict):
         try:
             return self[name]
         except KeyError:
+            if not name.startswith("_") and hasattr(Tensor, name):
+                raise TypeError(_NOT_ATTACHED) from None
             raise AttributeError(f"PreferenceBatch has no field {name!r}; fields: {', '.join(self)}") from None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise TypeError(_NOT_ATTACHED)
 
     @property
     def num_pairs(self) -> int:

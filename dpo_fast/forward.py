@@ -132,8 +132,8 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     """
     _check_adapter(model)
     base = compute_with_own_weights(_causal_lm(model))
-    state = getattr(base, _STATE, None)
-    if state is not None:
+    if is_attached(base):
+        state = getattr(base, _STATE)
         state.impl, state.tile_mib = impl, tile_mib
         return model
     state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl, tile_mib)
@@ -144,21 +144,62 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     return model
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether calling `model` reaches what `attach` has installed: a mark on it survives the loss of its forward."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ways = [value for name, value in vars(base).items() if "forward" in name and callable(value)]
+    return hasattr(base, _STATE) and any(_leads_to_ours(way, set()) for way in ways)
+
+
+def _leads_to_ours(function, seen: set[int]) -> bool:
+    """Whether a forward is ours, or wraps one that is: as a method, a closure, a partial, or a callable object."""
+    if id(function) in seen or isinstance(function, (nn.Module, type)):
+        return False
+    seen.add(id(function))
+    if isinstance(function, types.FunctionType) and function in _FORWARDS:
+        return True
+    held = [getattr(function, name, None) for name in ("__func__", "__wrapped__")]
+    if isinstance(function, functools.partial):
+        held += [function.func, *function.args, *function.keywords.values()]
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != types.CellType()]
+    held += list(vars(function).values()) if hasattr(function, "__dict__") else []
+    return any(_leads_to_ours(content, seen) for content in held if callable(content))
+
+
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: give the model its own forward back. Returns `model`."""
+    """Undo `attach`: the model has the forward and the attention of before. Returns `model`.
+
+    Accelerate's autocast around the forward goes with it. Raises RuntimeError where somebody else has wrapped it since.
+    """
     base = _causal_lm(model)
     state = getattr(base, _STATE, None)
     if state is None:
         return model
-    if getattr(base.forward, "__func__", None) is not _forward_of(type(base)):
-        raise RuntimeError(
-            "detach: the model's forward was wrapped again after attach (by accelerate, for instance); undo that first"
-        )
-    del base.forward
-    if base.forward != state.original:  # it was an instance's own, not its class's
-        base.forward = state.original
+    attention.disable(base)
+    if is_attached(base):
+        if not _on_top(base):
+            raise RuntimeError("detach: the model's forward was wrapped again after attach; undo that first")
+        if getattr(base.forward, "__func__", None) not in _FORWARDS:
+            del base._original_forward
+        del base.forward
+        if base.forward != state.original:  # it was an instance's own, not its class's
+            base.forward = state.original
     delattr(base, _STATE)
     return model
+
+
+def release(model: nn.Module) -> None:
+    """`detach`, as far as that is possible: a forward that others have wrapped stays, and serves them."""
+    base = _causal_lm(model)
+    attention.disable(base)
+    if hasattr(base, _STATE) and _on_top(base):
+        detach(model)
+
+
+def _on_top(base: nn.Module) -> bool:
+    """Whether our forward is the model's own, or only accelerate's wrapper is around it."""
+    ways = (base.forward, vars(base).get("_original_forward"))
+    return any(getattr(way, "__func__", None) in _FORWARDS for way in ways)
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
@@ -184,6 +225,9 @@ def _check_adapter(model: nn.Module) -> None:
         raise TypeError(f"attach: the adapter ({kind}) does not call the model's forward as it is now; use LoRA")
 
 
+_FORWARDS: set[Callable] = set()  # what `attach` installs, a function for each class of models
+
+
 @functools.cache
 def _forward_of(model_class: type) -> Callable:
     """The forward for models of this class; wraps the class's own for its signature, which `generate` reads."""
@@ -200,6 +244,7 @@ def _forward_of(model_class: type) -> Callable:
             raise TypeError(f"model(batch) takes nothing but {', '.join(_KNOBS)}, got {unexpected or args[1:]}")
         return score_batch(self, PreferenceBatch(batch), **knobs)  # FSDP turns subclasses of dict into dicts
 
+    _FORWARDS.add(forward)
     return forward
 
 

@@ -3,6 +3,9 @@
 import copy
 import functools
 import inspect
+import io
+import pickle
+import types
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tiny import tiny_config, tiny_model, tiny_pairs
 
 from dpo_fast import attach
 from dpo_fast.batch import TokenPair, padded_batch
-from dpo_fast.forward import HeadTransform, TokenScores, detach
+from dpo_fast.forward import HeadTransform, TokenScores, detach, is_attached, release
 from dpo_fast.ops.stats import STATS
 
 HEADS = {
@@ -101,6 +104,43 @@ def test_attach_twice_and_detach():
     detach(detach(model))
     assert model.forward == own and not hasattr(model, "_dpo_fast")
     assert attach(model)(batch_of()).logps.numel()
+
+
+def loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def replaced(model):
+    """As Liger and others bind a forward of theirs to the instance."""
+    model.forward = types.MethodType(type(model).forward, model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("lose", [loaded, replaced, lambda model: pickle.loads(pickle.dumps(model))])
+def test_an_attachment_that_was_lost_is_told_and_repaired(kind, lose):
+    model, batch = attach(tiny_model(kind)), batch_of()
+    expected = model(batch).logps
+    model = lose(model)
+    with pytest.raises(TypeError, match=r"is not attached, or not any more .*; call dpo_fast.attach\(model\)"):
+        model(batch)
+    for _ in range(2):
+        assert torch.equal(attach(model)(batch).logps, expected)
+    assert model(input_ids=batch.input_ids).logits.shape[:2] == batch.input_ids.shape
+
+
+def test_an_attachment_that_was_wrapped_is_not_lost():
+    model, batch = attach(tiny_model()), batch_of()
+    inner = model.forward
+    model.forward = functools.partial(lambda inner, *args, **kwargs: inner(*args, **kwargs), inner)
+    assert is_attached(attach(model)) and model(batch).logps.numel()
+    with pytest.raises(RuntimeError, match="wrapped again after attach"):
+        detach(model)
+    release(model)
+    assert is_attached(model), "who has wrapped it may call it"
 
 
 def test_detach_restores_a_forward_of_the_instance():

@@ -1,7 +1,12 @@
 """`FastDPOTrainer`: what it trains, what it reports, and what it refuses."""
 
+import functools
 import logging
 import math
+import pickle
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -69,6 +74,78 @@ def test_training_lowers_the_loss(build):
     assert abs(found[0] - math.log(2)) < 1e-6 and found[-1] < 0.6
     assert torch.equal(weights(trainer.reference.model), reference)
     assert not torch.equal(weights(trainer.model), reference)
+
+
+@pytest.mark.parametrize("args", [{}, dict(bf16=True)], ids=["fp32", "bf16"])
+def test_after_training_the_model_is_as_before(build, tmp_path, args):
+    """It pickles for a process that has never heard of this library, and the trainer goes on working."""
+    model, reference = tiny_model(), tiny_model(seed=3)
+    marks = {"_is_accelerate_prepared"}  # accelerate's, which every trainer leaves
+    before = set(vars(model)), model.config._attn_implementation, list(model.state_dict())
+    trainer = build(model, ref_model=reference, eval_dataset=tiny_rows(3), args=args)
+    trainer.train()
+    for _ in range(2):
+        assert set(vars(model)) - marks == before[0] and set(vars(reference)) - marks == before[0]
+        assert model.config._attn_implementation == reference.config._attn_implementation == before[1]
+        assert list(model.state_dict()) == before[2]
+        trainer.evaluate()
+    torch.save(model, tmp_path / "model.pt")
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(model.config))
+    ids = torch.tensor([[3, 4, 5]])
+    program = f"""
+import sys; sys.modules["dpo_fast"] = None
+import pickle, torch, transformers
+model = torch.load("model.pt", weights_only=False)
+twin = transformers.AutoModelForCausalLM.from_config(pickle.load(open("config.pkl", "rb")))
+twin.load_state_dict(model.state_dict())
+ids = torch.tensor({ids.tolist()})
+assert torch.equal(twin.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+print(model.generate(ids, max_new_tokens=3, do_sample=False).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == str(model.eval().generate(ids, max_new_tokens=3, do_sample=False).tolist()).split()
+    trainer.train()
+
+
+def test_the_forward_of_before_comes_back(build):
+    """An instance's own, as accelerate leaves it after a training in bf16."""
+    model = tiny_model()
+    inner = model.forward
+    model.forward = own = functools.partial(inner)
+    build(model, args=dict(bf16=True)).train()
+    assert model.forward is own
+
+
+def test_liger_s_layers_with_our_head(build, monkeypatch):
+    """Its kernels need a GPU; here, what it does to a model: it binds a forward of its own unless told not to."""
+    asked = []
+
+    def apply(model, fused_linear_cross_entropy=True, **options):
+        asked.append((fused_linear_cross_entropy, options))
+        if fused_linear_cross_entropy:
+            model.forward = types.MethodType(type(model).forward, model)
+
+    stand_in = types.ModuleType("liger_kernel.transformers")
+    stand_in._apply_liger_kernel_to_instance = apply
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    trainer = build(args=dict(use_liger_kernel=True, liger_kernel_config={"rope": False}))
+    trainer.train()
+    assert asked == [(False, {"rope": False})]
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_forward_that_is_replaced_meanwhile_does_not_end_training(build):
+    class Replaces(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.forward = types.MethodType(type(model).forward, model)
+
+    trainer, plain = build(callbacks=[Replaces()]), build()
+    trainer.train()
+    plain.train()
+    assert losses(trainer) == losses(plain)
 
 
 def test_logs_have_trl_names(build):

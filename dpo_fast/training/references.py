@@ -144,8 +144,9 @@ def prepare_model(model: nn.Module, accelerator, config: FastDPOConfig) -> nn.Mo
             f"a separate reference model under {accelerator.distributed_type} is not supported yet: use "
             "precompute_ref_log_probs=True, or a PEFT adapter, whose reference is the policy without it"
         )
-    prepared = accelerator.prepare_model(reference.freeze(model), evaluation_mode=True)
-    return attach(prepared, impl=config.impl, tile_mib=config.tile_mib)
+    # Attached first: accelerate wraps the forward in autocast, and what is attached last would be left inside for good
+    attach(reference.freeze(model), impl=config.impl, tile_mib=config.tile_mib)
+    return accelerator.prepare_model(model, evaluation_mode=True)
 
 
 # --- the proof -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`FastDPOTrainer`: transformers' `Trainer` around `dpo_fast.functional`."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -16,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weights
-from dpo_fast.forward import attach
+from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics
 from dpo_fast.router import router_coefficient
@@ -57,7 +58,11 @@ class FastDPOTrainer(transformers.Trainer):
         args = FastDPOConfig() if args is None else args
         check_arguments(model, ref_model, args)
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
-        self.objective = args.objective()
+        if (
+            args.use_liger_kernel
+        ):  # its layers; its forward, which ends in a cross-entropy, would take the place of ours
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+        self.objective, self._uses = args.objective(), 0
 
         transformers.set_seed(args.seed)  # a new adapter is initialised at random
         model = models.load_model(model, args)
@@ -177,6 +182,7 @@ class FastDPOTrainer(transformers.Trainer):
 
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
+        self._attach()
         if batch.reference_logps is not None:
             return SequenceScores(batch.reference_logps)
         return None if self.reference is None else self.reference(model, batch, self.args.ld_alpha)
@@ -235,6 +241,7 @@ class FastDPOTrainer(transformers.Trainer):
     def run_step(self, model, batch: PreferenceBatch, mean_chosen_length=None) -> PreferenceStep:
         """Reference, then policy, then loss; metrics are added up on the device. mean_chosen_length: that of all
         micro-batches of the optimizer step, None: the batch's."""
+        self._attach()
         ref = self.reference_scores(model, batch)
         if self._unproven and model.training:
             self._prove_reference(model, batch, ref)
@@ -292,7 +299,31 @@ class FastDPOTrainer(transformers.Trainer):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.model)
         self._sums["train"], self._unproven = MetricSums(), self._must_agree
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._models_in_use():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @contextlib.contextmanager
+    def _models_in_use(self):
+        """Models are attached inside; after the outermost use they are as they were."""
+        self._uses += 1
+        try:
+            self._attach()
+            yield
+        finally:
+            self._uses -= 1
+            if not self._uses:
+                for model in self._own_models():
+                    release(model)
+
+    def _own_models(self) -> list[torch.nn.Module]:
+        others = [self.reference.model] if isinstance(self.reference, reference.FrozenModel) else []
+        return [self.model, *(model for model in others if model is not self.model)]
+
+    def _attach(self) -> None:
+        """Attach what is not, or not any more: after an earlier training, or as something replaced a forward."""
+        for model in self._own_models():
+            if not is_attached(model):
+                attach(model, impl=self.args.impl, tile_mib=self.args.tile_mib)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """As `Trainer`'s, which before transformers 5.23 loads no adapter but those in sub-folders where there is one:
@@ -324,7 +355,8 @@ class FastDPOTrainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """Adds the metrics to what `Trainer` returns, each a mean over all pairs or tokens; one sync at the end."""
         self._sums["eval"], self._evaluated_pairs = MetricSums(), 0
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with self._models_in_use():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         if not has_length(dataloader.dataset):  # Trainer has counted the rows of the first tensor
             output = output._replace(num_samples=self._evaluated_pairs * self.args.world_size)
         means = self._sums["eval"].means(self._sum_over_ranks)
