@@ -63,17 +63,28 @@ def _what_hangs_on(head: nn.Module) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether calling it is `nn.Linear.forward`, as torch defines it."""
-    return type(module).forward is _LINEAR_FORWARD
+    return type(module).forward is _LINEAR_FORWARD and type(module).__call__ is nn.Module.__call__
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    """Whether calling it is what PEFT has written: no subclass, no forward of somebody else's on its class."""
+    kind = type(module)
+    if not kind.__module__.startswith("peft.") or kind.__call__ is not nn.Module.__call__:
+        return False
+    return torch.compiler.is_compiling() or kind.forward.__module__.startswith("peft.")
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a product with it is a product of numbers: no quantised, fake or otherwise wrapped tensor."""
-    return isinstance(tensor, DTensor) or (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta)
+    """Whether a product with it is a product of numbers: no quantised, sparse, fake or otherwise wrapped tensor."""
+    if type(tensor) is DTensor:
+        tensor = tensor._local_tensor
+    known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return known and not tensor.is_meta and not tensor.is_quantized
 
 
 def _active_copy(head: nn.Module) -> nn.Module:
     """The module that PEFT's `modules_to_save` wrapper would call."""
-    if not (hasattr(head, "modules_to_save") and hasattr(head, "original_module")):
+    if not (hasattr(head, "modules_to_save") and hasattr(head, "original_module") and _is_pefts(head)):
         return head
     active = [name for name in head.active_adapters if name in head.modules_to_save]
     return head.original_module if head.disable_adapters or not active else head.modules_to_save[active[0]]
@@ -85,14 +96,14 @@ def _lora_update(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | No
         return "the output head's adapter is switched off, but merged"
     if layer.disable_adapters or layer.merged:
         return None
-    if not isinstance(layer.lora_A, nn.ModuleDict):  # AdaLoRA
+    if not isinstance(layer.lora_A, nn.ModuleDict) or not _is_pefts(layer):  # AdaLoRA, or somebody's own
         return "the output head's adapter is not plain LoRA"
     downs, ups = [], []
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue
         up = layer.lora_B[name]
-        plain = _is_linear(up) and up.bias is None and type(up.weight) in (Tensor, nn.Parameter)
+        plain = _is_linear(up) and up.bias is None and _is_plain(up.weight)
         if getattr(layer, "lora_variant", {}).get(name) is not None or not plain:
             return "the output head's adapter is not plain LoRA"
         x = layer.lora_dropout[name](hidden.to(layer.lora_A[name].weight.dtype))

@@ -27,6 +27,10 @@ THOROUGH = {
     "test_trl",
 }
 
+# Processes that tests start import the checkout that is tested, installed or not
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DPO_FAST_IMPL", "torch")

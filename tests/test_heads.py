@@ -1,6 +1,5 @@
 """Heads that are read as tensors give what calling them gives; the others say why they are called."""
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,8 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.heads import head_tensors
+
+peft = pytest.importorskip("peft")
 
 HIDDEN = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
 
@@ -122,6 +123,10 @@ def quantised(head):
     head.weight = torch.nn.Parameter(head.weight.detach().as_subclass(Wrapped))
 
 
+def sparse(head):
+    head.weight = torch.nn.Parameter(head.weight.detach().to_sparse(), requires_grad=False)
+
+
 class Bounded(torch.nn.Linear):
     def forward(self, x):
         return torch.tanh(super().forward(x))
@@ -144,6 +149,7 @@ CHANGED = {
     "a tensor's class": (quantised, "tensors are of the class Wrapped"),
     "a module's class": (turned_into(Bounded), "a Bounded with a forward of its own"),
     "__call__": (turned_into(Called), "a forward that was replaced"),
+    "sparse": (sparse, "tensors are of the class Parameter"),
     "meta": (lambda head: head.to("meta"), "tensors are of the class Parameter"),
     "compiled": (lambda head: head.compile(backend="eager"), "been compiled by itself"),
 }
@@ -155,6 +161,30 @@ def test_what_changes_a_call_is_a_reason(what):
     head = tiny_model().lm_head
     change(head)
     assert reason in head_tensors(head, HIDDEN)
+
+
+class OwnLora(peft.tuners.lora.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_a_subclass_of_an_adapter_s_layer_is_called():
+    model = lora()
+    head_of(model).__class__ = OwnLora
+    assert "not plain LoRA" in head_tensors(head_of(model), HIDDEN)
+
+
+def test_an_adapter_s_forward_replaced_for_all_is_a_reason(monkeypatch):
+    model = lora()
+    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", OwnLora.forward)
+    assert "not plain LoRA" in head_tensors(head_of(model), HIDDEN)
+
+
+@pytest.mark.parametrize("where", ["base_layer", "lora_B.default"])
+def test_a_call_of_its_own_below_an_adapter_is_a_reason(where):
+    model = lora()
+    head_of(model).get_submodule(where).__class__ = Called
+    assert isinstance(head_tensors(head_of(model), HIDDEN), str)
 
 
 def test_a_forward_replaced_for_all_linear_layers_is_a_reason(monkeypatch):
