@@ -16,6 +16,7 @@ import functools
 import inspect
 import logging
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -156,7 +157,7 @@ def _leads_to_ours(function, seen: set[int]) -> bool:
     if id(function) in seen or isinstance(function, (nn.Module, type)):
         return False
     seen.add(id(function))
-    if isinstance(function, types.FunctionType) and function in _FORWARDS:
+    if isinstance(function, types.FunctionType) and (function in _FORWARDS or function in LEADING):
         return True
     held = [getattr(function, name, None) for name in ("__func__", "__wrapped__")]
     if isinstance(function, functools.partial):
@@ -226,6 +227,8 @@ def _check_adapter(model: nn.Module) -> None:
 
 
 _FORWARDS: set[Callable] = set()  # what `attach` installs, a function for each class of models
+# Functions that find ours on the model itself, where nobody else sees it: the drop-in's, whose copies find their own
+LEADING: "weakref.WeakSet[Callable]" = weakref.WeakSet()
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from .batch import TokenPair
 from .copies import compute_with_own_weights
 from .drift import AdapterWatch, is_peft_model
 from .forward import (
+    LEADING,
     at_predictors,
     attach,
     attachment,
@@ -221,6 +222,7 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout:
             raise TypeError(f"model(..., fused_lm_head=True) takes keyword arguments, got {len(args)} positional ones")
         return _fused_output(self, seam, **kwargs)
 
+    LEADING.add(forward)
     model.forward = types.MethodType(forward, model)
 
 
