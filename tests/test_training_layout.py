@@ -1,11 +1,12 @@
 """Which layout `FastDPOTrainer` chooses, and what disable_dropout reaches."""
 
-import datasets
 import pytest
 import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer
+
+datasets = pytest.importorskip("datasets")
 
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
