@@ -18,9 +18,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 logger = logging.getLogger("dpo_fast")
 
 ATTACHED = "_dpo_fast"  # under this name `attach` keeps on a model what it needs, the forward of before among it
-_OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
+OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
 _BEFORE_ATTACH = "forward, before attach"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The Hugging Face model itself, below a PEFT wrapper if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def compute_with_own_weights(model: nn.Module, original: nn.Module | None = None) -> nn.Module:
@@ -67,7 +72,7 @@ def _instance_methods(module: nn.Module) -> dict:
         for key, value in vars(module).items()
         if callable(value)
         and not isinstance(value, (nn.Module, type))
-        and (key == _OLD_FORWARD or callable(getattr(type(module), key, None)))
+        and (key == OLD_FORWARD or callable(getattr(type(module), key, None)))
     }
 
 
@@ -78,10 +83,10 @@ def _take_back(module: nn.Module, found: dict, foreign: list[str]) -> None:
     forwards = [key for key in foreign if "forward" in key]
     if not forwards:
         return
-    hooked = found.get(_BEFORE_ATTACH, found.get("forward")) if forwards == [_OLD_FORWARD] else None
+    hooked = found.get(_BEFORE_ATTACH, found.get("forward")) if forwards == [OLD_FORWARD] else None
     vars(module).pop("forward", None)
     vars(module).pop(ATTACHED, None)
-    if _OLD_FORWARD in found:  # the instance's forward is then accelerate's, which runs its hooks and calls this
+    if OLD_FORWARD in found:  # the instance's forward is then accelerate's, which runs its hooks and calls this
         module._old_forward = module.forward
         if hooked is not None:
             module.forward = hooked
@@ -99,7 +104,7 @@ class _World:
 
     def is_foreign(self, function, module: nn.Module) -> bool:
         """Whether a function that belongs to `module` reaches what it must not."""
-        for value in _reached(function, set()):
+        for value in reached(function):
             if isinstance(value, Tensor):
                 foreign = not self.memory.isdisjoint(_storages(value))
             else:
@@ -109,14 +114,17 @@ class _World:
         return False
 
 
-def _reached(value, seen: set[int]) -> Iterator[nn.Module | Tensor]:
-    """The modules and tensors that a callable holds: by `self`, closures, bound arguments, and callables of those."""
+def reached(value, seen: set[int] | None = None) -> Iterator:
+    """A callable and what it holds: by `self`, closures, bound arguments, and callables of those. What a module or a
+    tensor holds is its own affair."""
+    seen = set() if seen is None else seen
     if id(value) in seen:
         return
     seen.add(id(value))
+    yield value
     held = ()
     if isinstance(value, (nn.Module, Tensor)):
-        yield value
+        pass
     elif isinstance(value, types.MethodType):
         held = (value.__self__, value.__func__)
     elif isinstance(value, functools.partial):
@@ -132,7 +140,7 @@ def _reached(value, seen: set[int]) -> Iterator[nn.Module | Tensor]:
     elif callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):  # as accelerate's wrappers
         held = tuple(content for key, content in vars(value).items() if key != "__wrapped__")
     for content in held:
-        yield from _reached(content, seen)
+        yield from reached(content, seen)
 
 
 def check_storage(policy: nn.Module, reference: nn.Module) -> None:

@@ -9,10 +9,6 @@ from . import reference
 from .copies import WeightSample
 
 
-def is_peft_model(model) -> bool:
-    return isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
 @dataclass
 class AdapterWatch:
     """Notes what adding adapters does to a model while TRL's trainer is built."""
@@ -22,7 +18,7 @@ class AdapterWatch:
     @classmethod
     def of(cls, model) -> "AdapterWatch":
         """model: what the trainer is given, a path perhaps."""
-        return cls(_sample(model) if is_peft_model(model) else None)
+        return cls(_sample(model) if reference.is_peft_model(model) else None)
 
     def noting(self, get_peft_model: Callable) -> Callable:
         """`get_peft_model`, which notes the weights of the model that it is given."""

@@ -23,11 +23,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from . import attention, packing
 from .batch import PreferenceBatch
-from .copies import ATTACHED, compute_with_own_weights
+from .copies import ATTACHED, OLD_FORWARD, base_model_of, compute_with_own_weights, reached
 from .heads import head_tensors
 from .layout import separate_rows
 from .logps import PairLogps
@@ -138,7 +137,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
         state.impl, state.tile_mib = impl, tile_mib
         return model
     state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl, tile_mib)
-    if all(p.numel() and not p.is_meta and not isinstance(p, DTensor) for p in base.parameters()):
+    if packing.is_ready(base):
         check_head(base, state)
     setattr(base, _STATE, state)
     base.forward = types.MethodType(_forward_of(type(base)), base)
@@ -147,24 +146,15 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
 
 def is_attached(model: nn.Module) -> bool:
     """Whether calling `model` reaches what `attach` has installed: a mark on it survives the loss of its forward."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ways = [value for name, value in vars(base).items() if "forward" in name and callable(value)]
-    return hasattr(base, _STATE) and any(_leads_to_ours(way, set()) for way in ways)
-
-
-def _leads_to_ours(function, seen: set[int]) -> bool:
-    """Whether a forward is ours, or wraps one that is: as a method, a closure, a partial, or a callable object."""
-    if id(function) in seen or isinstance(function, (nn.Module, type)):
+    base = base_model_of(model)
+    if not hasattr(base, _STATE):
         return False
-    seen.add(id(function))
-    if isinstance(function, types.FunctionType) and (function in _FORWARDS or function in LEADING):
-        return True
-    held = [getattr(function, name, None) for name in ("__func__", "__wrapped__")]
-    if isinstance(function, functools.partial):
-        held += [function.func, *function.args, *function.keywords.values()]
-    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != types.CellType()]
-    held += list(vars(function).values()) if hasattr(function, "__dict__") else []
-    return any(_leads_to_ours(content, seen) for content in held if callable(content))
+    ways = (base.forward, vars(base).get(OLD_FORWARD))  # accelerate's hooks call the latter by its name
+    return any(_is_ours(value) for way in ways for value in reached(way))
+
+
+def _is_ours(value) -> bool:
+    return isinstance(value, types.FunctionType) and (value in _FORWARDS or value in LEADING)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -205,7 +195,7 @@ def _on_top(base: nn.Module) -> bool:
 
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The Hugging Face model itself, below a PEFT wrapper if there is one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model_of(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None or getattr(base, "base_model", base) is base:
         raise TypeError(

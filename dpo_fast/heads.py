@@ -10,17 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
-from torch.nn.modules import module as torch_module
+
+from .hooks import HOOKS, global_hooks
 
 
 class HeadTensors(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     low_rank: tuple[Tensor, Tensor] | None  # (N, r), (V, r)
-
-
-# What `nn.Module.__call__` looks for before it goes to `forward` alone
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 # As torch defines it; None where somebody has replaced it already
@@ -50,9 +47,9 @@ def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
 
 def _what_hangs_on(head: nn.Module) -> str:
     """What calling the head or a module in it would run beside its class's forward; "" for nothing."""
-    if any(getattr(module, name) for module in head.modules() for name in _HOOKS):
+    if any(getattr(module, name) for module in head.modules() for name in HOOKS):
         return "hooks"
-    every = [hook for name in _HOOKS for hook in getattr(torch_module, f"_global{name}").values()]
+    every = [hook for kind in global_hooks() for hook in kind.values()]
     # torch's own only look: which module runs, for a profiler or a counter of FLOPs
     if any(not str(getattr(hook, "__module__", "")).startswith("torch.utils.") for hook in every):
         return "the hooks of all modules"

@@ -8,21 +8,23 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# What `nn.Module.__call__` looks for before it goes to `forward` alone
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+NEFTUNE = "NEFTune (neftune_noise_alpha) scales its noise by the length of a row"
 _LIBRARIES = {"torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "bitsandbytes", "dpo_fast"}
 
 
 def watched(model: nn.Module, backbone: nn.Module) -> list[str]:
     """Hooks below the backbone, and global ones: they would be shown a packed row where they expect one sequence."""
     name = type(model).__name__
-    for dictionary in _global_hooks():
+    for dictionary in global_hooks():
         for hook in dictionary.values():
             if not _is_a_librarys(hook):
                 return [f"a global hook of modules ({_name_of(hook)}) would see packed rows"]
     for module in _hooked(backbone, model.get_input_embeddings()):
-        for hook in (hook for kind in _HOOKS for hook in getattr(module, kind).values()):
+        for hook in (hook for kind in HOOKS for hook in getattr(module, kind).values()):
             if "neftune" in _name_of(hook):
-                return [f"NEFTune (neftune_noise_alpha) scales its noise by the length of the row of {name}"]
+                return [f"{NEFTUNE} of {name}"]
             if not _is_a_librarys(hook):
                 path = next((path for path, m in backbone.named_modules() if m is module), "embeddings")
                 return [f"the hook {_name_of(hook)} on {name}'s {path} would see packed rows"]
@@ -44,9 +46,9 @@ def _hooked(backbone: nn.Module, embeddings: nn.Module) -> Iterator[nn.Module]:
             rest.extend(own["_modules"].values())
 
 
-def _global_hooks() -> list[dict]:
-    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    return [getattr(torch_modules, f"_global_{name}") for name in names]
+def global_hooks() -> list[dict]:
+    """The hooks of all modules, kind by kind."""
+    return [getattr(torch_modules, f"_global{kind}") for kind in HOOKS]
 
 
 def _function_of(hook):
@@ -89,7 +91,7 @@ def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    dictionaries = [getattr(m, kind) for m in model.modules() for kind in _HOOKS] + _global_hooks()
+    dictionaries = [getattr(m, kind) for m in model.modules() for kind in HOOKS] + global_hooks()
     saved = [(d, list(d.items())) for d in dictionaries if any(not _is_a_librarys(hook) for hook in d.values())]
     for dictionary, hooks in saved:
         for key, hook in hooks:

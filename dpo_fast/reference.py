@@ -7,7 +7,7 @@ as it is trained, wrappers included: a reference that is the policy with another
 import contextlib
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from .batch import PreferenceBatch
 from .functional import SequenceScores, score
+from .hooks import mode
 
 
 @dataclass
@@ -156,6 +157,10 @@ class Snapshot:
                 entry.swap(before)
 
 
+def is_peft_model(model) -> bool:
+    return isinstance(getattr(model, "peft_config", None), Mapping) and hasattr(model, "disable_adapter")
+
+
 def trainable(model: nn.Module) -> set[int]:
     """The ids of the parameters that train."""
     return {id(p) for p in model.parameters() if p.requires_grad}
@@ -194,17 +199,9 @@ def _in_adapter_layers(model: nn.Module, names: str) -> Iterator[tuple[str, nn.P
                 yield from ((name, p) for p in container.parameters())
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager:
     """Eval mode (no dropout, no gradient checkpointing) inside, each module's own mode restored after."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return mode(model, training=False)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import attention, packing
 from .batch import TokenPair
 from .copies import compute_with_own_weights
-from .drift import AdapterWatch, is_peft_model
+from .drift import AdapterWatch
 from .forward import (
     LEADING,
     at_predictors,
@@ -39,8 +39,10 @@ from .forward import (
     reasons_against_packed_rows,
     score_hidden,
 )
+from .hooks import NEFTUNE
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
+from .reference import is_peft_model
 from .router import balancing_loss
 
 try:
@@ -100,6 +102,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         layout = _layout_asked_for(layout)
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
+        if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
+            _refuse_or_log(layout, [NEFTUNE])
+            layout = "padded"
         noting = watch.noting(getattr(dpo_trainer, "get_peft_model", None))  # not there without PEFT
         installed = []
 
@@ -113,12 +118,6 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             super().__init__(*args, **kwargs)
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
-        if layout != "padded" and self.args.neftune_noise_alpha is not None:
-            _refuse_or_log(layout, ["NEFTune (neftune_noise_alpha) scales its noise by the length of a row"])
-            layout = "padded"
-            for model in installed:
-                for seam in vars(model).get(_SEAMS, [])[-1:]:
-                    seam.layout = layout
         for model in installed:  # proven before the first batch where they can run already
             ours = _SEAMS in vars(model) and layout != "padded"
             reasons = reasons_against_packed_rows(model) if ours and is_ready(model, self.args.device) else []

@@ -4,7 +4,6 @@ import copy
 import dis
 import inspect
 import logging
-from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -13,8 +12,10 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dpo_fast import attention, packing
-from dpo_fast.copies import compute_with_own_weights
+from dpo_fast.copies import base_model_of, compute_with_own_weights
 from dpo_fast.forward import is_ready, reasons_against_packed_rows
+from dpo_fast.hooks import NEFTUNE
+from dpo_fast.reference import is_peft_model
 
 from .config import FastDPOConfig
 
@@ -29,10 +30,9 @@ def load_model(model, config: FastDPOConfig) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(model, **{**options, **(config.model_init_kwargs or {})})
 
 
-def make_policy(model, config: FastDPOConfig, peft_config) -> nn.Module:
-    """The model to train: loaded if it is a path, with a new adapter if `peft_config` says so, without dropout."""
-    model = load_model(model, config)
-    compute_with_own_weights(model.get_base_model() if is_peft_model(model) else model)
+def make_policy(model: nn.Module, config: FastDPOConfig, peft_config) -> nn.Module:
+    """The model to train: with a new adapter if `peft_config` says so, without dropout."""
+    compute_with_own_weights(base_model_of(model))
     if peft_config is not None:
         model = add_adapter(model, peft_config)
     if is_peft_model(model):
@@ -56,10 +56,6 @@ def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
     if not path:
         raise ValueError("processing_class is needed: the model was not loaded from a path that may hold a tokenizer")
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "peft_config", None), Mapping) and hasattr(model, "disable_adapter")
 
 
 def add_adapter(model: nn.Module, peft_config) -> nn.Module:
@@ -89,7 +85,7 @@ def check_adapter(model: nn.Module) -> None:
 
 def check_reference(model, ref_model) -> None:
     """Raise for a reference that is the policy."""
-    same = ref_model is model or (is_peft_model(model) and ref_model is model.get_base_model())
+    same = ref_model is model or (is_peft_model(model) and ref_model is base_model_of(model))
     if ref_model is not None and not isinstance(ref_model, str) and same:
         raise ValueError(
             "ref_model is the same object as model: it would move with the policy. Omit it to use a frozen copy of the "
@@ -128,7 +124,7 @@ def check_layout(config: FastDPOConfig, *used: nn.Module) -> None:
     """Raise ValueError for an explicit "shared_prefix" that cannot run, as far as that can be read off the models."""
     reasons = _neftune(config)
     for model in used:
-        reasons += attention.reasons_against(model.get_base_model() if is_peft_model(model) else model)
+        reasons += attention.reasons_against(base_model_of(model))
     _raise_if_explicit(config, reasons)
 
 
@@ -140,7 +136,7 @@ def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module)
         return "padded"
     reasons = _neftune(config)
     for index, model in enumerate(used):
-        base = model.get_base_model() if is_peft_model(model) else model
+        base = base_model_of(model)
         if is_ready(model, device):
             reasons += reasons_against_packed_rows(model, training=index == 0)
             if index == 0 and config.disable_dropout and packing.draws_in_training(base):
@@ -162,7 +158,7 @@ def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module)
 def _neftune(config: FastDPOConfig) -> list[str]:
     if config.neftune_noise_alpha is None:
         return []
-    return ["NEFTune (neftune_noise_alpha) scales its noise by the length of a row"]
+    return [NEFTUNE]
 
 
 def _raise_if_explicit(config: FastDPOConfig, reasons: list[str]) -> None:

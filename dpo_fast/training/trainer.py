@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
-from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weights
+from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
 from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics
@@ -71,8 +71,7 @@ class FastDPOTrainer(transformers.Trainer):
         self.router_aux_loss_coef = router_coefficient(model, args.router_aux_loss_coef)
         if ref_model is not None:
             ref_model = models.load_model(ref_model, args)
-            base_of_reference = ref_model.get_base_model() if models.is_peft_model(ref_model) else ref_model
-            compute_with_own_weights(base_of_reference, original=model)
+            compute_with_own_weights(base_model_of(ref_model), original=model)
             check_storage(model, ref_model)
         tokenizer = models.load_tokenizer(processing_class, model, args)
 
@@ -104,8 +103,7 @@ class FastDPOTrainer(transformers.Trainer):
         self._must_agree = ref_model is None and self.reference is not None
         self._unproven = False
         if choose_layout:  # proven on the models as they run, before the first batch
-            others = [self.reference.model] if isinstance(self.reference, reference.FrozenModel) else []
-            layout = models.choose_layout(args, args.device, self.model, *(m for m in others if m is not self.model))
+            layout = models.choose_layout(args, args.device, *self._own_models())
             self.data_collator = dataclasses.replace(data_collator, layout=layout)
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
         if args.precompute_ref_log_probs:
@@ -241,7 +239,6 @@ class FastDPOTrainer(transformers.Trainer):
     def run_step(self, model, batch: PreferenceBatch, mean_chosen_length=None) -> PreferenceStep:
         """Reference, then policy, then loss; metrics are added up on the device. mean_chosen_length: that of all
         micro-batches of the optimizer step, None: the batch's."""
-        self._attach()
         ref = self.reference_scores(model, batch)
         if self._unproven and model.training:
             self._prove_reference(model, batch, ref)
