@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer
 
@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::FutureWa
 
 
 def trainer_of(tmp_path, model, ref_model=None, **options):
-    settings = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=2, logging_steps=1)
-    args = FastDPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, **{**settings, **options})
+    settings = {**QUIET, "max_steps": 2, "per_device_train_batch_size": 3, **options}
+    args = FastDPOConfig(output_dir=str(tmp_path), **settings)
     data = datasets.Dataset.from_list(tiny_rows(6, seed=4))
     return FastDPOTrainer(model, ref_model, args=args, train_dataset=data, processing_class=tiny_tokenizer())
 

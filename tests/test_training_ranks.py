@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("datasets")
 
@@ -25,14 +25,10 @@ def run(output_dir, ranks: int, adapter: bool) -> dict:
         options["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     args = FastDPOConfig(
         output_dir=str(output_dir),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
+        **QUIET,
         per_device_train_batch_size=4 // ranks,
         per_device_eval_batch_size=4 // ranks,
         max_steps=3,
-        logging_steps=1,
         learning_rate=1e-2,
         extra_metrics=["entropy", "logits", "mean_token_accuracy"],
         loss_type=["sigmoid", "sft"],  # a mean over pairs and one over tokens

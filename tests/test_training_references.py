@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
@@ -27,11 +27,7 @@ def build(tmp_path):
     def make(model, train_dataset=None, peft_config=None, ref_model=None, eval_dataset=None, **settings):
         defaults = dict(
             output_dir=str(tmp_path / "out"),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1,
+            **QUIET,
             per_device_train_batch_size=4,
             learning_rate=2e-2,
             max_steps=4,

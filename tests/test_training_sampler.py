@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("datasets")
 
@@ -48,9 +48,8 @@ def test_fewer_pairs_than_ranks_come_twice():
 
 
 def train(tmp_path, **options):
-    settings = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no")
-    settings |= dict(logging_steps=1, learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4)
-    args = FastDPOConfig(**{**settings, **options})
+    settings = dict(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4)
+    args = FastDPOConfig(output_dir=str(tmp_path), **{**QUIET, **settings, **options})
     trainer = FastDPOTrainer(tiny_model(), args=args, train_dataset=tiny_rows(8), processing_class=tiny_tokenizer())
     trainer.train()
     return trainer

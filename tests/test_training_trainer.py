@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 import transformers
-from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("datasets")
 
@@ -31,11 +31,7 @@ def build(tmp_path):
         options = {"processing_class": TOKENIZER, **options}
         settings = dict(
             output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1,
+            **QUIET,
             per_device_train_batch_size=4,
             learning_rate=1e-3,
             max_steps=2,

@@ -57,6 +57,10 @@ def tiny_model(kind: str = "llama", seed: int = 0, **overrides) -> transformers.
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
 
+# A trainer's settings: on CPU, nothing shown, reported or saved, each step logged
+QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1)
+
+
 def skip_without_experts(config) -> None:
     """Skip the test where the model has experts and torch cannot run them on CPU."""
     experts = {"num_experts", "num_local_experts"} & set(config.to_dict())
