@@ -172,6 +172,7 @@ def detach(model: nn.Module) -> nn.Module:
             raise RuntimeError("detach: the model's forward was wrapped again after attach; undo that first")
         if getattr(base.forward, "__func__", None) not in _FORWARDS:
             del base._original_forward
+            vars(base).pop("_is_accelerate_prepared", None)  # or whoever prepares it next would leave autocast out
         del base.forward
         if base.forward != state.original:  # it was an instance's own, not its class's
             base.forward = state.original

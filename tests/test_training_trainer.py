@@ -228,6 +228,30 @@ def test_bf16_autocast(build):
     assert rough.model.dtype == torch.float32
 
 
+def test_bf16_autocast_stays_on_after_the_first_training(build):
+    """Of policy and reference, in this trainer and in the next that is given the model."""
+    policy, ref, rows = tiny_model(), tiny_model(seed=3), tiny_rows(3)
+    seen = {policy: set(), ref: set()}
+
+    def note(dtypes):  # but of the check of the head, which is one row of four tokens
+        return lambda _module, _args, out: None if out.shape[:2] == (1, 4) else dtypes.add(out.dtype)
+
+    for model, dtypes in seen.items():
+        model.model.layers[0].mlp.register_forward_hook(note(dtypes))
+    trainer = build(policy, ref_model=ref, eval_dataset=rows, args=dict(bf16=True))
+    uses = [trainer.train, trainer.evaluate, trainer.train, lambda: trainer.predict(trainer.eval_dataset)]
+    uses += [lambda: trainer.compute_loss(trainer.model, trainer.data_collator([trainer.eval_dataset[0]]))]
+    for use in uses:
+        use()
+        assert seen == {policy: {torch.bfloat16}, ref: {torch.bfloat16}}
+        for dtypes in seen.values():
+            dtypes.clear()
+    trainer = build(policy, args=dict(bf16=True))
+    seen[policy].clear()
+    trainer.train()
+    assert seen[policy] == {torch.bfloat16}
+
+
 def test_streaming(build):
     rows = tiny_rows(8)
     table, stream = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()

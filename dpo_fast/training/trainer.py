@@ -183,7 +183,10 @@ class FastDPOTrainer(transformers.Trainer):
         self._attach()
         if batch.reference_logps is not None:
             return SequenceScores(batch.reference_logps)
-        return None if self.reference is None else self.reference(model, batch, self.args.ld_alpha)
+        if self.reference is None:
+            return None
+        with self.accelerator.autocast():
+            return self.reference(model, batch, self.args.ld_alpha)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -242,16 +245,19 @@ class FastDPOTrainer(transformers.Trainer):
         ref = self.reference_scores(model, batch)
         if self._unproven and model.training:
             self._prove_reference(model, batch, ref)
-        step = preference_step(
-            model,
-            batch,
-            self.objective,
-            ref,
-            ld_alpha=self.args.ld_alpha,
-            mean_chosen_length=mean_chosen_length,
-            extra_metrics=self.args.extra_metrics,
-            aux_loss=self.router_aux_loss_coef != 0.0,
-        )
+        # Accelerate's own autocast around the forward is gone after an earlier use (see `release`). One context for
+        # each pass here: autocast keeps cast weights until its end, and the reference's have no gradients
+        with self.accelerator.autocast():
+            step = preference_step(
+                model,
+                batch,
+                self.objective,
+                ref,
+                ld_alpha=self.args.ld_alpha,
+                mean_chosen_length=mean_chosen_length,
+                extra_metrics=self.args.extra_metrics,
+                aux_loss=self.router_aux_loss_coef != 0.0,
+            )
         if model.training:
             metrics = step_metrics(step, batch, self.objective)
             del metrics["loss"]  # Trainer logs its own
@@ -271,7 +277,8 @@ class FastDPOTrainer(transformers.Trainer):
         """Once per trainer, before the first update of `train`: `references.check_start`."""
         self._unproven = self._must_agree = False
         if self.state.global_step == 0 and ref is not None and ref.tokens is not None:
-            references.check_start(model, batch, ref, self.reference, self.accelerator, self.args.ld_alpha)
+            with self.accelerator.autocast():
+                references.check_start(model, batch, ref, self.reference, self.accelerator, self.args.ld_alpha)
 
     def _pairs_that_count(self, batch: PreferenceBatch) -> int | None:
         """How many pairs of an evaluation batch are not repeats (None: all): where the last pairs do not suffice for
