@@ -143,6 +143,38 @@ def test_an_attachment_that_was_wrapped_is_not_lost():
     assert is_attached(model), "who has wrapped it may call it"
 
 
+def by_default(inner):
+    return lambda *args, inner=inner, **kwargs: inner(*args, **kwargs)
+
+
+def in_a_list(inner):
+    held = [inner]
+    return lambda *args, **kwargs: held[0](*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [by_default, in_a_list])
+def test_a_wrapper_that_hides_what_it_wraps_is_seen_through(wrap):
+    """Attached over once more, each plain call would end up in itself."""
+    model, batch = attach(tiny_model()), batch_of()
+    logits, expected = model(input_ids=batch.input_ids).logits, model(batch).logps
+    for _ in range(2):
+        model.forward = wrapped = wrap(model.forward)
+        attach(model)
+        assert model.forward is wrapped
+        assert torch.equal(model(input_ids=batch.input_ids).logits, logits)
+        assert torch.equal(model(batch).logps, expected)
+
+
+def test_what_accelerate_kept_for_itself_is_no_attachment():
+    """Its wrapper is gone with the forward that somebody has put in its place."""
+    model, batch = attach(tiny_model()), batch_of()
+    expected = model(batch).logps
+    model._original_forward = model.forward
+    replaced(model)
+    assert not is_attached(model)
+    assert torch.equal(attach(model)(batch).logps, expected)
+
+
 def test_detach_restores_a_forward_of_the_instance():
     model = tiny_model()
     model.forward = own = lambda **kwargs: type(model).forward(model, **kwargs)
