@@ -123,6 +123,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             reasons = reasons_against_packed_rows(model) if ours and is_ready(model, self.args.device) else []
             if reasons:
                 _refuse_or_log(layout, reasons)
+        self._installed, self._uses = installed, 0
+        self._leave_attention()
         self.padding_free = self.args.padding_free
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
@@ -130,6 +132,36 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
                 "dpo_fast.FastDPOTrainer, which keeps the model from before training as the reference",
                 "; ".join(reasons),
             )
+
+    def train(self, *args, **kwargs):
+        """As TRL's."""
+        with self._attention_in_use():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """As TRL's."""
+        with self._attention_in_use():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As TRL's."""
+        with self._attention_in_use():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _attention_in_use(self) -> Iterator[None]:
+        """After the outermost use the models have their own attention again: their configs then load without us."""
+        self._uses += 1
+        try:
+            yield
+        finally:
+            self._uses -= 1
+            if not self._uses:
+                self._leave_attention()
+
+    def _leave_attention(self) -> None:
+        for model in self._installed:
+            attention.disable(model)
 
 
 def _layout_asked_for(layout: str | None) -> str:

@@ -558,6 +558,17 @@ def test_one_model_through_trls_trainer_and_ours(tmp_path):
 # --- TRL itself ----------------------------------------------------------------------------------------------------
 
 
+def test_attention_is_left_as_it_was(tmp_path):
+    """Packed rows ran, and nothing of it is in the configs: a process that does not know this library can read them."""
+    trainer = trainer_of(DPOTrainer, tmp_path)
+    models = [m for m in (trainer.model, trainer.ref_model) if m is not None]
+    for use in (trainer.train, trainer.evaluate, trainer.train):
+        shapes = packed_widths(trainer.model)
+        use()
+        assert any(rows == 1 for rows, _width in shapes), "no packed row ran"
+        assert {m.config._attn_implementation for m in models} == {"sdpa"}
+
+
 def test_trl_is_left_as_it_was(tmp_path):
     before = dict(vars(dpo_trainer))
     trainer_of(DPOTrainer, tmp_path)
