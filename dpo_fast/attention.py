@@ -30,6 +30,8 @@ from .layout import SharedPrefixLayout
 
 PREFIX = "dpo_fast_over_"
 IMPLEMENTATIONS = ("eager", "varlen", "flex")
+# Asked here: Dynamo before torch 2.13 cannot trace the question
+_AUTOCAST = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
 _HALF = (torch.float16, torch.bfloat16)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -39,13 +41,14 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def enable(model: nn.Module) -> None:
     """Let `model` (a transformers model) take `pair_layout`; calls without one are unchanged. Idempotent."""
+    ahead = [config for config in _configs(model) if not (config._attn_implementation or PREFIX).startswith(PREFIX)]
+    if not ahead:  # as in each step but the first, which compiled code sees alone: no import for Dynamo to trace
+        return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    for config in _configs(model):
+    for config in ahead:
         original = config._attn_implementation
-        if original is None or original.startswith(PREFIX):
-            continue
         name = PREFIX + original
         AttentionInterface.register(name, functools.partial(_attention, original=original))
         if original in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -223,7 +226,7 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     Rotary embeddings and norms of queries and keys may leave those in fp32; no kernel takes two dtypes.
     """
     device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     return query.to(value.dtype), key.to(value.dtype), value

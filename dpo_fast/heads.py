@@ -46,16 +46,21 @@ def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
 
 
 def _what_hangs_on(head: nn.Module) -> str:
-    """What calling the head or a module in it would run beside its class's forward; "" for nothing."""
-    if any(getattr(module, name) for module in head.modules() for name in HOOKS):
-        return "hooks"
-    every = [hook for kind in global_hooks() for hook in kind.values()]
-    # torch's own only look: which module runs, for a profiler or a counter of FLOPs
-    if any(not str(getattr(hook, "__module__", "")).startswith("torch.utils.") for hook in every):
-        return "the hooks of all modules"
-    if any("forward" in vars(m) for m in head.modules()) or type(head).__call__ is not nn.Module.__call__:
-        return "a forward that was replaced"
-    return "" if all(m._compiled_call_impl is None for m in head.modules()) else "been compiled by itself"
+    """What calling the head or a module in it would run beside its class's forward; "" for nothing. Loops, because
+    Dynamo before torch 2.12 does not trace generators here."""
+    replaced, compiled = type(head).__call__ is not nn.Module.__call__, False
+    for module in head.modules():
+        for kind in HOOKS:
+            if getattr(module, kind):
+                return "hooks"
+        replaced = replaced or "forward" in module.__dict__
+        compiled = compiled or module._compiled_call_impl is not None
+    for kind in global_hooks():
+        for hook in kind.values():
+            # torch's own only look: which module runs, for a profiler or a counter of FLOPs
+            if not str(getattr(hook, "__module__", "")).startswith("torch.utils."):
+                return "the hooks of all modules"
+    return "a forward that was replaced" if replaced else "been compiled by itself" if compiled else ""
 
 
 def _is_linear(module: nn.Module) -> bool:
