@@ -62,7 +62,7 @@ SIZES = [
     (r"(hidden_size|d_model|n_embd|embed_dim|dim|hidden_dim|word_embed_proj_dim|.*hidden_size|.*embedding_size)", 32),
     (r".*(hidden|model|embed|emb|proj).*(dim|size|width)|dim_model|.*width", 32),
 ]  # fmt: skip
-_MLA, _MAMBA = dict(head_dim=4), dict(mamba_n_heads=8, mamba_d_head=8)
+_MLA, _MAMBA = dict(head_dim=4, qk_head_dim=12), dict(mamba_n_heads=8, mamba_d_head=8)
 # what the rules cannot know
 OVERRIDES: dict[str, dict] = {
     "axk1": _MLA,

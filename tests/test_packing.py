@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from tiny import tiny_model, tiny_pairs
+from tiny import skip_without_experts, tiny_model, tiny_pairs, why_not_nemotron
 
 from dpo_fast import attach, attention, packing
 from dpo_fast.batch import TokenPair, padded_batch
@@ -19,7 +19,7 @@ HEADS = dict(num_key_value_heads=4)
 # families whose packed rows were wrong, each in its own way
 WRONG = {
     "stablelm": (lambda: tf.StableLmConfig(**SMALL, **HEADS), "does not hand the layout"),
-    "nemotron": (lambda: tf.NemotronConfig(**SMALL, **HEADS, head_dim=8), "does not hand the layout"),
+    "nemotron": (lambda: tf.NemotronConfig(**SMALL, **HEADS, head_dim=8), why_not_nemotron()),
     "falcon": (lambda: tf.FalconConfig(**SMALL), "depends on the name of its attention implementation"),
     "phimoe": (
         lambda: tf.PhimoeConfig(**SMALL, **HEADS, num_local_experts=4, sliding_window=5),
@@ -47,6 +47,7 @@ WRONG = {
 
 
 def build(config) -> torch.nn.Module:
+    skip_without_experts(config)
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).float().eval()
     for p in model.parameters():

@@ -57,6 +57,15 @@ def tiny_model(kind: str = "llama", seed: int = 0, **overrides) -> transformers.
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 
 
+def why_not_nemotron() -> str:
+    """What speaks against packed rows for Nemotron, whose attention transformers has moved to its common interface."""
+    from transformers.models.nemotron import modeling_nemotron
+
+    if hasattr(modeling_nemotron, "ALL_ATTENTION_FUNCTIONS"):
+        return "does not hand the layout"
+    return "does not take its attention from transformers' AttentionInterface"
+
+
 # A trainer's settings: on CPU, nothing shown, reported or saved, each step logged
 QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1)
 
