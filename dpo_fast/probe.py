@@ -3,9 +3,9 @@
 The hidden states must agree, and every attention layer that computes the first must get the layout of the packed row.
 What is asked when, see packing.py.
 
-Its packed row has 27 tokens and all its 17 passes 231 (`probe_tokens`): forwards only, so 0.4 % of the FLOPs of one
-training step of 16,000 tokens, in which policy and reference take four forwards' worth. A window of w <= 64 adds a row
-longer than it: 85 and 1,217 tokens for w = 64, 2 %. Once per model.
+Its packed row has 27 tokens and all its 17 passes 231 (`probe_tokens`; one of 6 more where random numbers are drawn):
+forwards only, so 0.4 % of the FLOPs of one training step of 16,000 tokens, in which policy and reference take four
+forwards' worth. A window of w <= 64 adds a row longer than it: 85 and 1,217 tokens for w = 64, 2 %. Once per model.
 
 The tolerance is what rounding does in this model, on this device: the sequences are run once more, and the output of
 each attention layer is changed in every element by as much as two computations of it may differ. Sixteen roundings:
@@ -235,12 +235,13 @@ def _lost_windows(model: nn.Module, config, notes: _Notes) -> list[str]:
 
 def _in_training(model: nn.Module, backbone: nn.Module, ids: Tensor) -> tuple[list[str], bool]:
     """Attention dropout, which shared-prefix attention has not, and layers that are left out at random; and whether
-    any random number is drawn."""
+    random numbers that are drawn make a difference: older transformers draw one for a layer that stays in any case."""
     notes, name = _Notes(), type(model).__name__
     before = _random_state(ids.device)
     with mode(model, training=True), attention.observed(notes):
-        backbone(input_ids=ids, use_cache=False)
-    draws = not all(map(torch.equal, before, _random_state(ids.device)))
+        first = backbone(input_ids=ids, use_cache=False)[0]
+        drawn = not all(map(torch.equal, before, _random_state(ids.device)))
+        draws = drawn and not torch.equal(first, backbone(input_ids=ids, use_cache=False)[0])
     reasons = [f"{name} has attention dropout ({notes.dropout}), which packed rows have not"] if notes.dropout else []
     if any(isinstance(rate := getattr(m, "layerdrop", 0.0), (int, float)) and rate > 0 for m in model.modules()):
         reasons.append(f"{name} leaves out layers at random (layerdrop)")

@@ -72,7 +72,7 @@ QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="n
 
 def skip_without_experts(config) -> None:
     """Skip the test where the model has experts and torch cannot run them on CPU."""
-    experts = {"num_experts", "num_local_experts"} & set(config.to_dict())
+    experts = {"num_experts", "num_local_experts", "n_routed_experts"} & set(config.to_dict())
     if experts and not torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU"):
         pytest.skip(f"torch {torch.__version__} cannot run transformers' experts on CPU: no grouped_mm there")
 
