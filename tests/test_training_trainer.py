@@ -252,6 +252,21 @@ def test_bf16_autocast_stays_on_after_the_first_training(build):
     assert seen[policy] == {torch.bfloat16}
 
 
+def test_an_exception_in_a_step_ends_autocast(build):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    model = tiny_model()
+    trainer = build(model, args=dict(bf16=True))
+    for hooked in (model.model.layers[0].mlp, trainer.reference.model.model.layers[0].mlp):
+        with hooked.register_forward_hook(stop), pytest.raises(Stop):
+            trainer.train()
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_streaming(build):
     rows = tiny_rows(8)
     table, stream = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()

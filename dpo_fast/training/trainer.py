@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length
@@ -145,7 +146,7 @@ class FastDPOTrainer(transformers.Trainer):
         )
         found = []
         for batch in self.accelerator.prepare(loader):
-            with self.accelerator.autocast():
+            with self._autocast():
                 logps = self.reference(self.model, batch, self.args.ld_alpha).logps
             found.append(self.accelerator.gather_for_metrics(torch.stack(logps.tensor_split(2), dim=1)))
         dataset = dataset.remove_columns([column for column in REFERENCE_COLUMNS if column in dataset.column_names])
@@ -178,6 +179,10 @@ class FastDPOTrainer(transformers.Trainer):
         precompute = self.args.precompute_ref_log_probs if precompute is None else precompute
         return self.objective.needs_reference and references.check_columns(sets, self._given_reference, precompute)
 
+    def _autocast(self):
+        """As accelerate wraps a model's forward. Not `accelerator.autocast()`, which stays on after an exception."""
+        return get_mixed_precision_context_manager(self.accelerator.native_amp, self.accelerator.autocast_handler)
+
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
         self._attach()
@@ -185,7 +190,7 @@ class FastDPOTrainer(transformers.Trainer):
             return SequenceScores(batch.reference_logps)
         if self.reference is None:
             return None
-        with self.accelerator.autocast():
+        with self._autocast():
             return self.reference(model, batch, self.args.ld_alpha)
 
     # --- batches ---------------------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ class FastDPOTrainer(transformers.Trainer):
             self._prove_reference(model, batch, ref)
         # Accelerate's own autocast around the forward is gone after an earlier use (see `release`). One context for
         # each pass here: autocast keeps cast weights until its end, and the reference's have no gradients
-        with self.accelerator.autocast():
+        with self._autocast():
             step = preference_step(
                 model,
                 batch,
@@ -277,7 +282,7 @@ class FastDPOTrainer(transformers.Trainer):
         """Once per trainer, before the first update of `train`: `references.check_start`."""
         self._unproven = self._must_agree = False
         if self.state.global_step == 0 and ref is not None and ref.tokens is not None:
-            with self.accelerator.autocast():
+            with self._autocast():
                 references.check_start(model, batch, ref, self.reference, self.accelerator, self.args.ld_alpha)
 
     def _pairs_that_count(self, batch: PreferenceBatch) -> int | None:
