@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer, why_not_nemotron
 
-from dpo_fast import FastDPOConfig, FastDPOTrainer
-
 datasets = pytest.importorskip("datasets")
+
+from dpo_fast import FastDPOConfig, FastDPOTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
