@@ -399,9 +399,12 @@ def test_opcheck_and_compile(needs):
         return linear_token_logps(hidden, weight, labels, tile_mib=1).sum() * 2
 
     plan = ["score", "frozen", "recompute"][len(needs)]
-    knobs = (-100, None, 1.0, 1.0, "entropy", plan, 1, "float32", "torch")
-    arguments = (*tensors.values(), None, None, None, labels, *knobs)
-    torch.library.opcheck(torch.ops.dpo_fast.linear_token_logps_fwd.default, arguments)
+    op = torch.ops.dpo_fast.linear_token_logps_fwd.default
+    without_backward = ("test_schema", "test_faketensor")  # statistics have none
+    for stats, tests in (("", None), ("entropy", without_backward)):
+        knobs = (-100, None, 1.0, 1.0, stats, plan, 1, "float32", "torch")
+        arguments = (*tensors.values(), None, None, None, labels, *knobs)
+        torch.library.opcheck(op, arguments, **({} if tests is None else {"test_utils": tests}))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected, found = loss(**tensors), compiled(**tensors)
     assert torch.equal(expected, found)
@@ -409,6 +412,26 @@ def test_opcheck_and_compile(needs):
         leaves = [tensors[k] for k in needs]
         for a, b in zip(torch.autograd.grad(expected, leaves), torch.autograd.grad(found, leaves), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["entropy", "mean_logits", "log_sum_sq_probs"])
+@pytest.mark.parametrize("trains", [("hidden",), ("hidden", "weight")], ids=["frozen", "recompute"])
+def test_statistics_are_no_constants_in_a_backward(name, trains):
+    """One by way of them raises; in a compiled graph, which cannot, it leaves NaN."""
+    tensors, labels = make(N=6, H=8, V=33)
+    tensors = {k: v.requires_grad_(k in trains) for k, v in tensors.items() if k in ("hidden", "weight")}
+
+    def stats():
+        return linear_token_stats(tensors["hidden"], tensors["weight"], labels, outputs=[name])
+
+    found = stats()
+    with pytest.raises(RuntimeError, match="linear_token_stats: a gradient by way of a statistic .*Detach it"):
+        (found.logps.sum() - 0.1 * getattr(found, name).sum()).backward()
+    scored = int((labels != -100).nonzero()[1])
+    for terms, wrong in (([], []), ([scored], [scored])):
+        tensors["hidden"].grad, found = None, torch.compile(stats, backend="aot_eager")()
+        (found.logps.sum() - sum(getattr(found, name)[i] for i in terms)).backward()
+        assert tensors["hidden"].grad.isnan().any(1).nonzero().flatten().tolist() == wrong
 
 
 BAD = {

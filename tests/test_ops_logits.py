@@ -286,8 +286,35 @@ def test_compile_has_no_graph_break(impl):
 
 def test_opcheck():
     logits, labels = make_logits(4, 50)
-    arguments = (logits.requires_grad_(), labels, -100, 5.0, 0.7, "entropy is_top1", False, "torch")
-    torch.library.opcheck(torch.ops.dpo_fast.logits_token_logps_fwd.default, arguments)
+    op, logits = torch.ops.dpo_fast.logits_token_logps_fwd.default, logits.requires_grad_()
+    torch.library.opcheck(op, (logits, labels, -100, 5.0, 0.7, "", False, "torch"))
+    without_backward = ("test_schema", "test_faketensor")  # statistics have none
+    with_statistics = (logits, labels, -100, 5.0, 0.7, "entropy is_top1", False, "torch")
+    torch.library.opcheck(op, with_statistics, test_utils=without_backward)
+
+
+STATISTICS = ("entropy", "mean_logits", "log_sum_sq_probs")
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_no_constants_in_a_backward(name):
+    """One by way of them raises; in a compiled graph, which cannot, it leaves NaN; the oracle differentiates them."""
+    logits, labels = make_logits(4, 50)
+    logits.requires_grad_()
+    stats = logits_token_stats(logits, labels, impl="torch")
+    with pytest.raises(RuntimeError, match="logits_token_stats: a gradient by way of a statistic .*Detach it"):
+        (stats.logps.sum() - 0.1 * getattr(stats, name).sum()).backward()
+    (stats.logps.sum() - 0.1 * getattr(stats, name).detach().sum()).backward()
+    assert logits.grad.isfinite().all()
+
+    compiled = torch.compile(lambda: logits_token_stats(logits, labels, impl="torch"), backend="aot_eager")
+    for terms, wrong in (([], []), ([1], [1])):
+        logits.grad, stats = None, compiled()
+        (stats.logps.sum() - sum(getattr(stats, name)[i] for i in terms)).backward()
+        assert logits.grad.isnan().any(1).nonzero().flatten().tolist() == wrong
+
+    d = torch.autograd.grad(getattr(logits_token_stats(logits, labels, impl="reference"), name).sum(), logits)[0]
+    assert d.abs().max() > 0
 
 
 BAD = {

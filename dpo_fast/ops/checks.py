@@ -121,6 +121,21 @@ def without_derivative(op: str, gradient: Tensor, *inputs: Tensor | None) -> Ten
     return _Once.apply(gradient, op, *inputs) if torch.is_grad_enabled() else gradient
 
 
+def refuse_statistics(op: str, d_stats: Tensor | None, d_logps: Tensor | None) -> Tensor | None:
+    """`d_logps`, as a backward is given it; a gradient by way of the statistics raises RuntimeError.
+
+    d_stats: (number of statistics, N), None where none comes. A compiled graph, in which zeros come in any case, cannot
+    raise: there the gradient of such tokens is NaN."""
+    if d_stats is None or not len(d_stats):
+        return d_logps
+    if torch.compiler.is_compiling():
+        return d_logps.masked_fill((d_stats != 0).any(0), torch.nan)
+    raise RuntimeError(
+        f"{op}: a gradient by way of a statistic (entropy, mean_logits or log_sum_sq_probs), which has none. Detach "
+        "it; or, for a loss that contains it, use impl='reference', which differentiates all"
+    )
+
+
 def check_finite(op: str, **tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is not None and not torch.isfinite(value).all():

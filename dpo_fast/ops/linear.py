@@ -22,6 +22,7 @@ from .checks import (
     check_transform,
     checking,
     edge_of,
+    refuse_statistics,
     without_derivative,
 )
 from .dispatch import choose_impl, device_memory, free_to_look, plan_device
@@ -536,8 +537,8 @@ def _save(ctx, inputs, output):
     tensors, knobs = inputs[:6], inputs[6:]
     ignore_index, softcap, scale, temperature, _, ctx.plan, tile_mib, dtype, _, edge = knobs
     ctx.knobs = (ignore_index, softcap, scale, temperature, tile_mib, dtype)
-    _, partition, extras, d_hidden, d_down = output
-    ctx.mark_non_differentiable(partition, extras, d_hidden, d_down)
+    _, partition, _, d_hidden, d_down = output
+    ctx.mark_non_differentiable(partition, d_hidden, d_down)
     ctx.set_materialize_grads(False)
     if ctx.plan == "frozen":  # hidden is not kept
         ctx.save_for_backward(d_hidden, d_down, edge)
@@ -546,8 +547,9 @@ def _save(ctx, inputs, output):
         ctx.save_for_backward(*tensors, partition)
 
 
-def _differentiate(ctx, d_logps, *_):
+def _differentiate(ctx, d_logps, _d_partition, d_stats, *_):
     gradients = [None] * 16
+    d_logps = refuse_statistics("linear_token_stats", d_stats, d_logps)
     if d_logps is None:
         return tuple(gradients)
     needs = list(ctx.needs_input_grad[:5])

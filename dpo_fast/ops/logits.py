@@ -17,6 +17,7 @@ from .checks import (
     check_tensor,
     check_transform,
     checking,
+    refuse_statistics,
     without_derivative,
 )
 from .dispatch import choose_impl, free_to_look
@@ -255,13 +256,13 @@ def _write_d_logits(logits, d_logits, labels, partition, d_logps, ignore_index, 
 
 def _save(ctx, inputs, output):
     logits, labels, *ctx.knobs, _, ctx.inplace, ctx.impl = inputs
-    _, partition, extras = output
-    ctx.mark_non_differentiable(partition, extras)
+    ctx.mark_non_differentiable(partition := output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, partition)
 
 
-def _differentiate(ctx, d_logps, _d_partition, _d_extras):
+def _differentiate(ctx, d_logps, _d_partition, d_stats):
+    d_logps = refuse_statistics("logits_token_stats", d_stats, d_logps)
     if d_logps is None:
         return (None,) * 8
     logits, labels, partition = ctx.saved_tensors  # raises if an in-place backward has overwritten the logits

@@ -19,22 +19,22 @@ def transformed_reference(logits: Tensor, logit_softcap=None, temperature=1.0, l
 def logits_token_stats_reference(
     logits: Tensor, labels: Tensor, *, ignore_index=-100, logit_softcap=None, temperature=1.0, logit_scale=1.0
 ) -> TokenStats:
-    """All statistics, fp64, shape of `labels`."""
+    """All statistics, fp64, shape of `labels`; those of floats are differentiable."""
     z = transformed_reference(logits, logit_softcap, temperature, logit_scale)
     log_p = torch.log_softmax(z, dim=-1)
     ignored = labels == ignore_index
     target = labels.masked_fill(ignored, 0).long().unsqueeze(-1)
-    p_log_p = torch.special.xlogy(log_p.exp(), log_p.exp())
+    p_log_p = log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)
 
     def scored(x: Tensor) -> Tensor:
         return torch.where(ignored, torch.zeros_like(x), x)
 
     return TokenStats(
         logps=scored(log_p.gather(-1, target).squeeze(-1)),
-        entropy=scored(-p_log_p.sum(-1)).detach(),
-        mean_logits=scored(z.mean(-1)).detach(),
+        entropy=scored(-p_log_p.sum(-1)),
+        mean_logits=scored(z.mean(-1)),
         is_top1=scored(z.argmax(-1) == target.squeeze(-1)),
-        log_sum_sq_probs=scored(torch.logsumexp(2 * log_p, dim=-1)).detach(),
+        log_sum_sq_probs=scored(torch.logsumexp(2 * log_p, dim=-1)),
     )
 
 

@@ -12,7 +12,8 @@ STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 class TokenStats:
     """Per-token results; a field that was not asked for is None. All have the shape of `labels`, 0 where ignored.
 
-    `logps` is differentiable, the others are not. Logits below are after soft-cap, scale and temperature.
+    `logps` is differentiable. The others are not: a backward by way of one raises RuntimeError (in a compiled graph its
+    gradients are NaN), but with impl="reference". Logits below are after soft-cap, scale and temperature.
     """
 
     logps: Tensor  # fp32, log softmax(logits)[label], in nats
