@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import attention, packing
 from .batch import TokenPair
-from .copies import compute_with_own_weights
+from .copies import ATTACHED, compute_with_own_weights
 from .drift import AdapterWatch
 from .forward import (
     LEADING,
@@ -109,8 +109,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         installed = []
 
         def add_fused_lm_head(model, outputs=("log_probs",)):
-            install(model, outputs, layout)
-            installed.append(model)
+            installed.append(_Installed(model, tuple(outputs), layout))
 
         # BaseTunerLayer: TRL's forward would not see an adapter on the head, so it refuses those; ours sees them
         ours = dict(add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_Nothing, get_peft_model=noting)
@@ -118,13 +117,13 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             super().__init__(*args, **kwargs)
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
-        for model in installed:  # proven before the first batch where they can run already
+        for model in (there.model for there in installed):  # proven before the first batch where they can run already
             ours = _SEAMS in vars(model) and layout != "padded"
             reasons = reasons_against_packed_rows(model) if ours and is_ready(model, self.args.device) else []
             if reasons:
                 _refuse_or_log(layout, reasons)
+            attention.disable(model)
         self._installed, self._uses = installed, 0
-        self._leave_attention()
         self.padding_free = self.args.padding_free
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
@@ -135,33 +134,46 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's."""
-        with self._attention_in_use():
+        with self._models_in_use():
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         """As TRL's."""
-        with self._attention_in_use():
+        with self._models_in_use():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """As TRL's."""
-        with self._attention_in_use():
+        with self._models_in_use():
             return super().predict(*args, **kwargs)
 
+    def compute_loss(self, *args, **kwargs):
+        """As TRL's. By itself it leaves the models as they are in use: a backward may come."""
+        self._use_models()
+        return super().compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, *args, **kwargs):
+        """As TRL's."""
+        self._use_models()
+        return super().compute_ref_log_probs(*args, **kwargs)
+
     @contextlib.contextmanager
-    def _attention_in_use(self) -> Iterator[None]:
-        """After the outermost use the models have their own attention again: their configs then load without us."""
+    def _models_in_use(self) -> Iterator[None]:
+        """After the outermost use the models are called as before this trainer was made, and pickles of them and of
+        their configs load without us."""
+        self._use_models()
         self._uses += 1
         try:
             yield
         finally:
             self._uses -= 1
             if not self._uses:
-                self._leave_attention()
+                for there in self._installed:
+                    there.leave()
 
-    def _leave_attention(self) -> None:
-        for model in self._installed:
-            attention.disable(model)
+    def _use_models(self) -> None:
+        for there in getattr(self, "_installed", ()):  # TRL's constructor calls methods, too
+            there.enter()
 
 
 def _layout_asked_for(layout: str | None) -> str:
@@ -213,6 +225,52 @@ class _Seam:
     inner: Callable  # the bound forward below
     outputs: tuple[str, ...]  # fields of FusedCausalLMOutput that TRL asks for
     layout: str  # one of LAYOUTS
+
+
+class _Installed:
+    """A model with the forward below, from its construction on; `leave` takes that off again, `enter` puts it back."""
+
+    def __init__(self, model: nn.Module, outputs: tuple[str, ...], layout: str):
+        self.model, self.outputs, self.layout = model, outputs, layout
+        self.in_use = None
+        self._install()
+
+    def _install(self) -> None:
+        self.before = _way_of(self.model)
+        install(self.model, self.outputs, self.layout)
+        self.ours = vars(self.model)["forward"]
+
+    def enter(self) -> None:
+        if self.in_use is None:
+            return
+        if _way_of(self.model) == self.before:
+            _set_way(self.model, self.in_use)
+        else:  # it was wrapped in the meantime
+            self._install()
+        self.in_use = None
+
+    def leave(self) -> None:
+        """Keeps a forward that somebody has wrapped, unless it was accelerate, whose wrapper comes back with ours."""
+        attention.disable(self.model)
+        own = vars(self.model)
+        if self.in_use is None and self.ours in (own.get("forward"), own.get("_original_forward")):
+            self.in_use = _way_of(self.model)
+            _set_way(self.model, self.before)
+
+
+_WAY = ("forward", "_original_forward", "_is_accelerate_prepared", ATTACHED, _SEAMS)
+
+
+def _way_of(model: nn.Module) -> dict:
+    """The attributes that say what calling a model runs, of its own, not of its class."""
+    own = {name: vars(model)[name] for name in _WAY if name in vars(model)}
+    return {name: list(value) if isinstance(value, list) else value for name, value in own.items()}
+
+
+def _set_way(model: nn.Module, way: dict) -> None:
+    for name in _WAY:
+        vars(model).pop(name, None)
+    vars(model).update(way)
 
 
 def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout: str = "auto") -> None:

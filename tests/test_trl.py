@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import pickle
 
 import pytest
 import torch
@@ -567,6 +568,44 @@ def test_attention_is_left_as_it_was(tmp_path):
         use()
         assert any(rows == 1 for rows, _width in shapes), "no packed row ran"
         assert {m.config._attn_implementation for m in models} == {"sdpa"}
+
+
+@pytest.mark.parametrize("case", ["fp32", "bf16", "TRL's own head"])
+def test_models_are_called_as_before_after_each_use(tmp_path, case, monkeypatch):
+    """Nothing of ours and nothing of accelerate's is left on them, and the next use finds it again."""
+    if case == "TRL's own head":
+        monkeypatch.setattr(ours, "attach", lambda model: (_ for _ in ()).throw(ValueError("cannot be scored")))
+    trainer = trainer_of(DPOTrainer, tmp_path, bf16=case == "bf16")
+    models = [m for m in (trainer.model, trainer.ref_model) if m is not None]
+    dtypes, hidden = [], trainer.model.model.layers[0].mlp
+    for use in (trainer.train, trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset), trainer.train):
+        with hidden.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype)):
+            use()
+        for model in models:
+            assert vars(model).keys().isdisjoint({"forward", "_original_forward"})
+            pickled = pickle.dumps(model)
+            assert b"dpo_fast" not in pickled and b"trl." not in pickled
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_eval_dataloader())))
+    loss.backward()
+    assert all(p.grad is not None for p in trainer.model.parameters())
+    assert set(dtypes) == {torch.bfloat16 if case == "bf16" else torch.float32}
+
+
+def test_a_forward_that_was_wrapped_between_two_uses_is_kept(tmp_path):
+    trainer, calls = trainer_of(DPOTrainer, tmp_path), []
+    losses = [trainer.evaluate()["eval_loss"]]
+    plain = trainer.model.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    trainer.model.forward = wrapped
+    losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+    assert trainer.model.forward is wrapped
+    trainer.model(input_ids=torch.tensor([[3, 4]]))
+    assert calls
 
 
 def test_trl_is_left_as_it_was(tmp_path):
