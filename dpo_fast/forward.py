@@ -17,7 +17,7 @@ import inspect
 import logging
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -189,9 +189,14 @@ def release(model: nn.Module) -> None:
 
 
 def _on_top(base: nn.Module) -> bool:
-    """Whether our forward is the model's own, or only accelerate's wrapper is around it."""
-    ways = (base.forward, vars(base).get("_original_forward"))
-    return any(getattr(way, "__func__", None) in _FORWARDS for way in ways)
+    return on_top(base.forward, _FORWARDS)
+
+
+def on_top(forward: Callable, functions: Container[Callable]) -> bool:
+    """Whether `forward` is one of the functions, or only accelerate's wrappers are around it."""
+    function = getattr(forward, "__func__", forward)
+    accelerates = str(getattr(function, "__module__", "")).startswith("accelerate.")
+    return any(value in functions for value in (reached(forward) if accelerates else [function]) if callable(value))
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
@@ -465,7 +470,8 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         state.backbone = next(path for path, module in model.named_modules() if module is found[-1])
     ours, theirs = state.transform(seen["head_output"]), logits.float()
     coarse = max(torch.finfo(x.dtype).eps for x in (logits, seen["head_output"]))  # a wrapper may have widened logits
-    tolerance = 8 * coarse * theirs.abs().max()
+    # At most an eps for each of scale, division, tanh, product and the last cast
+    tolerance = 5 * coarse * theirs.abs().max()
     if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= tolerance:
         raise ValueError(
             f"attach: {name} transforms the output of its head in a way that its config does not declare: its logits "
@@ -476,7 +482,19 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
     if not isinstance(tensors, str) and tensors.low_rank is None:  # an adapter may drop out, each time anew
         with torch.no_grad():  # called here, as the model's forward may be wrapped in autocast
             product, called = nn.functional.linear(hidden, tensors.weight, tensors.bias), head(hidden)
-        difference = (product.float() - called.float()).abs().max()
-        if not difference <= 8 * torch.finfo(product.dtype).eps * product.abs().max():
-            raise ValueError(f"attach: {name}'s output head is not the product with its weight (off {difference:.4g})")
+        wide = torch.promote_types(product.dtype, torch.float32)
+        difference = (product.to(wide) - called.to(wide)).abs()
+        if not (difference <= _rounding_of_product(hidden, tensors.weight, product)).all():
+            raise ValueError(
+                f"attach: {name}'s output head is not the product with its weight (off {difference.max():.4g})"
+            )
     state.checked = True
+
+
+def _rounding_of_product(hidden: Tensor, weight: Tensor, product: Tensor) -> Tensor:
+    """(n, V): by how much two computations of hidden weight^T may differ. Sums of H products in another order (Higham,
+    section 3.1) in fp32, or of products that a GPU rounds to TF32; then the result is rounded, once in each."""
+    wide = torch.promote_types(product.dtype, torch.float32)
+    unit = 2.0**-10 if hidden.is_cuda and hidden.dtype == torch.float32 else torch.finfo(wide).eps * hidden.shape[1]
+    norms = (torch.linalg.vector_norm(x.detach(), dim=1, dtype=wide) for x in (hidden, weight))  # no copy in fp32
+    return unit * torch.outer(*norms) + torch.finfo(product.dtype).eps * product.to(wide).abs()

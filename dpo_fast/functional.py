@@ -54,7 +54,7 @@ def score(
     tokens = model(batch, outputs=tuple(outputs))
     weights = None
     if ld_alpha is not None:
-        weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha)
+        weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha, dtype=tokens.logps.dtype)
     return SequenceScores(sequence_logps(tokens.logps, batch.sequence_ids, len(batch.lengths), weights=weights), tokens)
 
 

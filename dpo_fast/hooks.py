@@ -75,7 +75,7 @@ def _is_a_librarys(hook) -> bool:
 def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Random numbers, hooks that are not a library's and autocast's cache as before.
 
-    The cache: a cast of a weight that is made without gradients would be taken for the one that training needs.
+    The cache: in torch 2.8 a cast of a weight that is made without gradients is taken for the one that training needs.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == device.type})
     forked = dict(devices=devices, device_type=device.type) if device.type not in ("cpu", "meta") else dict(devices=[])

@@ -208,9 +208,13 @@ def preference_loss(
 
 
 def ld_dpo_token_weights(
-    sequence_ids: Tensor, sequence_lengths: Tensor, alpha: float, scored: Tensor | None = None
+    sequence_ids: Tensor,
+    sequence_lengths: Tensor,
+    alpha: float,
+    scored: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(N,) fp32: 1 up to the shorter completion's length, alpha beyond it: LD-DPO, arXiv:2409.06411.
+    """(N,) of `dtype`: 1 up to the shorter completion's length, alpha beyond it: LD-DPO, arXiv:2409.06411.
 
     sequence_ids: (N,) in [0, 2P), tokens of a sequence in order, sequences in any; sequence_lengths: (2P,) their
     numbers of scored tokens; scored: (N,) bool, which tokens count, all where None."""
@@ -223,7 +227,7 @@ def ld_dpo_token_weights(
     position = torch.empty_like(sequence_ids)  # number of scored tokens before this one in its sequence
     position[order] = counts.cumsum(0) - counts - starts[sequence_ids[order]]
     shared = torch.minimum(sequence_lengths[:num_pairs], sequence_lengths[num_pairs:])
-    weights = torch.ones_like(sequence_ids, dtype=torch.float32)
+    weights = torch.ones_like(sequence_ids, dtype=dtype)
     return weights.masked_fill_(position >= shared[sequence_ids % num_pairs], alpha)
 
 

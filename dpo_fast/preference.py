@@ -127,6 +127,7 @@ def linear_preference_loss(
         reference_token_logps,
         ld_alpha,
         mean_chosen_length,
+        torch.promote_types(hidden.dtype, torch.float32),
         impl,
     )
     _check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
@@ -212,6 +213,7 @@ def preference_from_stats(
         reference_token_logps,
         ld_alpha,
         mean_chosen_length,
+        stats.logps.dtype,
         impl,
     )
     return context.output(stats, sequence_ids, check_outputs(op, outputs), None)
@@ -242,16 +244,17 @@ class _Context:
         reference_tokens,
         ld_alpha,
         mean_length,
+        dtype,
         impl,
     ) -> "_Context":
-        """Check what is about pairs, and count the `scored` (N,) tokens of each sequence."""
+        """Check what is about pairs, and count the `scored` (N,) tokens of each sequence. dtype: of log-probs."""
         objective.check_ld_alpha(ld_alpha)
         _check_pairs(op, scored, sequence_ids, num_pairs)
         reference = _reference(op, objective, scored, num_pairs, reference_logps, reference_tokens)
         counts = torch.zeros(2 * num_pairs, dtype=torch.int64, device=scored.device).index_add_(
             0, sequence_ids, scored.to(torch.int64)
         )
-        weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored)
+        weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored, dtype)
         reference_tokens = None if reference_tokens is None else reference_tokens.detach()
         if mean_length is None:
             wide = torch.float32 if scored.device.type == "mps" else torch.float64

@@ -36,6 +36,7 @@ from .forward import (
     attachment,
     backbone_of,
     is_ready,
+    on_top,
     reasons_against_packed_rows,
     score_hidden,
 )
@@ -238,7 +239,7 @@ class _Installed:
     def _install(self) -> None:
         self.before = _way_of(self.model)
         install(self.model, self.outputs, self.layout)
-        self.ours = vars(self.model)["forward"]
+        self.ours = getattr(self.model.forward, "__func__", self.model.forward)
 
     def enter(self) -> None:
         if self.in_use is None:
@@ -252,8 +253,7 @@ class _Installed:
     def leave(self) -> None:
         """Keeps a forward that somebody has wrapped, unless it was accelerate, whose wrapper comes back with ours."""
         attention.disable(self.model)
-        own = vars(self.model)
-        if self.in_use is None and self.ours in (own.get("forward"), own.get("_original_forward")):
+        if self.in_use is None and on_top(self.model.forward, [self.ours]):
             self.in_use = _way_of(self.model)
             _set_way(self.model, self.before)
 
@@ -324,8 +324,11 @@ def _trls_head_is_right(model: nn.Module) -> bool:
     found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]
     true = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    # Four roundings of the largest logit, and of its products' sum in another order
-    return bool((found - true).abs().max() <= 8 * torch.finfo(logits.dtype).eps * logits.abs().max())
+    # Of a logit: five roundings, as in forward.py's check, and the sum of its products in another order, which errs by
+    # the root of their number (Higham, section 2.8). A log-prob is a difference of two, after exp, sum and log in fp32
+    fine, width = torch.finfo(torch.float32).eps, model.config.get_text_config().hidden_size
+    of_logits = (5 * torch.finfo(logits.dtype).eps + width**0.5 * fine) * logits.abs().max()
+    return bool((found - true).abs().max() <= 2 * of_logits + 4 * fine * true.abs().max())
 
 
 def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):

@@ -15,6 +15,7 @@ from tiny import tiny_config, tiny_model, tiny_pairs
 from dpo_fast import attach
 from dpo_fast.batch import TokenPair, padded_batch
 from dpo_fast.forward import HeadTransform, TokenScores, detach, is_attached, release
+from dpo_fast.heads import head_tensors
 from dpo_fast.ops.stats import STATS
 
 HEADS = {
@@ -341,3 +342,20 @@ def test_transform_of_a_config():
     config = tiny_config()
     config.output_multiplier = 3
     assert HeadTransform.from_config(config) == HeadTransform(3.0)
+
+
+@pytest.mark.parametrize("dtype, change", [(torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float64, 1e-12)])
+def test_a_head_that_is_not_the_product_with_its_weight_is_refused(dtype, change, monkeypatch):
+    """One row of one weight is off, by more than rounding explains."""
+    model = tiny_model().to(dtype)
+    attach(copy.deepcopy(model))
+
+    def wrong(head, hidden):
+        tensors = head_tensors(head, hidden)
+        weight = tensors.weight.clone()
+        weight[7] *= 1 + change
+        return tensors._replace(weight=weight)
+
+    monkeypatch.setattr("dpo_fast.forward.head_tensors", wrong)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM's output head is not the product with its weight \(off"):
+        attach(model)

@@ -137,6 +137,16 @@ def test_every_loss_and_gradient(impl, loss):
         assert_within_bound(getattr(out, name), getattr(truth, name), 0.3 * bound, what=name)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_token_weights_have_the_digits_of_fp64(impl):
+    tensors, labels, ids, reference = make(dtype=torch.float64, shuffled=False)
+    out, _ = run(tensors, labels, ids, impl=impl, reference_logps=reference.double(), ld_alpha=0.3)
+    lengths, shorter = [5, 3, 7, 4, 6, 2], 2 * [4, 3, 2]
+    tokens = zip(out.stats.logps.split(lengths), shorter, strict=True)
+    by_hand = [t[:shared].sum() + 0.3 * t[shared:].sum() for t, shared in tokens]
+    assert (torch.cat([out.chosen_logps, out.rejected_logps]) - torch.stack(by_hand)).abs().max() < 1e-12
+
+
 PLANS = {
     "score": dict(needs=()),
     "frozen": dict(needs=("hidden", "down")),

@@ -591,21 +591,29 @@ def test_models_are_called_as_before_after_each_use(tmp_path, case, monkeypatch)
     assert set(dtypes) == {torch.bfloat16 if case == "bf16" else torch.float32}
 
 
-def test_a_forward_that_was_wrapped_between_two_uses_is_kept(tmp_path):
-    trainer, calls = trainer_of(DPOTrainer, tmp_path), []
-    losses = [trainer.evaluate()["eval_loss"]]
-    plain = trainer.model.forward
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("when", ["between two uses", "in a use"])
+def test_a_forward_that_somebody_wraps_is_kept(tmp_path, bf16, when):
+    trainer, calls = trainer_of(DPOTrainer, tmp_path, bf16=bf16), []
+    before = trainer.evaluate()["eval_loss"]
 
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        return plain(*args, **kwargs)
+    def wrap():
+        def wrapped(*args, plain=trainer.model.forward, **kwargs):
+            calls.append(1)
+            return plain(*args, **kwargs)
 
-    trainer.model.forward = wrapped
-    losses.append(trainer.evaluate()["eval_loss"])
-    assert losses[0] == losses[1]
-    assert trainer.model.forward is wrapped
+        trainer.model.forward = wrapped
+
+    if when == "between two uses":
+        wrap()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(before, abs=1e-2 if bf16 else 0)
+    else:
+        with trainer._models_in_use():
+            wrap()
+    assert trainer.model.forward.__name__ == "wrapped"
+    calls.clear()
     trainer.model(input_ids=torch.tensor([[3, 4]]))
-    assert calls
+    assert calls == [1]
 
 
 def test_trl_is_left_as_it_was(tmp_path):
