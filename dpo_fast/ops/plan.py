@@ -79,8 +79,9 @@ def plan_head(
     tile_mib: the budget for a tile in MiB, with the 16-bit copy that 16-bit GEMMs take; None: 256 MiB on CPU, 2,048
     rows elsewhere, or fewer where `device_memory` (bytes, None: plenty) is short.
     device_type: "cuda" stands for any device with Triton, its interpreter on CPU tensors included.
-    A tile has at least one row: with a row above the budget it is that much larger. Rows are the same for all plans of
-    equal sizes, so that policy and reference are scored by the same GEMMs.
+    A tile has at least one row: with a row above the budget it is that much larger. On an accelerator the rows of all
+    plans are the same for equal sizes, unless a pair is longer than a tile: policy and reference are scored by the same
+    GEMMs. On CPU the plans that take whole rows have fewer of them.
     """
     if min(N, H, V - 1, 0 if tile_mib is None else tile_mib - 1) < 0 or H < 1:
         raise ValueError(f"plan_head: sizes must be positive, got N={N}, H={H}, V={V}, tile_mib={tile_mib}")
