@@ -43,6 +43,7 @@ from .forward import (
 from .hooks import NEFTUNE
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
+from .prepared import prepare_anew
 from .reference import is_peft_model
 from .router import balancing_loss
 
@@ -136,6 +137,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     def train(self, *args, **kwargs):
         """As TRL's."""
         with self._models_in_use():
+            prepare_anew(self)
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):

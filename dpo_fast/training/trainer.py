@@ -21,6 +21,7 @@ from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_
 from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics
+from dpo_fast.prepared import prepare_anew
 from dpo_fast.router import router_coefficient
 
 from . import models, references
@@ -309,6 +310,7 @@ class FastDPOTrainer(transformers.Trainer):
             check_checkpoint(Path(resume_from_checkpoint), self.model)
         self._sums["train"], self._unproven = MetricSums(), self._must_agree
         with self._models_in_use():
+            prepare_anew(self)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @contextlib.contextmanager
