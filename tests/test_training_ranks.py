@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
+
+import datasets
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer
-
 
 TIMES = ("runtime", "second", "preparation_time")
 
