@@ -19,6 +19,7 @@ import datasets
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, preference_loss
 from dpo_fast.metrics import MetricSums
+from dpo_fast.training.trainer import NOT_TAKEN
 
 TOKENIZER = tiny_tokenizer()
 
@@ -449,6 +450,59 @@ def test_bad_arguments(build, monkeypatch):
     monkeypatch.setattr(FastDPOConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="2 devices are visible to one process"):
         build()
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_arguments_of_other_trainers_are_refused_by_name(build, name):
+    with pytest.raises(TypeError, match=f"FastDPOTrainer takes no {name}: "):
+        build(**{name: object()})
+    build(**{name: None})
+    with pytest.raises(TypeError, match="FastDPOTrainer takes no argument compute_metric$"):
+        build(compute_metric=None)
+
+
+def test_a_collator_that_makes_something_else_is_refused(build):
+    pad = transformers.DataCollatorWithPadding(TOKENIZER)
+    with pytest.raises(TypeError, match="data_collator .DataCollatorWithPadding. must make a PreferenceBatch .*raises"):
+        build(data_collator=pad)
+    with pytest.raises(TypeError, match="columns prompt_ids, .*it makes a list. Omit it to have one"):
+        build(data_collator=list)
+    with pytest.raises(TypeError, match="data_collator must be callable, got int"):
+        build(data_collator=3)
+    ours = build().data_collator
+    build(data_collator=lambda rows: ours(rows)).train()
+
+
+def test_a_model_that_does_not_train_is_refused(build, tmp_path):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path / "adapter")
+    frozen = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no parameter of the model trains.*is_trainable=True"):
+        build(frozen)
+    with pytest.raises(ValueError, match="all have requires_grad=False"):
+        build(tiny_model().requires_grad_(False))
+    build(peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)).train()
+
+
+@pytest.mark.parametrize("kwargs", [{"torch_dtype": "bfloat16"}, {"dtype": "bf16"}, {"dtype": torch.bfloat16}])
+def test_dtype_by_its_names(build, tmp_path, kwargs):
+    tiny_model().save_pretrained(tmp_path / "model")
+    trainer = build(str(tmp_path / "model"), ref_model=str(tmp_path / "model"), args=dict(model_init_kwargs=kwargs))
+    assert {trainer.model.dtype, trainer.reference.model.dtype} == {torch.bfloat16}
+    for bad in ("bf17", "int64", "nn", 16):
+        with pytest.raises(ValueError, match=f"dtype in model_init_kwargs must be .* got {bad!r}"):
+            build(str(tmp_path / "model"), args=dict(model_init_kwargs=dict.fromkeys(kwargs, bad)))
+
+
+def test_predict_takes_what_evaluate_takes(build):
+    raw = datasets.Dataset.from_list([{"prompt": "a", "chosen": "bc", "rejected": "d"}] * 3)
+    trainer = build(eval_dataset=raw)
+    expected = trainer.evaluate()
+    for data in (raw, trainer.eval_dataset):
+        found = trainer.predict(data, metric_key_prefix="eval")
+        assert found.predictions is None
+        for name in ("eval_loss", "eval_rewards/margins"):
+            assert found.metrics[name] == expected[name]
 
 
 def test_triton_is_not_replaced_in_silence(build, monkeypatch):

@@ -27,7 +27,39 @@ def load_model(model, config: FastDPOConfig) -> nn.Module:
     if not isinstance(model, str):
         return model
     options = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
-    return transformers.AutoModelForCausalLM.from_pretrained(model, **{**options, **(config.model_init_kwargs or {})})
+    given = dict(config.model_init_kwargs or {})
+    if "torch_dtype" in given:  # its name before transformers 4.56
+        given.setdefault("dtype", given.pop("torch_dtype"))
+    options |= given
+    options["dtype"] = dtype_of(options["dtype"])
+    return transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+_SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def dtype_of(value) -> torch.dtype | str:
+    """What `from_pretrained` takes as dtype; ValueError for what is none."""
+    found = value
+    if isinstance(value, str) and value != "auto":
+        found = _SHORT.get(value) or getattr(torch, value.removeprefix("torch."), None)
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"dtype in model_init_kwargs must be 'auto' or a floating dtype such as 'bfloat16', got {value!r}"
+        )
+    return found
+
+
+def check_trains(model: nn.Module) -> None:
+    """Raise ValueError for a model no parameter of which has a gradient."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    if is_peft_model(model):
+        raise ValueError(
+            "no parameter of the model trains; an adapter that is to be trained further is loaded with "
+            "PeftModel.from_pretrained(model, path, is_trainable=True)"
+        )
+    raise ValueError("no parameter of the model trains: all have requires_grad=False")
 
 
 def make_policy(model: nn.Module, config: FastDPOConfig, peft_config) -> nn.Module:

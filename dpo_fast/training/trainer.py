@@ -29,6 +29,19 @@ from .config import FastDPOConfig
 from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
 from .sampler import TokenBudgetBatchSampler
 
+# Arguments of other trainers -> what to do instead
+NOT_TAKEN = {
+    "compute_metrics": "no logits leave the model. evaluate() returns rewards, margins and accuracies, extra_metrics "
+    "adds more; others can be computed in an overridden evaluate()",
+    "preprocess_logits_for_metrics": "no logits leave the model",
+    "compute_loss_func": "loss_type takes functions of `PairLogps`; compute_loss() can be overridden",
+    "model_init": "give the model, and build a trainer for each trial of a search",
+    "tokenizer": "it is called processing_class",
+    "quantization_config": "put it in model_init_kwargs",
+    "optimizer_cls_and_kwargs": "give optimizers=(optimizer, None), or args.optim",
+    "formatting_func": "prepare the rows with datasets.map()",
+}
+
 
 class FastDPOTrainer(transformers.Trainer):
     """Trains a causal language model on preference pairs.
@@ -41,7 +54,9 @@ class FastDPOTrainer(transformers.Trainer):
       is what the model was; TRL's drifts there, or is another model.
     train_dataset, eval_dataset: see `dpo_fast.training.data.prepare_dataset`; eval_dataset may be a dict of data sets.
     processing_class: the tokenizer; omitted: the one that lies with the model.
-    The other arguments are those of `transformers.Trainer`.
+    data_collator: makes a `PreferenceBatch` of a list of rows; omitted: `PairCollator`, in the layout of `args.layout`.
+    The other arguments are those of `transformers.Trainer`; those of its, and of TRL's, that have no meaning here are
+    refused with the reason (`NOT_TAKEN`).
     """
 
     def __init__(
@@ -56,7 +71,13 @@ class FastDPOTrainer(transformers.Trainer):
         callbacks: list[transformers.TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config=None,
+        **others,
     ):
+        for name, value in others.items():
+            if name not in NOT_TAKEN:
+                raise TypeError(f"FastDPOTrainer takes no argument {name}")
+            if value is not None:
+                raise TypeError(f"FastDPOTrainer takes no {name}: {NOT_TAKEN[name]}")
         args = FastDPOConfig() if args is None else args
         check_arguments(model, ref_model, args)
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
@@ -70,6 +91,8 @@ class FastDPOTrainer(transformers.Trainer):
         model = models.load_model(model, args)
         base = None if peft_config is None else WeightSample(model, leave_out=reference.of_adapters(model))
         model = models.make_policy(model, args, peft_config)
+        if train_dataset is not None:
+            models.check_trains(model)
         self.router_aux_loss_coef = router_coefficient(model, args.router_aux_loss_coef)
         if ref_model is not None:
             ref_model = models.load_model(ref_model, args)
@@ -87,6 +110,8 @@ class FastDPOTrainer(transformers.Trainer):
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             models.check_layout(args, *(m for m in (model, ref_model) if m is not None))
             data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)
+        else:
+            check_collator(data_collator, train_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -354,11 +379,19 @@ class FastDPOTrainer(transformers.Trainer):
         with references.unseen(self.reference):
             super()._save(output_dir, state_dict)
 
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """As `Trainer.predict`; takes a data set as it comes, too. There are metrics, but no predictions."""
+        return super().predict(self._evaluable(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+
+    def _evaluable(self, dataset, name: str):
+        dataset = self._prepare(dataset, name)
+        self._check_reference_columns(dataset, precompute=False)
+        return dataset
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As `Trainer.evaluate`; takes data sets as they come, too. Returns eval_loss, eval_rewards/chosen, ..."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
-            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
-            self._check_reference_columns(eval_dataset, precompute=False)
+            eval_dataset = self._evaluable(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -398,6 +431,25 @@ def check_arguments(model, ref_model, args) -> None:
         )
     if args.accelerator_config.dispatch_batches:
         raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
+
+
+def check_collator(data_collator, dataset) -> None:
+    """Raise TypeError for a collator that makes something else of the first row than a `PreferenceBatch`."""
+    if not callable(data_collator):
+        raise TypeError(f"data_collator must be callable, got {type(data_collator).__name__}")
+    if dataset is None or not has_length(dataset) or not len(dataset):
+        return
+    name = getattr(data_collator, "__name__", type(data_collator).__name__)
+    expected = (
+        f"data_collator ({name}) must make a PreferenceBatch of rows with the columns {', '.join(dataset.column_names)}"
+    )
+    try:
+        batch = data_collator([dataset[0]])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it raises {type(error).__name__}: {error}"
+        raise TypeError(f"{expected}; {reason}. Omit it to have one") from error
+    if not isinstance(batch, PreferenceBatch):
+        raise TypeError(f"{expected}; it makes a {type(batch).__name__}. Omit it to have one")
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module) -> None:
