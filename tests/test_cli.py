@@ -105,7 +105,7 @@ def test_options_win_over_the_file_and_are_typed(files):
         (["{config}", "--ref_model", "{folder}/nothing"], "ref_model: there is no directory"),
         (["{config}", "--dataset", "{folder}/none.jsonl"], "there is no file"),
         (["{config}", "--dataset", "{folder}/none"], "there is no dataset"),
-        (["{config}", "--dataset", "{config}"], "is none of .json, .jsonl, .parquet"),
+        (["{config}", "--dataset", "{config}"], "is none of .json, .jsonl, .json.gz, .jsonl.gz, .parquet"),
         (["{config}", "--dataset", "{folder}/model/config.json"], "expected prompt, chosen, rejected"),
         (["{config}", "--dataset", "{folder}/broken.json"], "broken.json cannot be read"),
         (["{config}", "--dataset_split", "test"], "so there is no split 'test'"),

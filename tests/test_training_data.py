@@ -96,9 +96,9 @@ def test_a_text_prompt_before_messages_is_the_users():
     assert read_row({**row, "prompt": row["prompt"][0]["content"]}) == read_row(row)
 
 
-@pytest.mark.parametrize("wrong", [{"rejected": None}, {"prompt": []}, {"prompt": None, "chosen": []}])
+@pytest.mark.parametrize("wrong", [{"prompt": []}, {"prompt": None, "chosen": []}, {"rejected": []}])
 def test_mixed_types_are_named_with_their_row(wrong):
-    with pytest.raises(TypeError, match="row 7: expected all columns as text or all as lists .*(NoneType|is list)"):
+    with pytest.raises(TypeError, match="row 7: expected all columns as text or all as lists .*is list"):
         read_row({"prompt": "a", "chosen": "b", "rejected": "c", **wrong}, 7)
 
 
@@ -165,11 +165,11 @@ def test_one_token_without_a_prompt_cannot_be_scored():
         prepare(rows, truncation=Truncation(1, mode="keep_end"))
 
 
-def test_cut_prompts_are_counted_in_one_line(caplog):
+def test_a_cut_inside_a_word_is_not_worth_a_line(caplog):
     with caplog.at_level(logging.WARNING, logger="dpo_fast"):
-        prepare([{"prompt": "the c", "chosen": "at", "rejected": "ot"}, *tiny_rows(2)])
-    (line,) = caplog.messages
-    assert "in 1 of 3 pairs the tokenised prompt is not a prefix" in line
+        (first, *_) = prepare([{"prompt": "the c", "chosen": "at", "rejected": "ot"}, *tiny_rows(2)])
+    assert caplog.messages == []
+    assert first["prompt_ids"] == ids("the")[: len(first["prompt_ids"])]
 
 
 def test_token_ids_stay_as_they_are():

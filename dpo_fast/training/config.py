@@ -25,6 +25,18 @@ def _option(default, help: str, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def _mapping(name: str, value) -> dict | None:
+    """A dict as it is, or as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} must be a mapping, or one as JSON, got {value!r}: {error}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping or None, got {value!r}")
+    return value
+
+
 @dataclass
 class FastDPOConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what DPO needs on top.
@@ -92,6 +104,10 @@ class FastDPOConfig(TrainingArguments):
         None, "Fill each training batch with pairs up to that many tokens, instead of per_device_train_batch_size."
     )
     pad_to_multiple_of: int | None = _option(None, "Pad padded rows to a multiple of this length.")
+    chat_template_kwargs: dict[str, Any] | str | None = _option(
+        None,
+        "Variables of the chat template (or JSON), such as enable_thinking, for all rows; a row's own go first.",
+    )
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     print_example: bool = _option(False, "Print the first pair as the model sees it.")
 
@@ -116,8 +132,8 @@ class FastDPOConfig(TrainingArguments):
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            setattr(self, name, _mapping(name, getattr(self, name)))
         self._check()
         self._choose_by_device()
         super().__post_init__()

@@ -8,17 +8,30 @@ Token ids are kept whole until the collator truncates them, so a prepared datase
 through which pairs were dropped, and preparing it again changes nothing.
 """
 
+import difflib
+import functools
+import hashlib
+import itertools
+import json
 import logging
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
+import tokenizers
+import transformers
 
+import dpo_fast
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
 from dpo_fast.layout import common_prefix, shared_prefix_batch
 
-from .rows import read_row, template_options, tokenize_pair
+from . import rows
+from .rows import NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
+from .sources import JSON_ROW, dataset_of_rows, decode_row
 
 logger = logging.getLogger("dpo_fast")
 
@@ -26,7 +39,9 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _IMAGE_COLUMNS = {"image", "images"}
-_REASON, _CUT = "_dropped_because", "_prompt_tokens_cut"  # columns that live only while a dataset is prepared
+_REASON, _NOTES = "_dropped_because", "_notes"  # columns that live only while a dataset is prepared
+_READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *REFERENCE_COLUMNS, "tools", "chat_template_kwargs"}
+_LOOKED_AT = 100  # rows by which columns are judged
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 LENGTH_COLUMN = "length"  # where transformers' length-grouped samplers look
@@ -94,65 +109,134 @@ def why_unusable_truncated(pair: TokenPair) -> str:
 # --- a dataset -----------------------------------------------------------------------------------------------------
 
 
-def prepare_dataset(dataset, tokenizer, truncation: Truncation, *, name: str = "train", num_proc: int | None = None):
+@dataclass(frozen=True)
+class ModelLimits:
+    """What tokens and lengths a model can take; None: not checked."""
+
+    vocab_size: int | None = None  # rows of its embedding
+    positions: int | None = None  # that it was made for
+    learned_positions: bool = False  # whether there is nothing beyond them
+
+
+def prepare_dataset(
+    dataset,
+    tokenizer,
+    truncation: Truncation,
+    *,
+    name: str = "train",
+    num_proc: int | None = None,
+    limits: ModelLimits = ModelLimits(),
+    template_options: Mapping | None = None,
+):
     """Tokenise a dataset and drop the pairs that cannot be trained on, saying how many and why in one line.
 
-    dataset: a `datasets.Dataset`, an `IterableDataset` (stays lazy: its drops are reported as they are met), or a
+    dataset: a `datasets.Dataset`, an `IterableDataset` (stays lazy: what is to be said is said as it is met), or a
       sequence of dicts. Returns the same kind (a Dataset for a sequence) with columns prompt_ids, chosen_ids,
       rejected_ids, and the reference log-probs where it has them.
+    template_options: variables of the chat template, for all rows; a row's own `chat_template_kwargs` go first.
 
-    Raises TypeError for other objects, ValueError for missing columns, no rows, and no usable rows.
+    Raises TypeError for other objects, ValueError for missing columns, no rows, and no usable rows; and for rows that
+    cannot be read as what they say they are, with row and column.
     """
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise TypeError(f"{name} dataset has splits ({', '.join(dataset)}); pass one of them, as in dataset['train']")
     if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        dataset = datasets.Dataset.from_list(list(dataset)) if len(dataset) else datasets.Dataset.from_dict({})
+        dataset = dataset_of_rows(dataset) if len(dataset) else datasets.Dataset.from_dict({})
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise TypeError(
             f"{name} dataset must be a datasets.Dataset, an IterableDataset or a sequence of dicts, "
             f"got {type(dataset).__name__}"
         )
+    check_template_options(template_options or {}, tokenizer)
     dataset = dataset.with_format(None)
-    columns = _columns(dataset, name)
-    tokenized = _check_columns(columns, tokenizer, name)
+    columns, first = _columns(dataset, name)
+    tokenized = _check_columns(columns, first, tokenizer, name)
     keep = [column for column in REFERENCE_COLUMNS if column in columns]
-    process = _RowProcessor(tokenizer, truncation, tokenized)
-    options = dict(with_indices=True, remove_columns=[column for column in columns if column not in keep])
+    process = _RowProcessor(tokenizer, truncation, tokenized, tuple(keep), limits, dict(template_options or {}))
+    stored = [JSON_ROW] if JSON_ROW in (dataset.column_names or ()) else columns
+    options = dict(with_indices=True, remove_columns=[column for column in stored if column not in keep])
     if isinstance(dataset, datasets.IterableDataset):
-        dataset = dataset.map(process, **options).filter(_ReportDrops(name))
-        return dataset.remove_columns([_REASON, _CUT])
+        dataset = dataset.map(process, **options).filter(_ReportOnce(name))
+        return dataset.remove_columns([_REASON, _NOTES])
     dataset = dataset.map(process, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
     return _drop_unusable(dataset, name)
 
 
-def _columns(dataset, name: str) -> list[str]:
-    columns = dataset.column_names
-    if columns is None:  # a stream whose features are not known yet
-        dataset = dataset.take(1)
-        columns = list(next(iter(dataset), {}))
-    if not columns or (isinstance(dataset, datasets.Dataset) and len(dataset) == 0):
+def _columns(dataset, name: str) -> tuple[list[str], list[dict]]:
+    """The names of the columns, and some rows."""
+    first = [decode_row(row) for row in itertools.islice(dataset, _LOOKED_AT)]
+    columns = list(dict.fromkeys(key for row in first for key in row))
+    if dataset.column_names == [JSON_ROW]:
+        columns = list(dict.fromkeys(key for text in dataset[JSON_ROW] for key in json.loads(text)))
+    elif dataset.column_names is not None:
+        columns = dataset.column_names
+    if not columns or not first:
         raise ValueError(f"{name} dataset is empty: expected rows with columns {', '.join(TEXT_COLUMNS)}")
-    return columns
+    return columns, first
 
 
-def _check_columns(columns: Iterable[str], tokenizer, name: str) -> bool:
-    """Whether the rows are tokenised; raises for columns that cannot be used."""
-    columns = set(columns)
-    if images := columns & _IMAGE_COLUMNS:
+def _check_columns(columns: Sequence[str], first: list[dict], tokenizer, name: str) -> bool:
+    """Whether the rows are tokenised; raises for columns that cannot be used, and names those that are not."""
+    if images := _IMAGE_COLUMNS.intersection(columns):
         raise ValueError(f"{name} dataset has the column {images.pop()!r}: only text can be trained on")
-    if columns >= set(TOKEN_COLUMNS):
+    tokenized = set(columns) >= set(TOKEN_COLUMNS)
+    meant = [column for column in columns if column not in _READ and _may_be_meant(column, first)]
+    if meant:
+        logger.warning("%s dataset: columns that are not used: %s", name, ", ".join(meant))
+    if tokenized:
         return True
-    if not columns >= {"chosen", "rejected"}:
+    if not set(columns) >= set(SIDES):
+        hints = [f"{a} may be {b}" for b in TEXT_COLUMNS if b not in columns for a in _aliases(columns, b)]
         raise ValueError(
             f"{name} dataset has the columns {', '.join(sorted(columns))}; expected prompt, chosen, rejected (text or "
             f"chat messages), or chosen, rejected with a common beginning, or {', '.join(TOKEN_COLUMNS)}"
+            + (f" ({'; '.join(hints)}: rename_column() or a key of the data can say so)" if hints else "")
         )
+    if "prompt" not in columns:
+        _check_no_prompt(columns, first, name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer ({type(tokenizer).__name__}) has no EOS token, which ends every completion; set "
             "tokenizer.eos_token, or pass token ids"
         )
     return False
+
+
+def _may_be_meant(column: str, first: list[dict]) -> bool:
+    """Whether a column holds numbers, and not those of rows: a weight, a margin, a score."""
+    values = [row.get(column) for row in first]
+    numbers = any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    return (
+        numbers and column != LENGTH_COLUMN and not re.fullmatch(r"(.*_)?(id|idx|index|level_0__|turn|round)", column)
+    )
+
+
+_ALIASES = {
+    "prompt": "question questions instruction query input inputs context conversation conversations messages history "
+    "problem task user text",
+    "chosen": "accepted preferred positive good best winner response_chosen chosen_response choosen output_1",
+    "rejected": "dispreferred negative bad worst loser response_rejected rejected_response refused output_2",
+}
+
+
+def _aliases(columns: Iterable[str], name: str) -> list[str]:
+    """Columns that may be meant by `name`: known aliases, and names that are written alike."""
+    others = [column for column in columns if column not in _READ]
+    close = set(difflib.get_close_matches(name, others, n=3, cutoff=0.7))
+    return [c for c in others if c.lower() in _ALIASES[name].split() or c in close or name in c.lower().split("_")]
+
+
+def _check_no_prompt(columns: Sequence[str], first: list[dict], name: str) -> None:
+    """Raise ValueError where a column that may hold the prompt is nowhere in the common beginnings."""
+    for column in _aliases(columns, "prompt"):
+        values = [(row[column], json.dumps([row.get(side) for side in SIDES])) for row in first if row.get(column)]
+        texts = [(v if isinstance(v, str) else "", both) for v, both in values]
+        inside = any(text.strip() and json.dumps(text.strip())[1:-1] in both for text, both in texts)
+        if values and not inside:
+            raise ValueError(
+                f"{name} dataset has no column prompt, but {column}, which is in neither chosen nor rejected: if it is "
+                f"the prompt, rename it, as in dataset.rename_column({column!r}, 'prompt'); if it is not, remove it"
+            )
 
 
 @dataclass
@@ -162,21 +246,80 @@ class _RowProcessor:
     tokenizer: object
     truncation: Truncation
     tokenized: bool
+    reference_columns: tuple[str, ...]
+    limits: ModelLimits
+    template_options: dict
+    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
 
     def __call__(self, row: Mapping, index: int) -> dict:
+        with naming(f"row {index}"):
+            return self._process(decode_row(row), index, columnar=JSON_ROW not in row)
+
+    def _process(self, row: Mapping, index: int, columnar: bool) -> dict:
+        notes, reason = {}, ""
         if self.tokenized:
-            ids, cut, reason = [row[name] for name in TOKEN_COLUMNS], 0, ""
+            ids = [_token_ids(row.get(name), f"row {index}: {name}") for name in TOKEN_COLUMNS]
         else:
-            texts = read_row(row, index)
-            reason = why_unusable(*texts[1:])
-            *ids, cut = [], [], [], 0
+            pair, ids = read_pair(row, index, columnar), ([], [], [])
+            reason = why_unusable(*pair.whole)
+            options = template_options(row, index, self.tokenizer, columnar)
             if not reason:
-                *ids, cut = tokenize_pair(*texts, self.tokenizer, **template_options(row))
+                found = tokenize(pair, self.tokenizer, index, **{**self.template_options, **options})
+                ids, notes = (found.prompt, found.chosen, found.rejected), found.notes
         reason = reason or why_unusable(*ids[1:])
         columns = dict(zip(TOKEN_COLUMNS, ids, strict=True))
+        for name in self.reference_columns:
+            columns[name] = _reference_logp(row.get(name), f"row {index}: {name}")
         pair = self.truncation(columns)
         reason = reason or why_unusable_truncated(pair)
-        return {**columns, LENGTH_COLUMN: row_tokens(pair), _REASON: reason, _CUT: cut}
+        if not reason:
+            self._check_limits(pair, index, notes)
+        return {**columns, LENGTH_COLUMN: row_tokens(pair), _REASON: reason, _NOTES: json.dumps(notes) if notes else ""}
+
+    def _check_limits(self, pair: TokenPair, index: int, notes: dict) -> None:
+        limits = self.limits
+        sides = (pair.chosen_prompt, pair.chosen), (pair.rejected_prompt, pair.rejected)
+        for side, (prompt, completion) in zip(SIDES, sides, strict=True):
+            largest, length = max(*prompt, *completion, -1), len(prompt) + len(completion)
+            if limits.vocab_size is not None and largest >= limits.vocab_size:
+                raise ValueError(
+                    f"row {index}: prompt + {side} holds the token id {largest}, the model's embedding has "
+                    f"{limits.vocab_size} rows; it is another model's tokenizer, or model.resize_token_embeddings() "
+                    "has not been called"
+                )
+            if limits.positions is not None and length > limits.positions:
+                if limits.learned_positions:
+                    raise ValueError(
+                        f"row {index}: prompt + {side} has {length} tokens, the model has {limits.positions} "
+                        f"positions; max_length={limits.positions} cuts what is longer"
+                    )
+                notes["long"] = f"{length} tokens in {side}, made for {limits.positions}"
+
+
+def _token_ids(value, where: str) -> list[int]:
+    if not isinstance(value, (list, tuple)) or not set(map(type, value)) <= {int}:
+        kinds = (
+            sorted({type(v).__name__ for v in value}) if isinstance(value, (list, tuple)) else [type(value).__name__]
+        )
+        raise TypeError(f"{where} must be a list of token ids (int), got {', '.join(kinds)}")
+    if value and min(value) < 0:
+        raise ValueError(f"{where} holds the token id {min(value)}; ids are at least 0")
+    return list(value)
+
+
+def _reference_logp(value, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where} must be a number, the log-prob of a completion, got {type(value).__name__}")
+    if not -math.inf < value <= 0:
+        raise ValueError(f"{where} must be a finite log-prob of at most 0, got {value}")
+    return float(value)
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """What tokens depend on beside the rows and the tokenizer: a cache of other versions is not taken."""
+    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, rows.__file__))).hexdigest()
+    return (dpo_fast.__version__, transformers.__version__, tokenizers.__version__, code)
 
 
 def row_tokens(pair: TokenPair) -> int:
@@ -185,8 +328,8 @@ def row_tokens(pair: TokenPair) -> int:
     return len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
-class _ReportDrops:
-    """Filter of a stream: says once per reason and process that pairs are dropped, as their number is not known."""
+class _ReportOnce:
+    """Filter of a stream: says once per reason and process what is dropped and what is odd; the number is not known."""
 
     def __init__(self, name: str):
         self.name, self.seen = name, set()
@@ -195,12 +338,19 @@ class _ReportDrops:
         if row[_REASON] and row[_REASON] not in self.seen:
             self.seen.add(row[_REASON])
             logger.warning("%s dataset: dropping pairs of the stream: %s", self.name, row[_REASON])
+        for key, example in json.loads(row[_NOTES] or "{}").items():
+            if key not in self.seen:
+                self.seen.add(key)
+                logger.warning("%s dataset: pairs of the stream %s%s", self.name, NOTES[key], _example(example))
         return not row[_REASON]
+
+
+def _example(example: str, where: str = "") -> str:
+    return f" (first: {where}{example})" if example else ""
 
 
 def _drop_unusable(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     reasons = list(dataset[_REASON])
-    cut = sum(tokens > 0 for tokens in dataset[_CUT])
     counts = Counter(reason for reason in reasons if reason)
     total, dropped = len(dataset), sum(counts.values())
     why = "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
@@ -208,16 +358,16 @@ def _drop_unusable(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
         raise ValueError(f"{name} dataset: none of the {total} pairs can be trained on: {why}")
     if dropped:
         logger.warning("%s dataset: %d of %d pairs dropped: %s", name, dropped, total, why)
-    if cut:
-        logger.warning(
-            "%s dataset: in %d of %d pairs the tokenised prompt is not a prefix of prompt + completion (tokens merge "
-            "across the boundary, or the chat template renders a prompt alone differently); the completion starts "
-            "where they part",
-            name,
-            cut,
-            total,
-        )
-    dataset = dataset.remove_columns([_REASON, _CUT])
+    numbers, first = Counter(), {}
+    for index, notes in enumerate(dataset[_NOTES]):
+        for key, example in json.loads(notes or "{}").items():
+            numbers[key] += 1
+            first.setdefault(key, (index, example))
+    for key, number in numbers.items():
+        index, example = first[key]
+        said = _example(example, f"row {index}, ")
+        logger.warning("%s dataset: %d of %d pairs %s%s", name, number, total, NOTES[key], said)
+    dataset = dataset.remove_columns([_REASON, _NOTES])
     return dataset.select([i for i, reason in enumerate(reasons) if not reason]) if dropped else dataset
 
 
@@ -238,6 +388,12 @@ class PairCollator:
         if self.layout == "shared_prefix":
             return shared_prefix_batch(pairs)
         return padded_batch(pairs, self.pad_token_id, self.pad_to_multiple_of)
+
+    def padded_length(self, row: Mapping) -> int:
+        """Positions that a pair takes in a batch of its own in the padded layout."""
+        pair = self.truncation(row)
+        longest = max(len(pair.chosen_prompt) + len(pair.chosen), len(pair.rejected_prompt) + len(pair.rejected))
+        return 2 * -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
 def format_example(pair: TokenPair, tokenizer, colour: bool = False) -> str:

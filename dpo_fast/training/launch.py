@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,10 @@ from typing import Any
 import datasets
 import transformers
 import yaml
-from datasets.exceptions import DatasetsError
 
 from .config import FastDPOConfig
+from .sources import BadInput, load_pairs, may_be_hub_id, one_line
 from .trainer import FastDPOTrainer
-
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-class BadInput(Exception):
-    """Something in the user's input cannot be used; the message is one sentence for the user."""
 
 
 @dataclass
@@ -88,7 +81,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     try:
         job, config, rest = _parser().parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except (ValueError, TypeError) as error:
-        raise BadInput(_one_line(error)) from error
+        raise BadInput(one_line(error)) from error
     if rest:
         unknown = [argument for argument in rest if argument.startswith("--")]
         raise BadInput(_unknown_key(unknown[0].lstrip("-").split("=")[0]) if unknown else f"unexpected {rest[0]!r}")
@@ -116,7 +109,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {_one_line(error)}") from error
+        raise BadInput(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold keys and values, as in `model: path`, got {type(values).__name__}")
     known = _keys()
@@ -167,49 +160,17 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             eval_dataset=eval_dataset,
             peft_config=_peft_config(job),
         )
-    except (ValueError, TypeError, OSError, DatasetsError) as error:
-        raise BadInput(_one_line(error)) from error
-
-
-def load_pairs(source: str, name: str | None, split: str) -> datasets.Dataset:
-    """A dataset from a JSON, JSONL or Parquet file, a directory of `save_to_disk`, or the hub."""
-    path = Path(source)
-    if path.suffix in FORMATS:
-        if not path.is_file():
-            raise BadInput(f"there is no file {source!r}")
-        if split != "train":
-            raise BadInput(f"{source} is one file without splits, so there is no split {split!r}; leave the split out")
-        try:
-            return datasets.load_dataset(FORMATS[path.suffix], data_files=source, split="train")
-        except DatasetsError as error:
-            raise BadInput(f"{source} cannot be read: {_one_line(error.__cause__ or error)}") from error
-    if path.is_file():
-        raise BadInput(f"{source} is none of {', '.join(FORMATS)}")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = datasets.load_from_disk(source)
-        if isinstance(saved, datasets.Dataset):
-            return saved
-        if split not in saved:
-            raise BadInput(f"{source} has no split {split!r}; it has {', '.join(saved)}")
-        return saved[split]
-    if not path.is_dir() and not _may_be_hub_id(source):
-        raise BadInput(f"there is no dataset {source!r}")
-    return datasets.load_dataset(source, name, split=split)
+    except (ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise BadInput(one_line(error)) from error
 
 
 def _check_model_path(name: str, model: str | None) -> None:
-    if model is None or _may_be_hub_id(model) and not Path(model).is_dir():
+    if model is None or may_be_hub_id(model) and not Path(model).is_dir():
         return
     if not Path(model).is_dir():
         raise BadInput(f"{name}: there is no directory {model!r} (the examples need `dpo-fast demo` to run first)")
     if not (Path(model) / "config.json").is_file() and not (Path(model) / "adapter_config.json").is_file():
         raise BadInput(f"{name}: {model!r} holds no config.json, so it is no model that transformers can load")
-
-
-def _may_be_hub_id(name: str) -> bool:
-    """Whether `name` looks like `name` or `owner/name`, and not like a path in a folder that is here."""
-    here = Path(name).parent
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and (here == Path() or not here.is_dir())
 
 
 def _peft_config(job: Job):
@@ -227,8 +188,3 @@ def _peft_config(job: Job):
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
-
-
-def _one_line(error: BaseException) -> str:
-    """The first paragraph of a message, on one line."""
-    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__

@@ -18,6 +18,7 @@ from dpo_fast.hooks import NEFTUNE
 from dpo_fast.reference import is_peft_model
 
 from .config import FastDPOConfig
+from .data import ModelLimits
 
 logger = logging.getLogger("dpo_fast")
 
@@ -48,6 +49,28 @@ def dtype_of(value) -> torch.dtype | str:
             f"dtype in model_init_kwargs must be 'auto' or a floating dtype such as 'bfloat16', got {value!r}"
         )
     return found
+
+
+def limits(*given: nn.Module | None) -> ModelLimits:
+    """What all the models can take: the smallest embedding, the fewest positions."""
+    found = [m for m in given if m is not None]
+    vocabularies = [embedding.weight.shape[0] for m in found if (embedding := m.get_input_embeddings()) is not None]
+    if len(set(vocabularies)) > 1:
+        logger.warning("model has %d token embeddings, ref_model %d", *vocabularies)
+    positions = [count for m in found if (count := _positions(m)) is not None]
+    learned = any(_has_learned_positions(m) for m in found)
+    return ModelLimits(min(vocabularies, default=None), min(positions, default=None), learned)
+
+
+def _positions(model: nn.Module) -> int | None:
+    count = getattr(base_model_of(model).config.get_text_config(), "max_position_embeddings", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def _has_learned_positions(model: nn.Module) -> bool:
+    count, named = _positions(model), [(n.rpartition(".")[2], m) for n, m in model.named_modules()]
+    tables = [m for name, m in named if isinstance(m, nn.Embedding) and (name == "wpe" or "position" in name)]
+    return count is not None and any(count <= table.num_embeddings <= count + 8 for table in tables)
 
 
 def check_trains(model: nn.Module) -> None:

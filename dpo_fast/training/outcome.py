@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import datasets
@@ -14,8 +15,11 @@ import dpo_fast
 from .charts import can_draw_png, draw_png, training_curves
 from .files import write_text
 from .launch import Job
+from .models import limits
 from .report import DPO_LOSS, Page, text_table
 from .trainer import FastDPOTrainer
+
+logger = logging.getLogger("dpo_fast")
 
 
 def train(trainer: FastDPOTrainer, job: Job) -> dict:
@@ -64,22 +68,28 @@ def _sample_prompts(trainer: FastDPOTrainer, count: int) -> list[list[int]]:
     """Token ids of the first different prompts of the evaluation data, or of the training data."""
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     prompts = {tuple(row["prompt_ids"]): None for row in itertools.islice(dataset, 16 * count)} if count > 0 else {}
-    return [list(prompt) for prompt in prompts if prompt][:count]
+    positions = limits(trainer.model).positions
+    fitting = [list(prompt) for prompt in prompts if prompt and (positions is None or len(prompt) < positions)]
+    if len(fitting) < sum(map(bool, prompts)):
+        logger.warning("samples: prompts of %d tokens or more are left out, as long as the model allows", positions)
+    return fitting[:count]
 
 
 @torch.no_grad()
 def _answers(trainer: FastDPOTrainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """The model's greedy answers."""
+    """The model's greedy answers, within the positions that it has."""
+    positions = limits(trainer.model).positions
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     training = model.training
     model.eval()
     texts = []
     for prompt in prompts:
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
         input_ids = torch.tensor([prompt], device=trainer.args.device)
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )

@@ -9,7 +9,8 @@ from torch.utils.data import Sampler
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """Batches of indices whose rows hold at most `tokens_per_batch` tokens; a longer pair comes alone.
 
-    lengths: tokens that each pair adds to a row. group_by_length: pairs of like length share a batch (what pads least
+    lengths: tokens that each pair adds to a row; with `padded`, positions that it takes by itself, which the longest
+      pair of a batch makes all the others take. group_by_length: pairs of like length share a batch (what pads least
       where rows are padded), else batches are filled in random order. multiple_of: the number of batches is a multiple
       of this, so that every rank gets as many; batches are split for it, and if there is nothing to split, the smallest
       ones come twice.
@@ -26,6 +27,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         group_by_length: bool = False,
         multiple_of: int = 1,
+        padded: bool = False,
     ):
         if tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
@@ -33,7 +35,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
         if group_by_length:
             order.sort(key=lambda index: lengths[index])  # stable: equal lengths stay shuffled
-        self.batches = fill_batches(order, lengths, tokens_per_batch)
+        self.batches = fill_batches(order, lengths, tokens_per_batch, padded)
         even_out(self.batches, multiple_of)
 
     def __len__(self) -> int:
@@ -48,15 +50,16 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
 
-def fill_batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def fill_batches(order: Sequence[int], lengths: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
     """Cut `order` into consecutive batches of at most `budget` tokens, each of at least one pair."""
-    batches, room = [], 0
+    batches, taken, longest = [], 0, 0
     for index in order:
-        if not batches or lengths[index] > room:
+        longest = max(longest, lengths[index])
+        taken = longest * (len(batches[-1]) + 1) if padded and batches else taken + lengths[index]
+        if not batches or taken > budget:
             batches.append([])
-            room = budget
+            taken = longest = lengths[index]
         batches[-1].append(index)
-        room -= lengths[index]
     return batches
 
 

@@ -101,6 +101,7 @@ class FastDPOTrainer(transformers.Trainer):
         tokenizer = models.load_tokenizer(processing_class, model, args)
 
         self.args, self.processing_class = args, tokenizer  # what _prepare needs
+        self._limits = models.limits(model, ref_model)
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
         self._given_reference = ref_model is not None
@@ -149,7 +150,13 @@ class FastDPOTrainer(transformers.Trainer):
         args = self.args
         with args.main_process_first(desc=f"tokenising the {name} dataset"):
             return prepare_dataset(
-                dataset, self.processing_class, args.truncation(), name=name, num_proc=args.dataset_num_proc
+                dataset,
+                self.processing_class,
+                args.truncation(),
+                name=name,
+                num_proc=args.dataset_num_proc,
+                limits=self._limits,
+                template_options=args.chat_template_kwargs,
             )
 
     def _precompute_reference(self) -> None:
@@ -228,12 +235,14 @@ class FastDPOTrainer(transformers.Trainer):
             return super().get_train_dataloader()
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError("tokens_per_batch needs data of known length, train_dataset is a stream")
+        padded = getattr(self.data_collator, "layout", None) == "padded"
         sampler = TokenBudgetBatchSampler(
-            dataset[LENGTH_COLUMN],
+            [self.data_collator.padded_length(row) for row in dataset] if padded else dataset[LENGTH_COLUMN],
             args.tokens_per_batch,
             seed=args.seed if args.data_seed is None else args.data_seed,
             group_by_length=args.train_sampling_strategy == "group_by_length",
             multiple_of=args.world_size,
+            padded=padded,
         )
         loader = DataLoader(
             dataset,
