@@ -95,7 +95,7 @@ def _split_texts(prompt: str | None, chosen: str, rejected: str, at: str) -> Pai
         start = len(prompt) if doubled else 0
         notes += ["doubled"] * doubled
         whole = chosen[start:], rejected[start:]
-    notes += ["no prompt"] * (not prompt)
+    notes += ["no prompt"] * (not prompt.strip())
     return Pair(prompt, chosen[start:], rejected[start:], whole=whole, notes=tuple(notes))
 
 
@@ -138,12 +138,14 @@ def _check_completions(prompt: list, chosen: list, rejected: list, at: str) -> N
 
 
 def _end_of_prompt_in(shared: list, prompt: list) -> int:
-    """Where the prompt ends in a common beginning of both conversations, 0 if it is not in there."""
-    wanted = [_key(message) for message in prompt]
-    for end in range(len(prompt), len(shared) + 1):
-        if [_key(message) for message in shared[end - len(prompt) : end]] == wanted:
-            return end
-    return 0
+    """Where the prompt ends in a common beginning of both conversations, at its start or behind system messages; 0 if
+    it is not in there."""
+    wanted, before = [_key(message) for message in prompt], 0
+    while [_key(message) for message in shared[before : before + len(prompt)]] != wanted:
+        if before == len(shared) or shared[before]["role"] not in ("system", "developer"):
+            return 0
+        before += 1
+    return before + len(prompt)
 
 
 def _key(message: Mapping) -> tuple:
@@ -213,9 +215,9 @@ def template_options(row: Mapping, index: int | str = "?", tokenizer=None, colum
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     found = {}
     for name, value, kind in (("tools", tools, list), ("chat_template_kwargs", options, dict)):
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str):
             try:
-                value = json.loads(value)
+                value = json.loads(value) if value.strip() else None
             except json.JSONDecodeError as error:
                 raise ValueError(f"row {index}: {name} is no JSON: {error}") from error
         if not value:

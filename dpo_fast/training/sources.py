@@ -8,6 +8,7 @@ text each (the column `JSON_ROW`), and read again when they are tokenised.
 import codecs
 import glob
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,11 +126,13 @@ def _json_values(path: Path) -> Iterator[tuple[str, object]]:
         with _open(path) as file:
             lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
             number, first = next(lines, (0, ""))
+            if not number:
+                raise BadInput("holds no rows")
             if not first.lstrip().startswith("[") and (row := _value(first)) is not None:
                 second = next(lines, None)
                 if second is not None or not _is_wrapped(row):
                     yield f"line {number}", row
-                    for number, line in [second, *lines] if second else []:
+                    for number, line in itertools.chain([second] if second else [], lines):
                         yield f"line {number}", json.loads(line)
                     return
         with _open(path) as file:
