@@ -107,8 +107,13 @@ def _f_prime(u: Tensor, params: LossParams) -> Tensor:
     if kind == "js_divergence":  # f'(t) = log 2t/(1+t)
         return math.log(2) - F.softplus(-u)
     if kind == "alpha_divergence" and abs(excess) > 1e-6:  # f'(t) = (t^(a-1) - 1) / (a - 1), in the limit log t
-        return torch.expm1((u * excess).clamp(max=_EXP_LIMIT)) / excess
+        return _expm1((u * excess).clamp(max=_EXP_LIMIT)) / excess
     return u  # f'(t) = log t
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 with a slope that keeps its digits where it is nearly -1: torch's is expm1(x) + 1."""
+    return torch.where(x > -1, torch.expm1(x), torch.exp(x) - 1)
 
 
 def margin(pairs: PairLogps, params: LossParams) -> Tensor:
