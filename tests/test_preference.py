@@ -435,6 +435,29 @@ def test_micro_batches_of_one_mean(loss, needs):
         assert (added[name] - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
 
 
+@pytest.mark.parametrize("needs", [("hidden",), NAMES], ids=["frozen", "trained"])
+def test_references_of_any_dtype_leave_that_of_the_results(needs):
+    tensors, labels, ids, reference = make()
+    for dtype in (torch.bfloat16, torch.float64):
+        out, _ = run(tensors, labels, ids, needs=needs, reference_logps=reference.to(dtype))
+        found = (out.loss, out.losses, out.chosen_logps, out.pairs.ref_chosen, out.pairs.margin, out.chosen_rewards)
+        assert {x.dtype for x in found} == {torch.float32}
+
+
+def test_a_pair_of_fp16_references_under_autocast():
+    tensors, labels, ids, reference = make()
+    halves = reference.half().tensor_split(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = run(tensors, labels, ids, reference_logps=halves)
+    assert torch.equal(torch.cat([out.pairs.ref_chosen, out.pairs.ref_rejected]), reference.half().float())
+
+
+def test_a_mean_length_keeps_the_digits_of_fp64():
+    tensors, labels, ids, _ = make(dtype=torch.float64)
+    out, _ = run(tensors, labels, ids, loss="sft", mean_chosen_length=10 / 3)
+    assert out.loss.item() == pytest.approx(-out.chosen_logps.mean().item() * 0.3, rel=1e-12)
+
+
 @pytest.mark.parametrize("wrong", ["4", -1.0, math.nan, torch.ones(2)], ids=str)
 def test_a_mean_length_is_a_number(wrong):
     tensors, labels, ids, _ = make()
