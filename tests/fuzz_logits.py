@@ -100,7 +100,8 @@ class Logits:
     @staticmethod
     @st.composite
     def drawn(draw, op: str, mode: str):
-        rows = draw(st.lists(st.integers(0, 4), max_size=3) | somewhat(mode).map(lambda n: [n]))
+        several = st.lists(st.integers(2, 4), min_size=2, max_size=3)
+        rows = draw(st.lists(st.integers(0, 4), max_size=3) | several | somewhat(mode).map(lambda n: [n]))
         return Logits(
             rows=tuple(rows),
             vocab=draw(st.integers(1, 40) | st.sampled_from([64, 130, 257])),
