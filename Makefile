@@ -11,7 +11,7 @@ suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/bud
 # Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo check test test-all test-machines scan lint floor ceiling clean
+.PHONY: demo check test test-all test-machines fuzz scan lint floor ceiling clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ test-all: lint
 # The numerical tests as CPUs with other instructions run them, with one thread and two, from three seeds
 test-machines: $(STAMP)
 	$(BIN)/python tests/machines.py
+
+# 2,000 random calls of each public op, 200 in Triton's interpreter, 20 compiled; FUZZ="--seed 1" for the same again
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
 
 # Every causal language model type of the installed transformers, packed and padded; writes docs/models.md
 scan: $(STAMP)

@@ -409,7 +409,7 @@ def score_hidden(
 
 def _tensors_or_reason(head: nn.Module, hidden: Tensor):
     tensors = head_tensors(head, hidden)
-    if isinstance(tensors, str):
+    if isinstance(tensors, str) and not torch.compiler.is_compiling():  # no graph holds a line; `check_head` says it
         _log_once(tensors)
     return tensors
 
@@ -478,7 +478,7 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
             f"are not {state.transform} of it (maximum {theirs.abs().max():.4g}, expected {ours.abs().max():.4g})"
         )
     hidden, head = seen["head_input"].flatten(0, 1), model.get_output_embeddings()
-    tensors = head_tensors(head, hidden)
+    tensors = _tensors_or_reason(head, hidden)
     if not isinstance(tensors, str) and tensors.low_rank is None:  # an adapter may drop out, each time anew
         with torch.no_grad():  # called here, as the model's forward may be wrapped in autocast
             product, called = nn.functional.linear(hidden, tensors.weight, tensors.bias), head(hidden)

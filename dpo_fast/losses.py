@@ -107,8 +107,13 @@ def _f_prime(u: Tensor, params: LossParams) -> Tensor:
     if kind == "js_divergence":  # f'(t) = log 2t/(1+t)
         return math.log(2) - F.softplus(-u)
     if kind == "alpha_divergence" and abs(excess) > 1e-6:  # f'(t) = (t^(a-1) - 1) / (a - 1), in the limit log t
-        return torch.expm1((u * excess).clamp(max=_EXP_LIMIT)) / excess
+        return _expm1((u * excess).clamp(max=_EXP_LIMIT)) / excess
     return u  # f'(t) = log t
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 with a slope that keeps its digits where it is nearly -1: torch's is expm1(x) + 1."""
+    return torch.where(x > -1, torch.expm1(x), torch.exp(x) - 1)
 
 
 def margin(pairs: PairLogps, params: LossParams) -> Tensor:
@@ -123,6 +128,11 @@ def smoothed(x: Tensor, label_smoothing: float) -> Tensor:
     if label_smoothing == 0:
         return F.softplus(-x)
     return (1 - label_smoothing) * F.softplus(-x) + label_smoothing * F.softplus(x)
+
+
+def probability(x: Tensor) -> Tensor:
+    """s(x) with a slope that keeps its digits where s(x) is nearly 1: that of `torch.sigmoid` is s (1 - s)."""
+    return F.logsigmoid(x).exp()
 
 
 def token_counts(pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -186,8 +196,8 @@ def exo_pair(pairs: PairLogps, params: LossParams) -> Tensor:
     """KL((s(beta m), s(-beta m)) || (1 - e, e)): EXO, arXiv:2402.00856, equation 16, K = 2."""
     # Beyond, the value and its gradient are those of the limit; 0 x log 0 would be NaN
     x, e = (params.beta * margin(pairs, params)).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT), params.label_smoothing
-    win = torch.sigmoid(x) * (-F.softplus(-x) - math.log1p(-e))
-    return win + torch.sigmoid(-x) * (-F.softplus(x) - math.log(e))
+    win = probability(x) * (-F.softplus(-x) - math.log1p(-e))
+    return win + probability(-x) * (-F.softplus(x) - math.log(e))
 
 
 @loss(f_divergence=True)
@@ -210,7 +220,7 @@ def discopop(pairs: PairLogps, params: LossParams) -> Tensor:
     limit = -_EXP_LIMIT if params.discopop_tau < 1 else _EXP_LIMIT  # of inf - inf, where x is -inf
     exponential = torch.exp(exponent.nan_to_num(nan=limit).clamp(max=_EXP_LIMIT))
     # A sigmoid of infinity has the slope 0, and 0 x inf is NaN
-    return torch.sigmoid(-modulation.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)) * F.softplus(-x) + exponential
+    return probability(-modulation.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)) * F.softplus(-x) + exponential
 
 
 @loss(f_divergence=True, needs_lengths=True)
@@ -246,13 +256,13 @@ def sppo_hard(pairs: PairLogps, params: LossParams) -> Tensor:
 @loss()
 def apo_zero(pairs: PairLogps, params: LossParams) -> Tensor:
     """s(-beta c) + s(beta r): APO, arXiv:2408.06266, equation 7. Raises chosen, lowers rejected."""
-    return torch.sigmoid(-params.beta * pairs.chosen_log_ratio) + torch.sigmoid(params.beta * pairs.rejected_log_ratio)
+    return probability(-params.beta * pairs.chosen_log_ratio) + probability(params.beta * pairs.rejected_log_ratio)
 
 
 @loss()
 def apo_down(pairs: PairLogps, params: LossParams) -> Tensor:
     """s(beta c) + s(-beta m): APO, arXiv:2408.06266, equation 8. Lowers chosen, and rejected more."""
-    return torch.sigmoid(params.beta * pairs.chosen_log_ratio) + torch.sigmoid(-params.beta * pairs.margin)
+    return probability(params.beta * pairs.chosen_log_ratio) + probability(-params.beta * pairs.margin)
 
 
 # --- losses of the batch -------------------------------------------------------------------------------------------

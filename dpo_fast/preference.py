@@ -256,13 +256,13 @@ class _Context:
         )
         weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored, dtype)
         reference_tokens = None if reference_tokens is None else reference_tokens.detach()
+        wide = torch.float32 if scored.device.type == "mps" else torch.float64
         if mean_length is None:
-            wide = torch.float32 if scored.device.type == "mps" else torch.float64
             mean_length = counts[:num_pairs].to(wide).mean()
         elif isinstance(mean_length, Tensor):
             check_tensor(op, "mean_chosen_length", mean_length, (), _FLOATS, scored.device)
         elif isinstance(mean_length, numbers.Real) and 0 <= mean_length < math.inf:
-            mean_length = torch.full((), mean_length, device=scored.device)
+            mean_length = torch.full((), mean_length, dtype=wide, device=scored.device)
         else:
             raise ValueError(f"{op}: mean_chosen_length must be a number of tokens or None, got {mean_length!r}")
         return cls(objective, scored, counts, weights, reference_tokens, reference, mean_length, impl)
@@ -294,7 +294,8 @@ class _Context:
             return sequence_logps(x, ids, sums.shape[0], weights=weights, impl=self.impl)
 
         logps, counts = values["logps"].detach(), select(self.counts)
-        reference = None if self.reference is None else select(self.reference)
+        # A wider reference would make everything after it wider than the policy is, in some of the plans
+        reference = None if self.reference is None else select(self.reference).to(sums.dtype)
         exact = None
         if self.reference_tokens is not None:
             weights = None if self.weights is None else self.weights[index]
@@ -344,7 +345,7 @@ def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, su
             raise ValueError(f"{op}: reference_logps must be one tensor or a pair of them, got {len(sums)} elements")
         for index, half in enumerate(sums):
             check_tensor(op, f"reference_logps[{index}]", half, (num_pairs,), _FLOATS, scored.device)
-        sums = torch.cat(list(sums))
+        sums = torch.cat([_at_least_fp32(half) for half in sums])  # autocast has no cat of fp16 on CPU
     if tokens is not None:
         check_tensor(op, "reference_token_logps", tokens, tuple(scored.shape), _FLOATS, scored.device)
     elif sums is not None:
@@ -353,4 +354,8 @@ def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, su
         raise ValueError(f"{op}: loss {', '.join(objective.names)} needs reference_logps, got None")
     if checking():
         check_finite(op, reference_logps=sums, reference_token_logps=tokens)
-    return None if sums is None else sums.detach().to(torch.promote_types(sums.dtype, torch.float32))
+    return None if sums is None else _at_least_fp32(sums)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -12,9 +12,9 @@ import torch
 import transformers
 from tiny import tiny_config, tiny_model, tiny_pairs
 
-from dpo_fast import attach
+from dpo_fast import attach, forward
 from dpo_fast.batch import TokenPair, padded_batch
-from dpo_fast.forward import HeadTransform, TokenScores, detach, is_attached, release
+from dpo_fast.forward import HeadTransform, TokenScores, detach, is_attached, release, score_hidden
 from dpo_fast.heads import head_tensors
 from dpo_fast.ops.stats import STATS
 
@@ -359,3 +359,21 @@ def test_a_head_that_is_not_the_product_with_its_weight_is_refused(dtype, change
     monkeypatch.setattr("dpo_fast.forward.head_tensors", wrong)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM's output head is not the product with its weight \(off"):
         attach(model)
+
+
+def test_a_head_that_is_called_compiles_without_a_graph_break_and_was_said_to_be(caplog):
+    """A line of the log would break the graph: it is written when the head is checked."""
+    model = tiny_model()
+    head = model.lm_head
+    head.register_forward_hook(lambda _module, _args, out: out)
+    forward._log_once.cache_clear()
+    attach(model)
+    assert caplog.messages == ["the logits of the scored positions are built, the output head has hooks"]
+    state = types.SimpleNamespace(transform=HeadTransform(), tile_mib=None, impl="torch")
+    hidden, labels = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+
+    def score(x):
+        return score_hidden(head, x, labels, state, ()).logps
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden), score(hidden))

@@ -104,6 +104,17 @@ def test_large_log_ratios_are_right(name, sign):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name, divergence", VALID)
+@pytest.mark.parametrize("sign", [(1, -1), (-1, 1), (1, 1), (-1, -1)], ids=str)
+def test_slopes_keep_their_digits_where_a_loss_is_flat(name, divergence, sign):
+    """1 - s(x) has one digit left in fp32 at x = 15, and expm1(-x) + 1 has no more."""
+    knobs = dict(beta=1.0, discopop_tau=1.0, f_alpha_divergence_coef=-1.0)
+    _, gradients = at_extremes(name, divergence, sign, 7.5, torch.float32, **knobs)
+    _, true = at_extremes(name, divergence, sign, 7.5, torch.float64, **knobs)
+    for ours, theirs in zip(gradients, true, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2.0**-126)
+
+
 def at_extremes(name, divergence, sign, size, dtype, **knobs):
     reference = torch.full((2,), -size - 50, dtype=dtype)
     chosen = (reference + size * sign[0]).requires_grad_()

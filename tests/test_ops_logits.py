@@ -351,6 +351,7 @@ OWN_MEMORY = {
     "every other row": (lambda base: base[:56].view(8, 7)[::2], True),
     "a slice": (lambda base: base[:60].view(4, 15)[:, 3:10], True),
     "no rows": (lambda base: base.as_strided((0, 7), (0, 1)), True),
+    "no rows of one place": (lambda base: base.as_strided((0, 7), (0, 0)), True),
 }
 
 

@@ -2,10 +2,10 @@
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+from preference_bounds import bounds_of, check_within_bounds
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast import LOSSES, Objective, linear_preference_loss
@@ -13,15 +13,7 @@ from dpo_fast.logps import pair_logps
 from dpo_fast.ops import plan as plans
 from dpo_fast.ops.pairwise import chunks_of_pairs, group_tokens
 from dpo_fast.ops.plan import plan_head
-from dpo_fast.testing import (
-    EPS,
-    assert_within_bound,
-    assert_within_budget,
-    fp32_linear,
-    gamma,
-    head_bounds,
-    make_generator,
-)
+from dpo_fast.testing import assert_within_bound, assert_within_budget, fp32_linear, head_bounds, make_generator
 
 SMOOTHING = {"exo_pair": 1e-3, "robust": 0.1}
 NAMES = ("hidden", "weight", "bias", "down", "up")
@@ -70,53 +62,6 @@ def run(tensors, labels, ids, needs=NAMES, loss="sigmoid", scale=1.0, **knobs):
 
 def wide(tensors):
     return {k: v.double() for k, v in tensors.items()}
-
-
-LOSS_ROUNDINGS = 64  # elementary functions and constants in a loss and its derivative, an ample count
-
-
-def bounds_of(tensors, labels, ids, truth, objective, **transform):
-    """Bounds on log-probs of sequences (2P,), losses (P,) and gradients, to first order in the errors of log-probs.
-
-    truth: the oracle's PreferenceOutput. An error of a sequence's log-prob reaches the losses through their derivatives
-    and the coefficients c = d mean loss / d log-prob through the second ones.
-    """
-    hidden, weight, bias, down, up = (tensors[name] for name in NAMES)
-    head = dict(bias=bias, low_rank=(down, up), **transform)
-    tokens = head_bounds(hidden, weight, labels, **head)
-    pairs, P = truth.pairs, truth.pairs.num_pairs
-    sums = torch.cat([pairs.chosen, pairs.rejected]).detach().double()
-    size = sums.abs()
-    if pairs.ref_chosen is not None:
-        size = size + torch.cat([pairs.ref_chosen, pairs.ref_rejected]).abs()
-    d_sums = torch.zeros(2 * P, dtype=torch.float64).index_add_(0, ids, tokens["logps"]) + gamma(4) * size
-    relative = 0.0  # of WPO's weights
-    if objective.use_weighting:
-        counts = torch.cat([pairs.chosen_lengths, pairs.rejected_lengths]).clamp(min=1)
-        both = torch.zeros(2 * P, dtype=torch.float64).index_add_(0, ids, tokens["logps"] + tokens["log_sum_sq_probs"])
-        relative = torch.stack((both / counts).tensor_split(2)).sum(0)
-
-    def losses(x):
-        return objective(replace(pairs, chosen=x[:P], rejected=x[P:]))
-
-    first = torch.autograd.functional.jacobian(losses, sums).abs()
-    second = torch.autograd.functional.hessian(lambda x: losses(x).mean(), sums).abs()
-    coefficient = torch.autograd.functional.jacobian(lambda x: losses(x).mean(), sums).abs()
-    d_coefficient = second @ d_sums + LOSS_ROUNDINGS * EPS * coefficient.max()
-    d_coefficient += coefficient * torch.cat([torch.as_tensor(relative).expand(P)] * 2)
-    bounds = head_bounds(hidden, weight, labels, coefficient=coefficient[ids], d_coefficient=d_coefficient[ids], **head)
-    d_losses = first @ d_sums + (LOSS_ROUNDINGS * EPS + relative) * (1 + truth.losses.abs())
-    return {**bounds, "sums": d_sums, "losses": d_losses}
-
-
-def check_within_bounds(out, gradients, truth, true, bounds):
-    assert out.loss.dtype == torch.float32
-    assert_within_bound(out.losses, truth.losses, bounds["losses"], what="losses")
-    assert_within_bound(out.loss.detach(), truth.loss.detach(), bounds["losses"].mean() * (1 + EPS), what="loss")
-    for name, bound in zip(("chosen_logps", "rejected_logps"), bounds["sums"].tensor_split(2), strict=True):
-        assert_within_bound(getattr(out, name), getattr(truth, name), bound, what=name)
-    for name, gradient in gradients.items():
-        assert_within_bound(gradient, true[name], bounds[name], what=name)
 
 
 def make_objective(loss="sigmoid", **params):
@@ -498,6 +443,29 @@ def test_micro_batches_of_one_mean(loss, needs):
     assert total == pytest.approx(whole.loss.item(), rel=1e-5)
     for name in needs:
         assert (added[name] - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("needs", [("hidden",), NAMES], ids=["frozen", "trained"])
+def test_references_of_any_dtype_leave_that_of_the_results(needs):
+    tensors, labels, ids, reference = make()
+    for dtype in (torch.bfloat16, torch.float64):
+        out, _ = run(tensors, labels, ids, needs=needs, reference_logps=reference.to(dtype))
+        found = (out.loss, out.losses, out.chosen_logps, out.pairs.ref_chosen, out.pairs.margin, out.chosen_rewards)
+        assert {x.dtype for x in found} == {torch.float32}
+
+
+def test_a_pair_of_fp16_references_under_autocast():
+    tensors, labels, ids, reference = make()
+    halves = reference.half().tensor_split(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = run(tensors, labels, ids, reference_logps=halves)
+    assert torch.equal(torch.cat([out.pairs.ref_chosen, out.pairs.ref_rejected]), reference.half().float())
+
+
+def test_a_mean_length_keeps_the_digits_of_fp64():
+    tensors, labels, ids, _ = make(dtype=torch.float64)
+    out, _ = run(tensors, labels, ids, loss="sft", mean_chosen_length=10 / 3)
+    assert out.loss.item() == pytest.approx(-out.chosen_logps.mean().item() * 0.3, rel=1e-12)
 
 
 @pytest.mark.parametrize("wrong", ["4", -1.0, math.nan, torch.ones(2)], ids=str)

@@ -126,6 +126,8 @@ def _token_stats(
 
 def _may_overlap(x: Tensor) -> bool:
     """Whether two elements may lie in one place: unless each dimension steps over all that the smaller ones span."""
+    if x.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
         if stride <= reach:
