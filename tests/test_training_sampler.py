@@ -24,6 +24,26 @@ def test_each_pair_once_within_the_budget(grouped, ranks):
     assert all(sum(LENGTHS[i] for i in batch) <= 100 or len(batch) == 1 for batch in batches)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_padded_batches_are_as_long_as_their_longest_pair(grouped, ranks):
+    sampler = TokenBudgetBatchSampler(LENGTHS, 100, group_by_length=grouped, multiple_of=ranks, padded=True)
+    batches = list(sampler)
+    assert sorted(itertools.chain(*batches)) == list(range(10)) and len(batches) % ranks == 0
+    assert all(len(b) * max(LENGTHS[i] for i in b) <= 100 or len(b) == 1 for b in batches)
+    assert max(map(len, batches)) > 2
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_no_batch_of_the_trainer_has_more_positions(tmp_path, layout):
+    args = FastDPOConfig(output_dir=str(tmp_path), tokens_per_batch=90, layout=layout, pad_to_multiple_of=4, **QUIET)
+    rows = tiny_rows(40)
+    trainer = FastDPOTrainer(tiny_model(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+    batches = list(trainer.get_train_dataloader())
+    assert sum(batch.num_pairs for batch in batches) == 40 and max(batch.num_pairs for batch in batches) > 1
+    assert all(batch.input_ids.numel() <= 90 or batch.num_pairs == 1 for batch in batches)
+
+
 def test_like_lengths_share_a_batch():
     batches = TokenBudgetBatchSampler(LENGTHS, 100, group_by_length=True).batches
     spreads = sum(max(LENGTHS[i] for i in b) - min(LENGTHS[i] for i in b) for b in batches)

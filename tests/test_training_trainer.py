@@ -494,6 +494,30 @@ def test_dtype_by_its_names(build, tmp_path, kwargs):
             build(str(tmp_path / "model"), args=dict(model_init_kwargs=dict.fromkeys(kwargs, bad)))
 
 
+def test_rows_that_a_model_cannot_take_are_refused_before_the_first_step(build):
+    rows, ids = tiny_rows(3), dict(prompt_ids=[3], chosen_ids=[4] * 90, rejected_ids=[5])
+    with pytest.raises(ValueError, match=r"row 0: prompt \+ chosen holds the token id \d+, .* embedding has 100 rows"):
+        build(tiny_model(vocab_size=100), train_dataset=rows)
+    with pytest.raises(ValueError, match="embedding has 100 rows"):
+        build(ref_model=tiny_model(vocab_size=100), train_dataset=rows)
+    with pytest.raises(ValueError, match="row 1: .* has 91 tokens, the model has 64 positions; max_length=64"):
+        build(tiny_model("gpt2", n_positions=64), train_dataset=[dict(ids, chosen_ids=[4]), ids])
+    build(tiny_model("gpt2", n_positions=64), train_dataset=[ids], args=dict(max_length=64)).train()
+    with pytest.raises(ValueError, match="row 0: .* the model has 64 positions"):
+        build(tiny_model("gpt2", n_positions=64), eval_dataset=[ids])
+
+
+def test_template_options_for_all_rows(build):
+    tokenizer = tiny_tokenizer(chat_template="{{ mood }}" + TOKENIZER.chat_template)
+    for options in ({"mood": "merry "}, '{"mood": "merry "}'):
+        trainer = build(
+            train_dataset=tiny_chat_rows(2), processing_class=tokenizer, args=dict(chat_template_kwargs=options)
+        )
+        assert tokenizer.decode(trainer.train_dataset[0]["prompt_ids"]).startswith("merry <|user|>")
+    with pytest.raises(ValueError, match="chat_template_kwargs must be a mapping"):
+        build(args=dict(chat_template_kwargs="[1]"))
+
+
 def test_predict_takes_what_evaluate_takes(build):
     raw = datasets.Dataset.from_list([{"prompt": "a", "chosen": "bc", "rejected": "d"}] * 3)
     trainer = build(eval_dataset=raw)
