@@ -96,7 +96,7 @@ def test_options_win_over_the_file_and_are_typed(files):
         (["nope.yaml"], "there is no file 'nope.yaml'"),
         (["{config}", "--bta", "1"], "unknown key 'bta'; did you mean beta"),
         (["{config}", "--qqqqqq", "1"], "unknown key 'qqqqqq'; dpo-fast train --help lists all keys"),
-        (["{config}", "--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["{config}", "--learning_rate", "fast"], "learning_rate must be a number, got 'fast'"),
         (["{config}", "--beta", "-1"], "beta must be positive"),
         (["{config}", "--loss_type", "sigmod"], "got 'sigmod'"),
         (["{config}", "extra"], "unexpected 'extra'"),

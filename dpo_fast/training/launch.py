@@ -1,17 +1,16 @@
 """`dpo-fast train`, before training: a YAML file and options -> model, data, `FastDPOTrainer`. `outcome` comes next."""
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
+import torch
 import transformers
-import yaml
 
 from .config import FastDPOConfig
+from .recipe import convert, read_values, types_of
 from .sources import BadInput, load_pairs, may_be_hub_id, one_line
 from .trainer import FastDPOTrainer
 
@@ -39,25 +38,16 @@ class Job:
     sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
     given: dict[str, str] = field(init=False, default_factory=dict)  # keys that were set, as text, for the report
 
-
-class _Parser(transformers.HfArgumentParser):
-    """Options from dataclasses; a mistake is raised, not printed with pages of usage."""
-
-    def error(self, message: str):
-        raise BadInput(message)
-
-
-def _parser() -> _Parser:
-    return _Parser((Job, FastDPOConfig), prog="dpo-fast train", allow_abbrev=False)
-
-
-def _keys() -> list[str]:
-    return [field.name for data_class in (Job, FastDPOConfig) for field in dataclasses.fields(data_class) if field.init]
+    def __post_init__(self):
+        for name, least in (("samples", 0), ("sample_tokens", 1), ("lora_r", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def help_text() -> str:
     """Every key with its help."""
-    parser = _parser()
+    parser = transformers.HfArgumentParser((Job, FastDPOConfig), prog="dpo-fast train", allow_abbrev=False)
     parser.usage = "dpo-fast train CONFIG.yaml [--key value ...]"
     parser.description = "Keys of the YAML file and options of the command line are the same; options win."
     return parser.format_help()
@@ -69,80 +59,68 @@ def help_text() -> str:
 def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     """`[CONFIG.yaml] [--key value ...]`: the file's keys, then the options, typed by the dataclasses.
 
-    Raises BadInput for a file that is missing or not a mapping, for unknown keys (with the closest known ones), for
-    values of the wrong type, and for what `FastDPOConfig` refuses.
+    Raises BadInput for a file that is missing or not a mapping, for unknown keys (all of them, with what they are
+    called here), for values of the wrong type, for what `FastDPOConfig` refuses and for packages that are missing.
     """
-    config_file = None
-    if options and not options[0].startswith("-"):
-        config_file, options = Path(options[0]), options[1:]
-    values = {} if config_file is None else _read_yaml(config_file)
-    out = Path("runs") / (config_file.stem if config_file else "train")
-    arguments = ["--output_dir", str(out), *_as_arguments(values), *options]
+    kinds = types_of(Job, FastDPOConfig)
+    values, file = read_values(options, kinds)
+    values.setdefault("output_dir", str(Path("runs") / (file.stem if file else "train")))
+    fields = {field.name: field for data_class in (Job, FastDPOConfig) for field in dataclasses.fields(data_class)}
+    typed = {}
+    for key, value in values.items():
+        field = fields[key]
+        optional = field.default is None
+        typed[key] = convert(key, value, kinds[key], field.metadata.get("choices"), optional)
+    if missing := [field.name for field in dataclasses.fields(Job) if _is_needed(field) and field.name not in typed]:
+        raise BadInput(f"missing: {', '.join(f'--{name}' for name in missing)}")
+    own = {field.name for field in dataclasses.fields(Job)}
     try:
-        job, config, rest = _parser().parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    except (ValueError, TypeError) as error:
+        job = Job(**{key: value for key, value in typed.items() if key in own})
+        config = FastDPOConfig(**{key: value for key, value in typed.items() if key not in own})
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise BadInput(one_line(error)) from error
-    if rest:
-        unknown = [argument for argument in rest if argument.startswith("--")]
-        raise BadInput(_unknown_key(unknown[0].lstrip("-").split("=")[0]) if unknown else f"unexpected {rest[0]!r}")
-    job.given = _given(arguments)
+    job.given = {key: _as_text(value) for key, value in values.items() if value is not None}
     return job, config
 
 
-def _given(arguments: list[str]) -> dict[str, str]:
-    """`--key=value` and `--key value ...` as a mapping; the last one counts."""
-    given: dict[str, str] = {}
-    key = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, _, value = argument[2:].partition("=")
-            key = name.replace("-", "_")
-            given[key] = value
-        else:
-            given[key] = f"{given[key]} {argument}".strip()
-    return given
+def _as_text(value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BadInput(f"there is no file {str(path)!r}")
+def _is_needed(field) -> bool:
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def check_packages(config: FastDPOConfig) -> None:
+    """Raise BadInput for what the recipe needs and is not here, or is not complete: loggers, optimizer, schedule."""
+    loggers = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    here = transformers.integrations.get_available_reporting_integrations()
+    if missing := [name for name in loggers if name not in ("none", "all", *here)]:
+        raise BadInput(
+            f"report_to: {', '.join(missing)} needs a package of its own (pip install it), or is unknown; there is "
+            f"{', '.join(here) or 'none'}"
+        )
+    parameter = torch.nn.Parameter(torch.zeros(1))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} must hold keys and values, as in `model: path`, got {type(values).__name__}")
-    known = _keys()
-    for key in values:
-        if key not in known:
-            raise BadInput(f"{path}: {_unknown_key(str(key))}")
-    return values
-
-
-def _unknown_key(key: str) -> str:
-    close = difflib.get_close_matches(key.replace("-", "_"), _keys(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "dpo-fast train --help lists all keys"
-    return f"unknown key {key!r}; {hint}"
-
-
-def _as_arguments(values: dict[str, Any]) -> list[str]:
-    """YAML values as command-line options: one way to type them, and YAML 1.1 reads 1e-4 as text anyway."""
-    arguments = []
-    for key, value in values.items():
-        if value is None or value == []:
-            continue  # as if it were not there
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
-    return arguments
+        transformers.get_scheduler(
+            config.lr_scheduler_type,
+            torch.optim.SGD([parameter], lr=0.0),
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise BadInput(f"lr_scheduler_type={config.lr_scheduler_type.value}: {one_line(error)}") from error
 
 
 # --- making ----------------------------------------------------------------------------------------------------------
 
 
 def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
-    """Load what the job names. Raises BadInput for a model or data that are missing or cannot be used."""
+    """Load what the job names. Raises BadInput for a model, data or packages that are missing or cannot be used."""
+    check_packages(config)
     for name in ("model", "ref_model"):
         _check_model_path(name, getattr(job, name))
     try:
@@ -152,7 +130,7 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             eval_config = None if job.eval_dataset else job.dataset_config
             eval_split = job.eval_split or "train"
             eval_dataset = load_pairs(job.eval_dataset or job.dataset, eval_config, eval_split)
-        return FastDPOTrainer(
+        trainer = FastDPOTrainer(
             model=job.model,
             ref_model=job.ref_model,
             args=config,
@@ -160,7 +138,9 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             eval_dataset=eval_dataset,
             peft_config=_peft_config(job),
         )
-    except (ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
+        trainer.get_optimizer_cls_and_kwargs(config, trainer.model)  # says which package it needs
+        return trainer
+    except (ValueError, TypeError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise BadInput(one_line(error)) from error
 
 

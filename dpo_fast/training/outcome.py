@@ -28,6 +28,7 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     before = trainer.evaluate() if evaluates else {}
     prompts = _sample_prompts(trainer, job.samples)
     texts_before = _answers(trainer, prompts, job.sample_tokens)
+    trainer.add_callback(_LogEnds())
     outcome = trainer.train()
     after = trainer.evaluate() if evaluates else {}
     texts_after = _answers(trainer, prompts, job.sample_tokens)
@@ -58,6 +59,15 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
         write_text(out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
         write_text(out / "report.html", report(results))
     return results
+
+
+class _LogEnds(transformers.TrainerCallback):
+    """The first step and the last are in the log, however few there are."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True
+        return control
 
 
 def _length(dataset) -> int | None:
