@@ -185,7 +185,9 @@ _ORDER = {type(None): 0, bool: 1, int: 2, float: 3, dict: 4, list: 6, str: 7}  #
 
 
 def _members(kind) -> tuple:
-    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+    """The types of a union; where words are listed, text alone is none of them."""
+    members = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return tuple(member for member in members if member is not str or not any(map(_is_enum, members)))
 
 
 def _all_among(found, choices) -> bool:
@@ -195,7 +197,7 @@ def _all_among(found, choices) -> bool:
 def _said(kind) -> str:
     members = [typing.get_origin(member) or member for member in _members(kind)]
     words = [f"one of {', '.join(str(item.value) for item in kind)}" for kind in members if _is_enum(kind)]
-    words += [_NAMES[kind] for kind in members if kind in _NAMES and not (kind is str and words)]
+    words += [_NAMES[kind] for kind in members if kind in _NAMES]
     return " or ".join(dict.fromkeys(words)) or str(kind)
 
 
