@@ -182,7 +182,7 @@ MISSING = {
         dict(lr_scheduler_type="cosine_with_min_lr"),
         "lr_scheduler_type=cosine_with_min_lr: ",
     ),
-    "an attention": (dict(model_init_kwargs={"attn_implementation": "flash_attention_2"}), "[Ff]lash"),
+    "an attention": (dict(model_init_kwargs={"attn_implementation": "flash_attention_2"}), "[Ff]lash|Invalid version"),
 }
 
 
