@@ -390,6 +390,7 @@ def _score_without_tile(factor, bias, labels, ignore_index, transform: Transform
         if x.stride(-1) != 1:
             raise ValueError(f"DPO_FAST_FUSED_SCORE=1 needs {name} with contiguous columns, got strides {x.stride()}")
     knobs = dict(logit_scale=transform.scale, softcap=transform.softcap, temperature=transform.temperature)
+    bias = None if bias is None else bias.contiguous()
     linear_score_fwd(hidden, weight, labels.contiguous(), bias, out, ignore_index=ignore_index, **knobs)
 
 
