@@ -242,6 +242,8 @@ def test_what_is_odd_is_counted_with_an_example(caplog):
     rows = [*tiny_rows(2), without(tiny_rows(3)[2], "prompt")]
     _, lines = said_of(rows, caplog)
     assert lines == ["train dataset: 1 of 3 pairs have no prompt"]
+    _, lines = said_of([TEXT, {"chosen": "the cat sees", "rejected": "the cat eats"}], caplog)
+    assert lines == ["train dataset: 1 of 2 pairs have no prompt"]  # but what both begin with
     turns = {"chosen": [ANSWER, USER, ANSWER], "rejected": [ANSWER, USER, {**ANSWER, "content": "b"}]}
     _, lines = said_of([CHAT, {**turns, "prompt": [USER]}], caplog)
     assert len(lines) == 1 and "1 of 2 pairs have messages of the user" in lines[0]

@@ -48,6 +48,7 @@ GOOD, BAD = [say("Five metres.")], [say("Two.")]
         (USER["content"], [SYSTEM, USER], "<|system|>Be brief.</s>" + SHOWN),
         ([USER], [SYSTEM, USER], "<|system|>Be brief.</s>" + SHOWN),
         ([SYSTEM], [USER], "<|system|>Be brief.</s>" + SHOWN),
+        (USER["content"], [say("Hi", "user"), say("Yes?"), USER], "<|user|>Hi</s><|assistant|>Yes?</s>" + SHOWN),
         ([SYSTEM, USER], [SYSTEM, USER], "<|system|>Be brief.</s>" + SHOWN),
         ([USER, say("Why?"), USER], [USER, say("Why?"), USER], SHOWN + "Why?</s>" + SHOWN),
     ],

@@ -152,7 +152,10 @@ def prepare_dataset(
     columns, first = _columns(dataset, name)
     tokenized = _check_columns(columns, first, tokenizer, name)
     keep = [column for column in REFERENCE_COLUMNS if column in columns]
-    process = _RowProcessor(tokenizer, truncation, tokenized, tuple(keep), limits, dict(template_options or {}))
+    prompts = "prompt" in columns
+    process = _RowProcessor(
+        tokenizer, truncation, tokenized, prompts, tuple(keep), limits, dict(template_options or {})
+    )
     stored = [JSON_ROW] if JSON_ROW in (dataset.column_names or ()) else columns
     options = dict(with_indices=True, remove_columns=[column for column in stored if column not in keep])
     if isinstance(dataset, datasets.IterableDataset):
@@ -246,6 +249,7 @@ class _RowProcessor:
     tokenizer: object
     truncation: Truncation
     tokenized: bool
+    prompts: bool  # whether there is a column of them
     reference_columns: tuple[str, ...]
     limits: ModelLimits
     template_options: dict
@@ -266,6 +270,8 @@ class _RowProcessor:
             if not reason:
                 found = tokenize(pair, self.tokenizer, index, **{**self.template_options, **options})
                 ids, notes = (found.prompt, found.chosen, found.rejected), found.notes
+                if self.prompts and row.get("prompt") is None:
+                    notes["no prompt"] = ""
         reason = reason or why_unusable(*ids[1:])
         columns = dict(zip(TOKEN_COLUMNS, ids, strict=True))
         for name in self.reference_columns:
