@@ -138,8 +138,8 @@ def _check_completions(prompt: list, chosen: list, rejected: list, at: str) -> N
 
 
 def _end_of_prompt_in(shared: list, prompt: list) -> int:
-    """Where the prompt ends in a common beginning of both conversations: at its start, behind system messages, or as the
-    last turn of a conversation that somebody asked; 0 if it is not in there."""
+    """Where the prompt ends in a common beginning of both conversations, 0 if it is not in there: at its start, behind
+    system messages, or as the last turn of a conversation that somebody else began."""
     wanted, before = [_key(message) for message in prompt], 0
     if shared and shared[0]["role"] in _ASKING and [_key(m) for m in shared[-len(prompt) :]] == wanted:
         return len(shared)
