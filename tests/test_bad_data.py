@@ -260,6 +260,14 @@ def test_a_column_that_may_be_meant_is_named(caplog, column):
     assert said_of(table, caplog)[1] == lines
 
 
+def test_a_column_beside_whole_conversations_is_no_prompt(caplog):
+    whole = {side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}
+    found, lines = said_of([{**whole, "messages": whole["chosen"], "question": "else"}], caplog)
+    assert (found.to_list(), lines) == (prepare_dataset([CHAT], tiny_tokenizer(), Truncation()).to_list(), [])
+    text = {"chosen": "Q: the cat? A: a", "rejected": "Q: the cat? A: b", "question": "the cat?"}
+    assert said_of([text], caplog)[1] == []
+
+
 def test_a_stream_says_each_thing_once(caplog):
     rows = datasets.Dataset.from_list([{"chosen": "a b", "rejected": "c"}] * 3).to_iterable_dataset()
     with caplog.at_level(logging.WARNING, logger="dpo_fast"):

@@ -30,7 +30,7 @@ from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
 from dpo_fast.layout import common_prefix, shared_prefix_batch
 
 from . import rows
-from .rows import NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
+from .rows import ASKING, NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
 from .sources import JSON_ROW, dataset_of_rows, decode_row
 
 logger = logging.getLogger("dpo_fast")
@@ -193,7 +193,7 @@ def _check_columns(columns: Sequence[str], first: list[dict], tokenizer, name: s
         raise ValueError(
             f"{name} dataset has the columns {', '.join(sorted(columns))}; expected prompt, chosen, rejected (text or "
             f"chat messages), or chosen, rejected with a common beginning, or {', '.join(TOKEN_COLUMNS)}"
-            + (f" ({'; '.join(hints)}: rename_column() or a key of the data can say so)" if hints else "")
+            + (f" ({'; '.join(hints)}: rename_column() says so)" if hints else "")
         )
     if "prompt" not in columns:
         _check_no_prompt(columns, first, name)
@@ -230,16 +230,24 @@ def _aliases(columns: Iterable[str], name: str) -> list[str]:
 
 
 def _check_no_prompt(columns: Sequence[str], first: list[dict], name: str) -> None:
-    """Raise ValueError where a column that may hold the prompt is nowhere in the common beginnings."""
+    """Raise ValueError where a column that may hold the prompt is nowhere in chosen and rejected."""
+    rows = [row for row in first if not _begins_with_a_question(row.get("chosen"))]
     for column in _aliases(columns, "prompt"):
-        values = [(row[column], json.dumps([row.get(side) for side in SIDES])) for row in first if row.get(column)]
-        texts = [(v if isinstance(v, str) else "", both) for v, both in values]
-        inside = any(text.strip() and json.dumps(text.strip())[1:-1] in both for text, both in texts)
-        if values and not inside:
+        given = [row for row in rows if row.get(column)]
+        if given and not any(_is_inside(row[column], [row.get(side) for side in SIDES]) for row in given):
             raise ValueError(
                 f"{name} dataset has no column prompt, but {column}, which is in neither chosen nor rejected: if it is "
                 f"the prompt, rename it, as in dataset.rename_column({column!r}, 'prompt'); if it is not, remove it"
             )
+
+
+def _begins_with_a_question(messages) -> bool:
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, Mapping) and first.get("role") in ASKING
+
+
+def _is_inside(text, values: list) -> bool:
+    return isinstance(text, str) and bool(text.strip()) and json.dumps(text.strip())[1:-1] in json.dumps(values)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SIDES = ("chosen", "rejected")
-_ASKING = ("system", "developer", "user")  # roles whose messages a model does not write
+ASKING = ("system", "developer", "user")  # roles whose messages a model does not write
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _split_texts(prompt: str | None, chosen: str, rejected: str, at: str) -> Pai
 def _split_messages(prompt: str | list | None, chosen: list, rejected: list, at: str) -> Pair:
     shared, explicit, notes = common_prefix(chosen, rejected), bool(prompt), []
     if not explicit:  # an empty prompt is none where conversations are whole
-        whole = prompt is None or bool(chosen) and chosen[0]["role"] in _ASKING
+        whole = prompt is None or bool(chosen) and chosen[0]["role"] in ASKING
         start = shared if whole else 0
         prompt = chosen[:start]
     else:
@@ -113,7 +113,7 @@ def _split_messages(prompt: str | list | None, chosen: list, rejected: list, at:
         explicit = not start
         if explicit:
             _check_completions(given, chosen, rejected, at)
-        while start < shared and chosen[start]["role"] in _ASKING:  # what both are asked is no completion
+        while start < shared and chosen[start]["role"] in ASKING:  # what both are asked is no completion
             prompt, start = [*prompt, chosen[start]], start + 1
     chosen, rejected = chosen[start:], rejected[start:]
     ends = [prompt[-1], chosen[0], rejected[0]] if explicit and chosen and rejected else []
@@ -121,14 +121,14 @@ def _split_messages(prompt: str | list | None, chosen: list, rejected: list, at:
     if prefill and not all(isinstance(m.get("content"), str) for m in ends):
         raise TypeError(f"{at}prompt ends with a message of the assistant, which only text can go on with")
     notes += ["no prompt"] * (not prompt)
-    notes += ["user turns"] * any(m["role"] in _ASKING for m in chosen + rejected)
+    notes += ["user turns"] * any(m["role"] in ASKING for m in chosen + rejected)
     return Pair(prompt, chosen, rejected, prefill, (chosen, rejected), tuple(notes))
 
 
 def _check_completions(prompt: list, chosen: list, rejected: list, at: str) -> None:
     """Raise ValueError where a completion asks, as whole conversations do, but does not begin with the prompt."""
     for side, messages in zip(SIDES, (chosen, rejected), strict=True):
-        asks = bool(messages) and messages[0]["role"] in _ASKING
+        asks = bool(messages) and messages[0]["role"] in ASKING
         both_ask_the_same = prompt[-1]["role"] in ("system", "developer") and chosen[:1] == rejected[:1]
         if asks and not both_ask_the_same:
             raise ValueError(
@@ -141,7 +141,7 @@ def _end_of_prompt_in(shared: list, prompt: list) -> int:
     """Where the prompt ends in a common beginning of both conversations, 0 if it is not in there: at its start, behind
     system messages, or as the last turn of a conversation that somebody else began."""
     wanted, before = [_key(message) for message in prompt], 0
-    if shared and shared[0]["role"] in _ASKING and [_key(m) for m in shared[-len(prompt) :]] == wanted:
+    if shared and shared[0]["role"] in ASKING and [_key(m) for m in shared[-len(prompt) :]] == wanted:
         return len(shared)
     while [_key(message) for message in shared[before : before + len(prompt)]] != wanted:
         if before == len(shared) or shared[before]["role"] not in ("system", "developer"):
@@ -355,7 +355,7 @@ def _left_out(text: str, message: Mapping, last: bool) -> str:
 
 def _check_answer(scored: str, completion: list, where: str) -> None:
     """Raise ValueError where nothing of the answer is left in the rendered text."""
-    written = [_text_of(message) for message in completion if message["role"] not in _ASKING]
+    written = [_text_of(message) for message in completion if message["role"] not in ASKING]
     words = {word for text in written for part in (text, text.rpartition("</think>")[2]) for word in part.split()}
     if words and not any(word in scored for word in words):
         raise ValueError(f"{where}: the chat template renders nothing of the answer {_short(' '.join(written))}")
