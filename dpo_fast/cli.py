@@ -56,7 +56,9 @@ def own_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train any model on any preference data; status 2 for input that cannot be used."""
+    """Train any model on any preference data; status 2 for input that cannot be used, 1 for what the machine lacks."""
+    import torch
+
     from dpo_fast.training import launch, outcome
 
     if {"-h", "--help"} & set(arguments.rest):
@@ -65,14 +67,23 @@ def run_train(arguments: argparse.Namespace) -> int:
     try:
         job, config = launch.read_job(arguments.rest)
         trainer = launch.make_trainer(job, config)
+        result = outcome.train(trainer, job)
     except launch.BadInput as error:
-        print(f"dpo-fast train: {error}", file=sys.stderr)
-        return 2
-    result = outcome.train(trainer, job)
+        return _say("train", str(error), 2)
+    except torch.OutOfMemoryError as error:
+        less = "a smaller per_device_train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing"
+        return _say("train", f"{launch.one_line(error)} (what takes less: {less})", 1)
+    except OSError as error:  # a full disk, a folder that must not be written to
+        return _say("train", launch.one_line(error), 1)
     print(f"\n{outcome.summary(result)}\n")
     out = Path(config.output_dir)
     _print_paths({"report": out / "report.html", "numbers": out / "results.json", "model": out}, result["png"])
     return 0
+
+
+def _say(command: str, sentence: str, status: int) -> int:
+    print(f"dpo-fast {command}: {sentence}", file=sys.stderr)
+    return status
 
 
 def run_env(arguments: argparse.Namespace) -> int:
@@ -129,7 +140,15 @@ def main(argv: list[str] | None = None) -> int:
         arguments = argparse.Namespace(command=argv[0], rest=argv[1:])
     else:
         arguments = parser.parse_args(argv)
-    return COMMANDS[arguments.command].run(arguments)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "dpo_fast").split(".")[0] == "dpo_fast":
+            raise
+        package = {"yaml": "pyyaml"}.get(error.name, error.name.split(".")[0].replace("_", "-"))
+        return _say(arguments.command, f"the package {package} is missing: pip install {package}", 1)
+    except KeyboardInterrupt:
+        return _say(arguments.command, "interrupted", 130)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ class FastDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be a finite number of at least 0, got {self.learning_rate}")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be a finite number above 0, got {self.num_train_epochs}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.impl not in ("auto", *IMPLS):

@@ -1,16 +1,17 @@
 """`dpo-fast train`, before training: a YAML file and options -> model, data, `FastDPOTrainer`. `outcome` comes next."""
 
 import dataclasses
-import json
+import os
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
-import torch
 import transformers
 
+from . import preflight, recipe
 from .config import FastDPOConfig
-from .recipe import convert, read_values, types_of
 from .sources import BadInput, load_pairs, may_be_hub_id, one_line
 from .trainer import FastDPOTrainer
 
@@ -34,11 +35,17 @@ class Job:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that get an adapter."}
     )
+    lora_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "More of peft.LoraConfig, as {use_dora: true, modules_to_save: [lm_head]}."}
+    )
     samples: int = field(default=4, metadata={"help": "Prompts to answer before and after, for the report."})
     sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
     given: dict[str, str] = field(init=False, default_factory=dict)  # keys that were set, as text, for the report
 
     def __post_init__(self):
+        for name in ("model", "dataset", "eval_dataset", "ref_model"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         for name, least in (("samples", 0), ("sample_tokens", 1), ("lora_r", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -59,60 +66,33 @@ def help_text() -> str:
 def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     """`[CONFIG.yaml] [--key value ...]`: the file's keys, then the options, typed by the dataclasses.
 
-    Raises BadInput for a file that is missing or not a mapping, for unknown keys (all of them, with what they are
-    called here), for values of the wrong type, for what `FastDPOConfig` refuses and for packages that are missing.
+    Raises BadInput for a file that is missing or not a mapping, for unknown keys (all of them, with what to write
+    instead), for values of the wrong type (all of them), and for what `Job` and `FastDPOConfig` refuse.
     """
-    kinds = types_of(Job, FastDPOConfig)
-    values, file = read_values(options, kinds)
-    values.setdefault("output_dir", str(Path("runs") / (file.stem if file else "train")))
-    fields = {field.name: field for data_class in (Job, FastDPOConfig) for field in dataclasses.fields(data_class)}
-    typed = {}
-    for key, value in values.items():
-        field = fields[key]
-        optional = field.default is None
-        typed[key] = convert(key, value, kinds[key], field.metadata.get("choices"), optional)
-    if missing := [field.name for field in dataclasses.fields(Job) if _is_needed(field) and field.name not in typed]:
-        raise BadInput(f"missing: {', '.join(f'--{name}' for name in missing)}")
-    own = {field.name for field in dataclasses.fields(Job)}
+    config_file = None
+    if options and not options[0].startswith("-"):
+        config_file, options = Path(options[0]), options[1:]
+    values, given = recipe.read(config_file, options, recipe.keys_of(Job, FastDPOConfig))
+    if missing := [name for name in ("model", "dataset") if name not in values]:
+        options = ", ".join(f"--{name}" for name in missing)
+        raise BadInput(f"missing: {options} (or the same in the YAML file, as in `{missing[0]}: ...`)")
+    out = str(Path("runs") / (config_file.stem if config_file else "train"))
+    given.setdefault("output_dir", out)
+    of_job = {field.name for field in dataclasses.fields(Job)} & set(values)
+    settings = {"output_dir": out, **{name: value for name, value in values.items() if name not in of_job}}
     try:
-        job = Job(**{key: value for key, value in typed.items() if key in own})
-        config = FastDPOConfig(**{key: value for key, value in typed.items() if key not in own})
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        job = Job(**{name: values[name] for name in of_job})
+        config = FastDPOConfig(**settings)
+    except ImportError as error:
+        raise preflight.missing_package(error) from error
+    except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
-    job.given = {key: _as_text(value) for key, value in values.items() if value is not None}
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):  # of accelerator_config, which is a class there
+            raise
+        raise BadInput(one_line(error)) from error
+    job.given = given
     return job, config
-
-
-def _as_text(value) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _is_needed(field) -> bool:
-    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def check_packages(config: FastDPOConfig) -> None:
-    """Raise BadInput for what the recipe needs and is not here, or is not complete: loggers, optimizer, schedule."""
-    loggers = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
-    here = transformers.integrations.get_available_reporting_integrations()
-    if missing := [name for name in loggers if name not in ("none", "all", *here)]:
-        raise BadInput(
-            f"report_to: {', '.join(missing)} needs a package of its own (pip install it), or is unknown; there is "
-            f"{', '.join(here) or 'none'}"
-        )
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    try:
-        transformers.get_scheduler(
-            config.lr_scheduler_type,
-            torch.optim.SGD([parameter], lr=0.0),
-            num_warmup_steps=1,
-            num_training_steps=2,
-            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise BadInput(f"lr_scheduler_type={config.lr_scheduler_type.value}: {one_line(error)}") from error
 
 
 # --- making ----------------------------------------------------------------------------------------------------------
@@ -120,9 +100,10 @@ def check_packages(config: FastDPOConfig) -> None:
 
 def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
     """Load what the job names. Raises BadInput for a model, data or packages that are missing or cannot be used."""
-    check_packages(config)
+    preflight.check(job, config)
     for name in ("model", "ref_model"):
         _check_model_path(name, getattr(job, name))
+    peft_config = _peft_config(job)
     try:
         train_dataset = load_pairs(job.dataset, job.dataset_config, job.dataset_split)
         eval_dataset = None
@@ -130,18 +111,33 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             eval_config = None if job.eval_dataset else job.dataset_config
             eval_split = job.eval_split or "train"
             eval_dataset = load_pairs(job.eval_dataset or job.dataset, eval_config, eval_split)
-        trainer = FastDPOTrainer(
+        return FastDPOTrainer(
             model=job.model,
             ref_model=job.ref_model,
             args=config,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            peft_config=_peft_config(job),
+            peft_config=peft_config,
         )
-        trainer.get_optimizer_cls_and_kwargs(config, trainer.model)  # says which package it needs
-        return trainer
-    except (ValueError, TypeError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
+    except ImportError as error:
+        raise preflight.missing_package(error) from error
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise BadInput(one_line(error)) from error
+    except TypeError as error:
+        if not (_is_said_here(error) or _is_about_keywords(error, config)):
+            raise
+        raise BadInput(one_line(error)) from error
+
+
+def _is_said_here(error: TypeError) -> bool:
+    """Whether a `raise` of this package has made it. One that an operation has made is a bug, and keeps its trace."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parents[1]) and (last.line or "").startswith("raise ")
+
+
+def _is_about_keywords(error: TypeError, config: FastDPOConfig) -> bool:
+    """Whether a model has no such keyword as `model_init_kwargs` holds."""
+    return any(f"unexpected keyword argument {name!r}" in str(error) for name in config.model_init_kwargs or {})
 
 
 def _check_model_path(name: str, model: str | None) -> None:
@@ -155,16 +151,27 @@ def _check_model_path(name: str, model: str | None) -> None:
 
 def _peft_config(job: Job):
     if job.lora_r is None:
+        unused = [key for key in job.given if key.startswith("lora_")] if "lora_r" not in job.given else []
+        if unused:
+            raise BadInput(f"{', '.join(unused)}: there is no adapter without lora_r; set it, or leave these out")
         return None
     try:
         import peft
     except ImportError as error:
         raise BadInput("lora_r needs the package peft: pip install peft") from error
     targets = job.lora_target_modules
-    return peft.LoraConfig(
+    own = dict(
         r=job.lora_r,
         lora_alpha=job.lora_alpha,
         lora_dropout=job.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
+    more = job.lora_kwargs or {}
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.init}
+    if wrong := [name for name in more if name not in known or name in own]:
+        raise BadInput(f"lora_kwargs: {', '.join(wrong)} is not of peft.LoraConfig, or has a key of its own (lora_...)")
+    try:
+        return peft.LoraConfig(**own, **more)
+    except (ValueError, TypeError, ImportError) as error:
+        raise BadInput(f"lora_kwargs: {one_line(error)}") from error

@@ -17,19 +17,24 @@ from .files import write_text
 from .launch import Job
 from .models import limits
 from .report import DPO_LOSS, Page, text_table
+from .sources import BadInput
 from .trainer import FastDPOTrainer
 
 logger = logging.getLogger("dpo_fast")
 
 
 def train(trainer: FastDPOTrainer, job: Job) -> dict:
-    """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the results."""
+    """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the results.
+
+    Raises BadInput for a metric_for_best_model that evaluation does not give, ValueError for a checkpoint of another
+    training."""
     evaluates = trainer.eval_dataset is not None
     before = trainer.evaluate() if evaluates else {}
+    _check_metric(trainer.args.metric_for_best_model, before)
     prompts = _sample_prompts(trainer, job.samples)
     texts_before = _answers(trainer, prompts, job.sample_tokens)
     trainer.add_callback(_LogEnds())
-    outcome = trainer.train()
+    outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
     after = trainer.evaluate() if evaluates else {}
     texts_after = _answers(trainer, prompts, job.sample_tokens)
     trainer.save_model()
@@ -59,6 +64,16 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
         write_text(out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
         write_text(out / "report.html", report(results))
     return results
+
+
+def _check_metric(name: str | None, metrics: dict) -> None:
+    """Trainer would look for it after the first evaluation of the training."""
+    if metrics and name is not None and name.removeprefix("eval_") not in (known := _without_prefix(metrics)):
+        raise BadInput(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
+
+
+def _without_prefix(metrics: dict) -> list[str]:
+    return [name.removeprefix("eval_") for name in metrics]
 
 
 class _LogEnds(transformers.TrainerCallback):

@@ -1,299 +1,442 @@
-"""A recipe: a YAML file and options of the command line -> typed arguments of dataclasses.
+"""The keys of `dpo-fast train`, from a YAML file and from options: each value is read by the type of its key.
 
-Keys of the file and options are the same, and options win. What other libraries call by another name is hinted at, not
-obeyed: the same word often means something else there.
+What is written counts, not what YAML 1.1 takes it for: `no` is a name for save_strategy and False for bf16, `5e-7` is a
+number where a number is expected, a date is a name where a name is expected, `null` is None where None is a value.
+Options are read by the same rules. The inside of a mapping (`..._kwargs`) has no declared types; there YAML decides.
 """
 
 import dataclasses
 import difflib
 import enum
 import json
-import math
+import re
+import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, NamedTuple
 
 import yaml
 
+from .aliases import hint_for
 from .sources import BadInput, one_line
 
-# What recipes for TRL, alignment-handbook, LLaMA-Factory and Axolotl call by another name -> what to write here
-_INIT = "model_init_kwargs"
-ALIASES = {
-    "model": "model_name_or_path model_name base_model model_path pretrained_model_name_or_path hf_model model_id",
-    "ref_model": "ref_model_name_or_path reference_model ref_model_path",
-    "dataset": "dataset_name datasets dataset_path dataset_mixer dataset_mixture dataset_dir data_path train_file "
-    "train_data data train_dataset",
-    "dataset_config": "dataset_config_name dataset_subset",
-    "dataset_split": "dataset_train_split train_split split dataset_splits",
-    "eval_split": "dataset_test_split test_split val_split",
-    "eval_dataset": "test_datasets eval_file validation_file val_size val_set_size eval_dataset_name",
-    f"{_INIT}: {{dtype: bfloat16}}": "torch_dtype dtype model_dtype precision",
-    f"{_INIT}: {{attn_implementation: sdpa}}": "attn_implementation flash_attn flash_attention use_flash_attention_2 "
-    "sdp_attention attn_impl",
-    f"{_INIT}: {{quantization_config: ...}}": "load_in_4bit load_in_8bit quantization_bit quantization_method "
-    "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_compute_dtype",
-    f"{_INIT}: {{revision: ...}}": "model_revision revision_of_model",
-    "lora_r (a rank; without it all weights train)": "use_peft finetuning_type adapter peft use_lora lora lora_rank",
-    "lora_target_modules": "lora_target lora_target_linear target_modules",
-    "lora_alpha": "lora_a",
-    "max_length": "cutoff_len sequence_len max_seq_length max_seq_len model_max_length context_length",
-    "max_completion_length": "max_target_length max_response_length",
-    "beta": "pref_beta dpo_beta rl_beta",
-    "loss_type": "pref_loss dpo_loss loss loss_name rl stage",
-    "loss_type: [sigmoid, sft] with loss_weights": "rpo_alpha dpo_ftx pref_ftx",
-    "label_smoothing": "dpo_label_smoothing pref_label_smoothing",
-    "per_device_train_batch_size": "micro_batch_size batch_size train_batch_size per_gpu_train_batch_size",
-    "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
-    "num_train_epochs": "num_epochs epochs n_epochs",
-    "lr_scheduler_type": "lr_scheduler scheduler",
-    "learning_rate": "lr",
-    "optim": "optimizer optimizer_type",
-    "max_grad_norm": "gradient_clipping clip_grad_norm max_norm",
-    "eval_strategy": "evaluation_strategy evals_per_epoch do_eval_strategy",
-    "save_strategy": "saves_per_epoch",
-    "layout (nothing is padded or repeated where it is packed)": "padding_free packing sample_packing",
-    "dataset_num_proc": "preprocessing_num_workers dataset_processes num_proc",
-    "samples": "generate_during_eval",
-    "chat_template_kwargs, or the tokenizer's own template": "chat_template template",
-    "use_liger_kernel": "liger_kernel enable_liger_kernel use_liger liger_rope liger_rms_norm liger_glu_activation",
-    "report_to: wandb": "wandb_project use_wandb wandb_name wandb_entity",
-    "nothing: leave it out": "overwrite_output_dir overwrite_cache remove_unused_columns_ val_set special_tokens "
-    "plot_loss do_sample strict logging_config force_use_ref_model resize_vocab",
-}
-_HINTS = {alias: here for here, names in ALIASES.items() for alias in names.split()}
+TRUE, FALSE = {"true", "yes", "on", "y", "t", "1"}, {"false", "no", "off", "n", "f", "0"}
+SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
+
+# What TrainingArguments takes beyond its annotations, in one version or another
+WIDER = {"fsdp": bool | str | list[str] | None, "resume_from_checkpoint": bool | str | None}
+PATH_OR_MAPPING = {"deepspeed", "fsdp_config", "accelerator_config"}
+NAMES_LOGGERS = "report_to"  # "none" is a name there
 
 
-def read_values(options: list[str], fields: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
-    """`[CONFIG.yaml] [--key value ...]` -> values by key, of the file's types or text, and the file.
+class Text(NamedTuple):
+    """A value as it is written. plain: without quotes, so that `null` and `none` may mean None."""
 
-    Raises BadInput for a file that is no mapping, and for all keys that are not `fields` at once.
-    """
-    file = None
-    if options and not options[0].startswith("-"):
-        file, options = Path(options[0]), options[1:]
-    values = {} if file is None else _read_yaml(file)
-    given = _read_options(options)
-    unknown = [key for key in (*values, *given) if key not in fields]
-    if unknown:
-        where = f"{file}: " if file is not None and unknown[0] in values else ""
-        if len(unknown) == 1:
-            raise BadInput(f"{where}unknown key {unknown[0]!r}; {_hint(unknown[0], fields)}")
-        hints = "; ".join(f"{key} ({_hint(key, fields)})" for key in unknown)
-        raise BadInput(f"{where}{len(unknown)} unknown keys: {hints}")
-    return {**values, **given}, file
+    text: str
+    plain: bool = True
+
+    @property
+    def is_null(self) -> bool:
+        return self.plain and self.text.lower() in ("", "~", "null", "none")
 
 
-def _hint(key: str, fields: Mapping[str, Any]) -> str:
-    plain = key.replace("-", "_")
-    if plain in fields:
-        return f"did you mean {plain}?"
-    if plain.lower() in _HINTS:
-        return f"here it is {_HINTS[plain.lower()]}"
-    close = difflib.get_close_matches(plain, list(fields), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else "dpo-fast train --help lists all keys"
+class Key(NamedTuple):
+    """A key: what it may be (`types` of a union, None's included) and, where it is a name, the names there are."""
+
+    name: str
+    types: tuple
+    names: tuple[str, ...]
+    default: Any = None
+    needed: bool = False
 
 
-def _read_options(options: list[str]) -> dict[str, Any]:
-    """`--key=value`, `--key value`, `--key value value`, `--flag`; the last one counts. Values are text."""
-    given: dict[str, Any] = {}
-    key = None
-    for option in options:
-        if option.startswith("--"):
-            name, equals, value = option[2:].partition("=")
-            key = name.replace("-", "_")
-            given[key] = [value] if equals else []
-        elif key is None:
-            raise BadInput(f"unexpected {option!r}; options are --key value")
-        else:
-            given[key].append(option)
-    return {key: _Text(words) for key, words in given.items()}
+class _Wrong(Exception):
+    """A value does not fit its key."""
 
 
-class _Text(list):
-    """The words of an option of the command line."""
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without keys that come twice, and without aliases, of which a short file can unfold into gigabytes."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, f"aliases (*{event.anchor}) are not read", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BadInput(f"there is no file {str(path)!r}")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not YAML: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} must hold keys and values, as in `model: path`, got {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
-
-
-# --- types -----------------------------------------------------------------------------------------------------------
-
-
-def types_of(*classes: type) -> dict[str, Any]:
-    """The keys of dataclasses: name -> type, for those that can be set."""
+def keys_of(*classes: type) -> dict[str, Key]:
+    """The keys that the fields of dataclasses make."""
     found = {}
-    for data_class in classes:
-        hints = typing.get_type_hints(data_class)
-        found.update({field.name: hints[field.name] for field in dataclasses.fields(data_class) if field.init})
+    for owner in classes:
+        hints = typing.get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            if field.init:
+                found[field.name] = _key(field, hints[field.name])
     return found
 
 
-def convert(key: str, value, kind, choices=None, optional: bool = False):
-    """`value`, of YAML or as words of the command line, as `kind`; raises BadInput that names the key."""
-    if value is None and (optional or type(None) in _members(kind)):
-        return None
-    for member in sorted(_members(kind), key=lambda member: _ORDER.get(typing.get_origin(member) or member, 5)):
-        if isinstance(value, _Text):
-            found = _from_words(value, member, kind, optional or type(None) in _members(kind))
-        else:
-            found = _from_yaml(value, member)
-        if found is not _NO and (choices is None or _all_among(found, choices)):
+def _key(field: dataclasses.Field, hint) -> Key:
+    hint = WIDER.get(field.name, hint)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = typing.get_args(hint) if union else (hint,)
+    if field.default is None and type(None) not in members:
+        members = (*members, type(None))
+    names = tuple(field.metadata.get("choices", ()))
+    for member in members:
+        if isinstance(member, type) and issubclass(member, enum.Enum):
+            names = tuple(str(value.value) for value in member)
+    needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return Key(field.name, members, names, field.default, needed)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Values(NamedTuple):
+    """values: key -> typed value. given: key -> what was written, for the report, without secrets."""
+
+    values: dict[str, Any]
+    given: dict[str, str]
+
+
+def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> Values:
+    """The file's keys, then the options, which win. Raises BadInput, which names all keys that are unknown and all
+    values that do not fit their key."""
+    written: dict[str, Any] = {}
+    problems = []
+    if config_file is not None:
+        written = read_yaml(config_file)
+        problems += [f"{config_file}: {problem}" for problem in _unknown(written, keys)]
+    from_options = read_options(options, keys)
+    problems += _unknown(from_options, keys)
+    written = {name: value for name, value in {**written, **from_options}.items() if name in keys}
+    values, given = {}, {}
+    for name, value in written.items():
+        try:
+            values[name] = convert(keys[name], value)
+        except _Wrong as error:
+            where = f"{config_file}: " if name not in from_options else ""
+            problems.append(f"{where}{error}")
+        given[name] = "(not shown)" if SECRET.search(name) else _shown(values.get(name), value)
+    if problems:
+        raise BadInput("; ".join(problems))
+    return Values(values, given)
+
+
+def _unknown(written: dict[str, Any], keys: dict[str, Key]) -> list[str]:
+    """At most one sentence, which names all unknown keys."""
+    hints = {name: _hint(name, value, keys) for name, value in written.items() if name not in keys}
+    all_keys = "dpo-fast train --help lists all keys"
+    if len(hints) == 1:
+        ((name, hint),) = hints.items()
+        return [f"unknown key {name!r}; {hint or all_keys}"]
+    each = [f"{name!r} ({hint})" if hint else repr(name) for name, hint in hints.items()]
+    return [f"unknown keys {', '.join(each)}; {all_keys}"] if each else []
+
+
+def _hint(name: str, value, keys: Iterable[str]) -> str:
+    """What to write instead of an unknown key: other projects' names first, then names that look alike."""
+    plain = name.replace("-", "_")
+    if hint := hint_for(plain, show(value)):
+        return hint
+    if plain.startswith("no_") and plain[3:] in keys:
+        return f"write {plain[3:]}: false"
+    close = difflib.get_close_matches(plain, keys, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def read_options(options: list[str], keys: dict[str, Key]) -> dict[str, Any]:
+    """`--key value ...`, `--key=value`, `--flag` and `--no_flag`; the last one of a key counts."""
+    found: dict[str, Any] = {}
+    position = 0
+    while position < len(options):
+        option = options[position]
+        if not option.startswith("--") or option == "--":
+            more = "; options begin with two dashes" if option.startswith("-") else ""
+            raise BadInput(f"unexpected {option!r}{more}")
+        position += 1
+        name, equals, value = option[2:].partition("=")
+        words = [value] if equals else []
+        while not equals and position < len(options) and not options[position].startswith("--"):
+            words.append(options[position])
+            position += 1
+        name = name.replace("-", "_") if name.replace("-", "_") in keys else name
+        flag = name.replace("-", "_").removeprefix("no_")
+        if name not in keys and flag in keys and bool in keys[flag].types and not words:
+            found[flag] = Text("false")
+            continue
+        if not words:
+            if name in keys and bool not in keys[name].types:
+                raise BadInput(f"--{name} needs a value: {accepted(keys[name])}")
+            words = ["true"]
+        if len(words) > 1 and name in keys and not _takes(keys[name], list):
+            shown = " ".join(words)
+            raise BadInput(f"unexpected {words[1]!r}: {name} takes one value, got {shown!r}; the YAML file comes first")
+        texts = [Text(word, plain=word != "") for word in words]
+        found[name] = texts[0] if len(texts) == 1 else texts
+    return found
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """As SafeLoader inside a mapping, but `5e-7` is a number, as in JSON, and a date is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys of a file with what is written there: Text, lists and mappings. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"there is no file {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as UTF-8 text: {one_line(error)}") from error
+    found = _parse(text, str(path))
+    if not isinstance(found, dict):
+        came = "a list" if isinstance(found, list) else "nothing" if found.text == "" else "text"
+        raise BadInput(f"{path} must hold keys and values, as in `model: path`, got {came}")
+    return found
+
+
+def _parse(text: str, where: str):
+    """A document: Text, or a list, or a mapping of names to what `_value` makes of the values."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return Text("")
+            _check_nodes(node, where)
+            if not isinstance(node, yaml.MappingNode):
+                return _value(node, loader)
+            loader.flatten_mapping(node)
+            return {str(key.value): _value(value, loader) for key, value in node.value}
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{where} is not YAML: {one_line(error)}") from error
+
+
+def _value(node: yaml.Node, loader: _Loader):
+    """What is written: Text, a list (of Text, as far as it is flat), or a mapping, which YAML reads."""
+    if isinstance(node, yaml.ScalarNode):
+        return Text(node.value, plain=not node.style)
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return [_value(item, loader) for item in node.value]
+    return loader.construct_document(node)
+
+
+def _check_nodes(root: yaml.Node, where: str) -> None:
+    """Refuse a key that is there twice, where YAML would take the last, and tags that are not data."""
+    seen, todo = set(), [root]
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if node.tag not in _Loader.yaml_constructors:
+            raise BadInput(f"{where} is not YAML: line {node.start_mark.line + 1} has the tag {node.tag}, which is no data")
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines and key.tag != "tag:yaml.org,2002:merge":
+                    raise BadInput(f"{where}: the key {name!r} comes twice, in lines {lines[name]} and {line}")
+                lines[name] = line
+                todo += [key, value]
+
+
+# --- typing ----------------------------------------------------------------------------------------------------------
+
+
+def convert(key: Key, value) -> Any:
+    """What is written, as the key's type. Raises _Wrong, which names the key, the value and what is accepted."""
+    if isinstance(value, Text):
+        if value.is_null and not _is_a_name(key, value) or value.text == "":
+            return _nothing(key, value)
+        for kind, reader in _READERS:
+            if _takes(key, kind) and (found := reader(key, value)) is not None:
+                return found
+        for literal in (literal for kind in key.types for literal in typing.get_args(kind) if literal is not str):
+            if value.text.lower() == str(literal).lower():
+                return literal
+    elif isinstance(value, dict) and _takes(key, dict):
+        _check_size(key, value)
+        return value
+    elif isinstance(value, list) and _takes(key, list):
+        found = _entries(key, value)
+        if found is not None:
             return found
-    said = " ".join(value) if isinstance(value, _Text) else value
-    wanted = f"one of {', '.join(map(str, choices))}" if choices else _said(kind)
-    raise BadInput(f"{key} must be {wanted}, got {said!r}")
+    raise _Wrong(f"{key.name} must be {accepted(key)}, got {show(value)}{_remark(key, value)}")
 
 
-_NO = object()
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-_NAMES |= {dict: "a mapping", type(None): "null"}
-_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_ORDER = {type(None): 0, bool: 1, int: 2, float: 3, dict: 4, list: 6, str: 7}  # from narrow to wide; enums before text
-
-
-def _members(kind) -> tuple:
-    """The types of a union; where words are listed, text alone is none of them."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return tuple(member for member in members if member is not str or not any(map(_is_enum, members)))
-
-
-def _all_among(found, choices) -> bool:
-    return all(item in choices for item in (found if isinstance(found, list) else [found]))
-
-
-def _said(kind) -> str:
-    members = [typing.get_origin(member) or member for member in _members(kind)]
-    words = [f"one of {', '.join(str(item.value) for item in kind)}" for kind in members if _is_enum(kind)]
-    words += [_NAMES[kind] for kind in members if kind in _NAMES]
-    return " or ".join(dict.fromkeys(words)) or str(kind)
-
-
-def _is_enum(kind) -> bool:
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
-
-
-def _from_words(words: _Text, kind, of, optional: bool):
-    """kind: one of the types that the key may be `of`."""
-    origin = typing.get_origin(kind) or kind
-    text = " ".join(words)
-    if optional and (text in ("null", "None", "~") or text == "none" and str not in _members(of)):
+def _nothing(key: Key, value: Text):
+    """null, as the key has it."""
+    if key.name == NAMES_LOGGERS:
+        return "none"
+    if type(None) in key.types:
         return None
-    if origin is bool and not words:
-        return True  # a flag
-    if origin is list:
-        if len(words) == 1 and text.lstrip().startswith("["):
-            return _from_yaml(_json(text), kind)
-        (item,) = typing.get_args(kind) or (str,)
-        found = [_from_yaml(word, item) for word in words]
-        return _NO if not words or any(x is _NO for x in found) else found
-    if len(words) != 1:
-        return _NO
-    return _from_yaml(_json(text) if origin is dict else text, kind)
+    if key.default == "":
+        return ""
+    default = "" if key.needed else "; leave it out for its default"
+    raise _Wrong(f"{key.name} must be {accepted(key)}, got {show(value)}{default}")
 
 
-def _json(text: str):
+def _entries(key: Key, value: list) -> list | None:
+    """A list, each entry as the key's lists have it; None where one does not fit."""
+    kind = _entry_type(key)
+    names = tuple(str(member.value) for member in kind) if _is(kind, enum.Enum) else ()
+    item = Key(key.name, (kind if kind in (bool, int, float) else str,), names)
+    if any(isinstance(entry, Text) and entry.is_null and not _is_a_name(key, entry) for entry in value):
+        return None
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+        found = [convert(item, entry) for entry in value]
+    except _Wrong:
+        return None
+    return [kind(entry) for entry in found] if names else found
 
 
-def _from_yaml(value, kind):
-    """`_NO` where it is none; numbers may be text, because YAML 1.1 reads 1e-4 as text."""
-    origin = typing.get_origin(kind) or kind
-    if kind is type(None):
-        return None if value is None else _NO
-    if origin is Literal:
-        return next(
-            (item for item in typing.get_args(kind) if item is value or item == value and item is not False), _NO
-        )
-    if origin is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        return (
-            value
-            if isinstance(value, bool)
-            else words.get(str(value).lower(), _NO)
-            if isinstance(value, (str, int))
-            else _NO
-        )
-    if origin in (int, float):
-        return _number(value, origin)
-    if _is_enum(origin):
-        value = _word(value)
-        return next((item for item in origin if item.value == value), _NO)
-    if origin is str:
-        value = _word(value)
-        return str(value) if isinstance(value, (str, int, float)) else _NO
-    if origin is list:
-        (item,) = typing.get_args(kind) or (str,)
-        found = [_from_yaml(v, item) for v in (value if isinstance(value, list) else [value])]
-        return _NO if value is None or any(x is _NO for x in found) else found
-    if origin is dict:
-        value = _json(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
-        return dict(value) if isinstance(value, Mapping) else _NO
-    return value if isinstance(origin, type) and isinstance(value, origin) else _NO
+def _entry_type(key: Key):
+    return (*typing.get_args(next(kind for kind in key.types if _is(kind, list))), str)[0]
 
 
-def _word(value):
-    """YAML 1.1 reads the words no and yes as truths."""
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
-
-
-def _number(value, kind: type):
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return _NO
+def _check_size(key: Key, value: dict) -> None:
+    """Refuse what YAML's aliases unfold into: a mapping that holds itself, or gigabytes."""
     try:
-        number = float(value)
+        length = 0
+        for part in json.JSONEncoder(default=str).iterencode(value):
+            length += len(part)
+            if length > 1_000_000:
+                raise _Wrong(f"{key.name} is longer than a million characters")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _Wrong(f"{key.name} must be a mapping as JSON has them: {one_line(error)}") from error
+
+
+def _is_a_name(key: Key, value) -> bool:
+    """Whether "none" is meant as it is written."""
+    return value.text == "none" and (key.name == NAMES_LOGGERS or "none" in key.names)
+
+
+def _is(kind, what: type) -> bool:
+    return typing.get_origin(kind) is what or isinstance(kind, type) and issubclass(kind, what)
+
+
+def _takes(key: Key, what: type) -> bool:
+    """Whether a value of the key may be of a type; bool is not an int here."""
+    return any(_is(kind, what) and not (what is int and kind is bool) for kind in key.types)
+
+
+def _as_bool(key: Key, value: Text) -> bool | None:
+    word = value.text.lower()
+    return True if word in TRUE else False if word in FALSE else None
+
+
+def _as_number(key: Key, value: Text) -> float | None:
+    text = re.sub(r"^([-+]?)\.inf$", r"\1inf", value.text.strip().lower())
+    try:
+        number = float(text)
     except ValueError:
-        return _NO
-    if kind is float:
-        return number
-    return (
-        int(value)
-        if isinstance(value, int)
-        else int(number)
-        if math.isfinite(number) and number == int(number)
-        else _NO
-    )
+        return None
+    return None if number != number else number
+
+
+def _as_int(key: Key, value: Text) -> int | None:
+    if re.fullmatch(r"[-+]?\d+(_\d+)*", value.text):
+        return int(value.text)
+    number = _as_number(key, value)  # 1e3
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _as_mapping(key: Key, value: Text) -> dict | None:
+    if not value.text.lstrip().startswith("{"):
+        return None
+    found = _flow(value.text)
+    return convert(key, found) if isinstance(found, dict) else None
+
+
+def _as_list(key: Key, value: Text) -> list | None:
+    """`[a, b]` as text; one entry without brackets is a list of one, unless the key takes text as well."""
+    text = value.text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        found = _flow(text)
+        return convert(key, found) if isinstance(found, list) else None
+    return None if _takes(key, str) else convert(key, [value])
+
+
+def _flow(text: str):
+    """A list or a mapping that is written as text; None where it is neither."""
+    try:
+        with_brackets = _parse(f"_: {text}", "it")
+    except BadInput:
+        return None
+    return with_brackets["_"]
+
+
+def _as_text(key: Key, value: Text) -> str | None:
+    if key.names:
+        text = "no" if "no" in key.names and value.plain and value.text.lower() in ("off", "false") else value.text
+        return text if text in key.names else None
+    if _takes(key, dict):  # a path, where not a mapping
+        return value.text if key.name in PATH_OR_MAPPING and Path(value.text).is_file() else None
+    return value.text
+
+
+# In this order: a bool where the key takes bool or text, a list in brackets where it takes a list or text
+_READERS: tuple[tuple[type, Callable], ...] = (
+    (bool, _as_bool), (int, _as_int), (float, _as_number), (dict, _as_mapping), (list, _as_list), (str, _as_text),
+)  # fmt: skip
+
+
+def accepted(key: Key) -> str:
+    """What a key takes, in words."""
+    words = []
+    if _takes(key, bool):
+        words.append("true or false")
+    if _takes(key, int):
+        words.append("a whole number")
+    if _takes(key, float):
+        words.append("a number")
+    if _takes(key, str) and not _takes(key, dict):
+        words.append(f"one of {', '.join(key.names)}" if key.names else "text")
+    if _takes(key, list):
+        words.append("a list of " + {float: "numbers", int: "whole numbers"}.get(_entry_type(key), "text"))
+    if _takes(key, dict):
+        words.append("a mapping, as in {key: value},")
+    if key.name in PATH_OR_MAPPING:
+        words.append("the path of a JSON file that is there")
+    if not words:
+        return "left to Python, as it cannot be written as text"
+    return " or ".join([*words, "null"] if type(None) in key.types else words).rstrip(",")
+
+
+def _remark(key: Key, value) -> str:
+    if not isinstance(value, Text):
+        return ""
+    if key.names and (close := difflib.get_close_matches(value.text, key.names, n=3)):
+        return f"; did you mean {' or '.join(close)}?"
+    if _takes(key, bool) and value.text.lower() == "auto" and type(None) in key.types:
+        return "; null chooses by the device"
+    return ""
+
+
+def show(value) -> str:
+    """A value about as it was written; long ones are cut."""
+    if isinstance(value, Text):
+        return "null" if value.plain and value.text in ("", "~", "null") else repr(value.text)
+    if isinstance(value, list):
+        return f"[{', '.join(x.text if isinstance(x, Text) else reprlib.repr(x) for x in value[:20])}]"
+    return reprlib.repr(value)
+
+
+def _shown(typed, value) -> str:
+    """For the report: what was written, on one line; secrets inside of mappings are left out."""
+    if isinstance(value, Text) and not isinstance(typed, dict):
+        return "null" if value.is_null and typed is None else value.text
+    if isinstance(value, list):
+        return " ".join(entry.text if isinstance(entry, Text) else show(entry) for entry in value) or "[]"
+    hidden = {name: "(not shown)" if SECRET.search(str(name)) else entry for name, entry in (typed or {}).items()}
+    return json.dumps(hidden, default=str)

@@ -1,0 +1,85 @@
+"""`dpo-fast train`, before anything is loaded: packages, optimizer, schedule, evaluation and folders that a recipe needs."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.integrations import integration_utils
+
+from .config import FastDPOConfig
+from .sources import BadInput, one_line
+
+
+def check(job, config: FastDPOConfig) -> None:
+    """Raise BadInput for what would end the run later."""
+    _check_loggers(config)
+    _check_optimizer(config)
+    _check_schedule(config)
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise BadInput("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
+    if not (job.eval_dataset or job.eval_split):
+        wants = {"eval_strategy": config.eval_strategy != "no", "load_best_model_at_end": config.load_best_model_at_end}
+        if needs := [name for name, wanted in wants.items() if wanted]:
+            raise BadInput(
+                f"{needs[0]} needs data to evaluate on: set eval_dataset (or eval_split, a split of dataset), or leave "
+                f"{needs[0]} out"
+            )
+    out, model = Path(config.output_dir), Path(job.model)
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"output_dir: {str(out)!r} is a file")
+    if out.is_dir() and model.is_dir() and out.samefile(model):
+        raise BadInput(f"output_dir: {str(out)!r} is the model's own folder, which would be overwritten")
+    resume = config.resume_from_checkpoint
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise BadInput(f"resume_from_checkpoint: there is no directory {resume!r}; true takes the last of output_dir")
+
+
+def missing_package(error: ImportError) -> Exception:
+    """BadInput that names the package; the error itself, where it is a module of ours that cannot be imported."""
+    if (error.name or "").split(".")[0] == "dpo_fast":
+        return error
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        return BadInput(f"the package {package} is missing: pip install {package.replace('_', '-')}")
+    return BadInput(one_line(error))
+
+
+def _check_loggers(config: FastDPOConfig) -> None:
+    here = integration_utils.get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise BadInput(f"report_to must be none, all, or of {known}, got {name!r}")
+        if name not in here and name != "flyte":  # which transformers does not list
+            raise BadInput(f"report_to: {name} needs a package that is not here: pip install {name.replace('_', '-')}")
+
+
+def _check_optimizer(config: FastDPOConfig) -> None:
+    if any("=" not in item for item in (config.optim_args or "x=").split(",")):
+        raise BadInput(f"optim_args must be as in 'momentum=0.9, nesterov=true', got {config.optim_args!r}")
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+    except ImportError as error:
+        raise BadInput(f"optim={config.optim.value}: {one_line(error)}") from error
+    except ValueError as error:  # without a model, some say that they need one
+        if isinstance(error.__context__, ImportError) or not re.search(r"\bmodel\b", str(error)):
+            raise BadInput(f"optim={config.optim.value}: {one_line(error)}") from error
+
+
+def _check_schedule(config: FastDPOConfig) -> None:
+    steps = config.max_steps if config.max_steps > 0 else 1000
+    try:
+        transformers.get_scheduler(
+            config.lr_scheduler_type,
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate),
+            num_warmup_steps=config.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+        )
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise BadInput(
+            f"lr_scheduler_type={config.lr_scheduler_type.value} with lr_scheduler_kwargs="
+            f"{config.lr_scheduler_kwargs or {}}: {one_line(error)}"
+        ) from error
