@@ -59,7 +59,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train any model on any preference data; status 2 for input that cannot be used, 1 for what the machine lacks."""
     import torch
 
-    from dpo_fast.training import launch, outcome
+    from dpo_fast.training import launch, outcome, preflight
 
     if {"-h", "--help"} & set(arguments.rest):
         print(launch.help_text())
@@ -73,7 +73,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         less = "a smaller per_device_train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing"
         return _say("train", f"{launch.one_line(error)} (what takes less: {less})", 1)
-    except OSError as error:  # a full disk, a folder that must not be written to
+    except (OSError, ValueError) as error:  # of the training: a full disk, a setting that torch refuses
+        if isinstance(error, ValueError) and not preflight.is_said(error):
+            raise
         return _say("train", launch.one_line(error), 1)
     print(f"\n{outcome.summary(result)}\n")
     out = Path(config.output_dir)

@@ -169,6 +169,8 @@ class FastDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be a finite number of at least 0, got {self.learning_rate}")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be a finite number above 0, got {self.num_train_epochs}")
         if self.layout not in LAYOUTS:

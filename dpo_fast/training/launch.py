@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
-import traceback
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+from safetensors import SafetensorError
 
 from . import preflight, recipe
 from .config import FastDPOConfig
@@ -123,19 +124,19 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
         raise preflight.missing_package(error) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise BadInput(one_line(error)) from error
-    except TypeError as error:
-        if not (_is_said_here(error) or _is_about_keywords(error, config)):
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise BadInput(f"weights cannot be read: {one_line(error)}") from error
+    except (TypeError, RuntimeError) as error:
+        if _is_about_keywords(error, config):
+            raise BadInput(f"model_init_kwargs: {one_line(error)}") from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise BadInput("weights do not have the sizes that the model's config.json says") from error
+        if isinstance(error, RuntimeError) or not preflight.is_said(error):
             raise
         raise BadInput(one_line(error)) from error
 
 
-def _is_said_here(error: TypeError) -> bool:
-    """Whether a `raise` of this package has made it. One that an operation has made is a bug, and keeps its trace."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parents[1]) and (last.line or "").startswith("raise ")
-
-
-def _is_about_keywords(error: TypeError, config: FastDPOConfig) -> bool:
+def _is_about_keywords(error: Exception, config: FastDPOConfig) -> bool:
     """Whether a model has no such keyword as `model_init_kwargs` holds."""
     return any(f"unexpected keyword argument {name!r}" in str(error) for name in config.model_init_kwargs or {})
 

@@ -26,8 +26,9 @@ logger = logging.getLogger("dpo_fast")
 def train(trainer: FastDPOTrainer, job: Job) -> dict:
     """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the results.
 
-    Raises BadInput for a metric_for_best_model that evaluation does not give, ValueError for a checkpoint of another
-    training."""
+    Raises BadInput for a metric_for_best_model that evaluation does not give and for no step, and what the training
+    raises.
+    """
     evaluates = trainer.eval_dataset is not None
     before = trainer.evaluate() if evaluates else {}
     _check_metric(trainer.args.metric_for_best_model, before)
@@ -35,6 +36,11 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     texts_before = _answers(trainer, prompts, job.sample_tokens)
     trainer.add_callback(_LogEnds())
     outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
+    if trainer.state.global_step == 0:
+        raise BadInput(
+            f"no step was trained: {_length(trainer.train_dataset)} pairs make no batch of per_device_train_batch_size="
+            f"{trainer.args.per_device_train_batch_size} with dataloader_drop_last={trainer.args.dataloader_drop_last}"
+        )
     after = trainer.evaluate() if evaluates else {}
     texts_after = _answers(trainer, prompts, job.sample_tokens)
     trainer.save_model()

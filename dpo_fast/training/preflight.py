@@ -1,7 +1,9 @@
 """`dpo-fast train`, before anything is loaded: packages, optimizer, schedule, evaluation and folders that a recipe needs."""
 
+import importlib.metadata
 import importlib.util
 import re
+import traceback
 from pathlib import Path
 
 import torch
@@ -17,33 +19,52 @@ def check(job, config: FastDPOConfig) -> None:
     _check_loggers(config)
     _check_optimizer(config)
     _check_schedule(config)
-    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise BadInput("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
+    if config.use_liger_kernel:
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise BadInput("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
+        if config.device.type == "cpu":
+            raise BadInput("use_liger_kernel needs an accelerator: its kernels do not run on the CPU; leave it out")
     if not (job.eval_dataset or job.eval_split):
-        wants = {"eval_strategy": config.eval_strategy != "no", "load_best_model_at_end": config.load_best_model_at_end}
-        if needs := [name for name, wanted in wants.items() if wanted]:
+        wants = {"eval_strategy": config.eval_strategy != "no", "eval_on_start": config.eval_on_start}
+        for name in (name for name, wanted in wants.items() if wanted):
             raise BadInput(
-                f"{needs[0]} needs data to evaluate on: set eval_dataset (or eval_split, a split of dataset), or leave "
-                f"{needs[0]} out"
+                f"{name} needs data to evaluate on: set eval_dataset (or eval_split, a split of dataset), or leave "
+                f"{name} out"
             )
     out, model = Path(config.output_dir), Path(job.model)
     if out.exists() and not out.is_dir():
         raise BadInput(f"output_dir: {str(out)!r} is a file")
     if out.is_dir() and model.is_dir() and out.samefile(model):
         raise BadInput(f"output_dir: {str(out)!r} is the model's own folder, which would be overwritten")
-    resume = config.resume_from_checkpoint
-    if isinstance(resume, str) and not Path(resume).is_dir():
-        raise BadInput(f"resume_from_checkpoint: there is no directory {resume!r}; true takes the last of output_dir")
+    _check_resume(config.resume_from_checkpoint, out)
 
 
-def missing_package(error: ImportError) -> Exception:
-    """BadInput that names the package; the error itself, where it is a module of ours that cannot be imported."""
+def _check_resume(resume: str | bool | None, out: Path) -> None:
+    if resume is True and (not out.is_dir() or transformers.trainer_utils.get_last_checkpoint(out) is None):
+        raise BadInput(f"resume_from_checkpoint: there is no checkpoint in output_dir, {str(out)!r}")
+    if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
+        raise BadInput(
+            f"resume_from_checkpoint must be a folder with a trainer_state.json, or true for the last one of "
+            f"output_dir, got {resume!r}"
+        )
+
+
+def is_said(error: BaseException) -> bool:
+    """Whether a `raise` has made it, with a message. What an operation has made is a bug, and keeps its trace."""
+    return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
+
+
+def missing_package(error: ImportError) -> BadInput:
+    """What names the package. A module of ours that cannot be imported is a bug, and raised as it is."""
     if (error.name or "").split(".")[0] == "dpo_fast":
-        return error
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.split(".")[0]
-        return BadInput(f"the package {package} is missing: pip install {package.replace('_', '-')}")
-    return BadInput(one_line(error))
+        raise error
+    if isinstance(error, importlib.metadata.PackageNotFoundError):  # a module that has no name, but a requirement
+        package = re.search(r"[\w.-]+(?=[<>=!~' ]|$)", error.name.removeprefix("The "))[0]
+    elif isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0].replace("_", "-")
+    else:  # of a library, which says what it needs
+        return BadInput(one_line(error))
+    return BadInput(f"the package {package} is missing: pip install {package}")
 
 
 def _check_loggers(config: FastDPOConfig) -> None:
