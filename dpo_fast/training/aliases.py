@@ -129,15 +129,16 @@ OTHERWISE = {
     "dataset_splits": "write dataset_split for training and eval_split for evaluation",
     "dataset_configs": "write dataset_config",
     "dataset_streaming": "leave it out: hub data sets are downloaded and memory-mapped",
-    **dict.fromkeys(("max_samples", "max_train_samples"), "leave it out, or write dataset_split: train[:{value}], which takes a part of a hub data set"),
+    **dict.fromkeys(
+        ("max_samples", "max_train_samples"),
+        "leave it out, or write dataset_split: train[:{value}], which takes a part of a hub data set",
+    ),
     "max_eval_samples": "leave it out, or write eval_split: test[:{value}], which takes a part of a hub data set",
     **dict.fromkeys(("val_set_size", "val_size", "test_split_size"), _HELD_OUT),
     **dict.fromkeys(("template", "chat_template", "conv_template_name", "prompt_template", "default_system"), _CHAT),
     "auto_insert_empty_system_msg": _CHAT,
     **dict.fromkeys(("columns_to_keep", "column_mapping", "ranking", "formatting", "columns"), _COLUMNS),
-    **dict.fromkeys(
-        ("overwrite_cache", "dataset_prepared_path", "tokenized_path", "shuffle_merged_datasets"), _CACHE
-    ),
+    **dict.fromkeys(("overwrite_cache", "dataset_prepared_path", "tokenized_path", "shuffle_merged_datasets"), _CACHE),
     **dict.fromkeys(
         ("padding_free", "sample_packing", "eval_sample_packing", "packing", "neat_packing", "pad_to_sequence_len"),
         _LAYOUT,

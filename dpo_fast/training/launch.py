@@ -124,8 +124,12 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
         raise preflight.missing_package(error) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise BadInput(one_line(error)) from error
-    except (SafetensorError, pickle.UnpicklingError) as error:
+    except SafetensorError as error:
         raise BadInput(f"weights cannot be read: {one_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise BadInput(
+            "weights cannot be read: the file is not one of torch.save, or holds more than tensors"
+        ) from error
     except (TypeError, RuntimeError) as error:
         if _is_about_keywords(error, config):
             raise BadInput(f"model_init_kwargs: {one_line(error)}") from error

@@ -237,7 +237,9 @@ def _check_nodes(root: yaml.Node, where: str) -> None:
             continue
         seen.add(id(node))
         if node.tag not in _Loader.yaml_constructors:
-            raise BadInput(f"{where} is not YAML: line {node.start_mark.line + 1} has the tag {node.tag}, which is no data")
+            raise BadInput(
+                f"{where} is not YAML: line {node.start_mark.line + 1} has the tag {node.tag}, which is no data"
+            )
         if isinstance(node, yaml.SequenceNode):
             todo += node.value
         elif isinstance(node, yaml.MappingNode):
