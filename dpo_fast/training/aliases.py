@@ -1,5 +1,5 @@
-"""Keys of other projects' recipes -> what to write here. They are hinted at, never obeyed: a recipe that runs is one that
-says what is trained. Sources: alignment-handbook, TRL (its DPOConfig, ModelConfig and ScriptArguments, old and new),
+"""Keys of other projects' recipes -> what to write here. They are hinted at, never obeyed: a recipe that runs says what
+is trained. Sources: alignment-handbook, TRL (its DPOConfig, ModelConfig and ScriptArguments, old and new),
 LLaMA-Factory, Axolotl, SimPO, and keys that transformers had before 5.0."""
 
 # The same thing under another name
@@ -122,7 +122,7 @@ OTHERWISE = {
     "loraplus_lr_ratio": "leave it out: not offered, both factors of an adapter have one learning rate",
     **dict.fromkeys(
         ("lora", "peft_config", "lora_config", "peft"),
-        "write lora_r, lora_alpha, lora_dropout, lora_target_modules; put everything else into lora_kwargs",
+        "write lora_r, lora_alpha, lora_dropout, lora_target_modules, and everything else as lora_kwargs",
     ),
     # the data
     **dict.fromkeys(("dataset_mixer", "dataset_mixture", "datasets", "dataset_mixer_list"), _PARTS),
@@ -176,7 +176,7 @@ OTHERWISE = {
     "gradient_checkpointing_use_reentrant": "write gradient_checkpointing_kwargs: {use_reentrant: {value}}",
     **dict.fromkeys(("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "fsdp_version"), _FSDP),
     **dict.fromkeys(("dispatch_batches", "split_batches"), "put it into accelerator_config"),
-    "early_stopping_patience": "leave it out: not offered, but load_best_model_at_end: true ends with the best checkpoint",
+    "early_stopping_patience": "leave it out: not offered, but load_best_model_at_end: true keeps the best",
     "activation_offloading": "leave it out: not offered, but gradient_checkpointing: true keeps few activations",
     "enable_liger_kernel": "write use_liger_kernel: true",
     "pure_bf16": "put dtype: bfloat16 into model_init_kwargs",

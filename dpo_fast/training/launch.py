@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from . import preflight, recipe
 from .config import FastDPOConfig
+from .keys import keys_of
 from .sources import BadInput, load_pairs, may_be_hub_id, one_line
 from .trainer import FastDPOTrainer
 
@@ -73,7 +74,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     config_file = None
     if options and not options[0].startswith("-"):
         config_file, options = Path(options[0]), options[1:]
-    values, given = recipe.read(config_file, options, recipe.keys_of(Job, FastDPOConfig))
+    values, given = recipe.read(config_file, options, keys_of(Job, FastDPOConfig))
     if missing := [name for name in ("model", "dataset") if name not in values]:
         options = ", ".join(f"--{name}" for name in missing)
         raise BadInput(f"missing: {options} (or the same in the YAML file, as in `{missing[0]}: ...`)")

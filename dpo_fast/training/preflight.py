@@ -1,4 +1,4 @@
-"""`dpo-fast train`, before anything is loaded: packages, optimizer, schedule, evaluation and folders that a recipe needs."""
+"""`dpo-fast train`, before anything is loaded: packages, optimizer, schedule, data and folders that a recipe needs."""
 
 import importlib.metadata
 import importlib.util
