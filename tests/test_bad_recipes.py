@@ -202,7 +202,7 @@ HOUSES = {
             model_name_or_path="m", torch_dtype="null", attn_implementation="sdpa", dataset_mixer={"d": 1.0},
             dataset_splits=["train"], preprocessing_num_workers=12, bf16=True, beta=0.01, do_eval=True,
             eval_strategy="steps", eval_steps=100, gradient_accumulation_steps=2, gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate="5.0e-7", log_level="info",
+            gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate="5.0e-7", log_level="warning",
             logging_steps=10, lr_scheduler_type="cosine", max_length=1024, max_prompt_length=512, num_train_epochs=1,
             optim="adamw_torch", per_device_train_batch_size=8, per_device_eval_batch_size=8, push_to_hub=False,
             save_strategy="steps", save_steps=100, save_total_limit=1, seed=42, report_to=["wandb"],
