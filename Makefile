@@ -11,7 +11,7 @@ suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/bud
 # Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo check test test-all test-machines fuzz scan lint floor ceiling clean
+.PHONY: demo notebooks check test test-all test-machines fuzz scan lint floor ceiling clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
+
+# Executes the notebooks and writes their outputs back: minutes each
+notebooks: $(STAMP)
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[notebooks]"
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/execute.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

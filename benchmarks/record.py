@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .provenance import CODE, GIVEN, NoHistory, commit_of
+from .provenance import CODE, GIVEN, NoHistory, commit_of, reason_against
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "transformers", "accelerate", "datasets", "peft", "trl", "liger_kernel", "cut_cross_entropy")
@@ -61,7 +61,9 @@ class Record:
         """
         if not self.saves:
             return None
-        if self.commit and not self.commit.endswith("-dirty") and commit_of(self.code) != self.commit:
+        clean = self.commit and not self.commit.endswith("-dirty")
+        # Another commit is no harm where it has left this code alone
+        if clean and commit_of(self.code) != self.commit and reason_against(self.commit, self.code):
             print(f"{name}: the code changed while it was measured; its result is stamped dirty")
             self.commit += "-dirty"
         path = self.folder / device_name() / f"{name}.json"

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
@@ -110,6 +111,14 @@ READ = {
     "chat_template_kwargs: {enable_thinking: false}": dict(chat_template_kwargs={"enable_thinking": False}),
     "chat_template_kwargs: '{\"enable_thinking\": false}'": dict(chat_template_kwargs={"enable_thinking": False}),
 }
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """Recipes set log_level, which is of the whole process: the tests after them get theirs back."""
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("text", READ)

@@ -196,12 +196,13 @@ def test_ratios_are_of_rounds():
 
 @pytest.fixture
 def record(monkeypatch, tmp_path):
-    """Makes a Record of `level1` that finds these commits, one after the other."""
+    """Makes a Record of `level1` that finds these commits, one after the other; `changed`: what differs in its code."""
     from benchmarks import record
 
-    def make(*commits: str, **knobs):
+    def make(*commits: str, changed: str | None = None, **knobs):
         left = iter(commits)
         monkeypatch.setattr(record, "commit_of", lambda paths: next(left))
+        monkeypatch.setattr(record, "reason_against", lambda commit, paths: changed)
         return record.Record("level1", ["--N", "4", "--allow-dirty"], folder=tmp_path, **knobs)
 
     return make
@@ -226,8 +227,11 @@ def test_uncommitted_code_is_not_measured_unless_told(record):
 
 
 def test_code_that_changes_under_a_measurement_is_dirty(record, capsys):
-    path = record("abc", "abc-dirty").save("some", {})
-    assert json.loads(path.read_text())["commit"] == "abc-dirty" and "changed while" in capsys.readouterr().out
+    for now in ("abc-dirty", "def"):
+        path = record("abc", now, changed="older than the code").save("some", {})
+        assert json.loads(path.read_text())["commit"] == "abc-dirty" and "changed while" in capsys.readouterr().out
+    path = record("abc", "def").save("some", {})  # a commit of other files
+    assert json.loads(path.read_text())["commit"] == "abc" and "changed while" not in capsys.readouterr().out
 
 
 def test_a_benchmark_refuses_before_it_measures(monkeypatch, capsys):
