@@ -239,6 +239,7 @@ class _Installed:
         self._install()
 
     def _install(self) -> None:
+        compute_with_own_weights(self.model)  # or a forward that works on another model would come back
         self.before = _way_of(self.model)
         install(self.model, self.outputs, self.layout)
         self.ours = getattr(self.model.forward, "__func__", self.model.forward)
