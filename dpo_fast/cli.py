@@ -84,6 +84,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def _say(command: str, sentence: str, status: int) -> int:
+    if status != 2:  # a progress bar may stand on the line
+        print(file=sys.stderr)
     print(f"dpo-fast {command}: {sentence}", file=sys.stderr)
     return status
 
