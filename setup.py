@@ -27,7 +27,8 @@ setup(
     python_requires=">=3.10",
     # `dpo_fast/kernels` is a relative symlink to the top-level folder `kernels`, which has no __init__.py on purpose:
     # a regular package of that name at the root would shadow Hugging Face's `kernels` (see README, "File map").
-    packages=["dpo_fast", "dpo_fast.kernels", "dpo_fast.ops", "dpo_fast.training", "dpo_fast.data", "dpo_fast.demo"],
+    packages=["dpo_fast", "dpo_fast.kernels", "dpo_fast.ops", "dpo_fast.training", "dpo_fast.report", "dpo_fast.data"]
+    + ["dpo_fast.demo"],
     package_data={"dpo_fast": ["py.typed"], "dpo_fast.data": ["*.jsonl"]},
     # The oldest with which the whole suite passes: `make floor`. Before transformers 5.6 Trainer divides gradients by
     # the number of accumulated batches twice

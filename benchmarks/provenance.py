@@ -17,7 +17,7 @@ GIVEN = "DPO_FAST_COMMIT"  # the commit, where a checkout travels without its re
 _MEASURE = "benchmarks/measure.py"
 _HEAD = ("kernels", "dpo_fast/ops", "dpo_fast/preference.py", "dpo_fast/objective.py", "dpo_fast/losses.py")
 _HEAD += ("dpo_fast/logps.py", "benchmarks/head_providers.py", _MEASURE)
-_NOT_IN_A_STEP = ("demo", "data", "cli.py", "env.py", "selftest.py", "testing.py")
+_NOT_IN_A_STEP = ("demo", "data", "report", "cli.py", "env.py", "selftest.py", "testing.py")
 _COMMAND_LINE = (
     "launch",
     "recipe",
@@ -27,8 +27,6 @@ _COMMAND_LINE = (
     "preflight",
     "sources",
     "outcome",
-    "report",
-    "charts",
 )
 _NOT_IN_A_STEP += tuple(f"training/{name}.py" for name in _COMMAND_LINE)
 # benchmark -> git's paths of the code that it measures

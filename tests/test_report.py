@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dpo_fast.training.charts import (
+from dpo_fast.report.charts import (
     Bar,
     BarChart,
     Curve,
@@ -19,8 +19,8 @@ from dpo_fast.training.charts import (
     ticks,
     training_curves,
 )
-from dpo_fast.training.files import replace_directory, replace_file, write_text
-from dpo_fast.training.report import DPO_LOSS, Page, text_table
+from dpo_fast.report.files import replace_directory, replace_file, write_text
+from dpo_fast.report.page import DPO_LOSS, Page, text_table
 
 LOG = [
     {"step": 1, "loss": "0.6931", "rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0},

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_fast.training.charts import (
+from dpo_fast.report.charts import (
     Bar,
     BarChart,
     Curve,
@@ -12,8 +12,8 @@ from dpo_fast.training.charts import (
     format_share,
     training_curves,
 )
-from dpo_fast.training.files import write_text
-from dpo_fast.training.report import DPO_LOSS, Page, text_table
+from dpo_fast.report.files import write_text
+from dpo_fast.report.page import DPO_LOSS, Page, text_table
 
 # p*(chosen) / p*(rejected) = p_ref(chosen) / p_ref(rejected) * (q / (1 - q))^(1 / beta)
 OPTIMUM = """

@@ -19,7 +19,7 @@ from dpo_fast import data as package_data
 from dpo_fast.data.facts import Question
 from dpo_fast.data.make_pairs import held_out_questions
 from dpo_fast.data.opinions import OPINIONS, Opinion
-from dpo_fast.training.files import replace_directory, replace_file
+from dpo_fast.report.files import replace_directory, replace_file
 
 from .console import Progress, TrainerProgress
 from .corpus import Document, answer_shares, make_corpus, style_shares, train_tokenizer

@@ -11,12 +11,12 @@ import torch
 import transformers
 
 import dpo_fast
+from dpo_fast.report.charts import can_draw_png, draw_png, training_curves
+from dpo_fast.report.files import write_text
+from dpo_fast.report.page import DPO_LOSS, Page, text_table
 
-from .charts import can_draw_png, draw_png, training_curves
-from .files import write_text
 from .launch import Job
 from .models import limits
-from .report import DPO_LOSS, Page, text_table
 from .sources import BadInput
 from .trainer import FastDPOTrainer
 

@@ -82,7 +82,7 @@ def training_curves(log_history: list[dict]) -> list[CurveChart]:
 
 
 def bars_html(chart: BarChart) -> str:
-    """The chart as HTML that `report.page` has the style for."""
+    """The chart as HTML that `page` has the style for."""
     parts = [f'<figure class="bars"><figcaption>{html.escape(chart.title)}</figcaption>']
     for heading, bars in chart.groups.items():
         parts.append(f'<div class="group"><h4>{html.escape(heading)}</h4>')

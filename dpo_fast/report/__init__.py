@@ -1,0 +1,1 @@
+"""Reports of training runs as HTML: `page` and `charts` draw them, `files` writes them."""
