@@ -2,18 +2,10 @@
 
 from pathlib import Path
 
-from dpo_fast.report.charts import (
-    Bar,
-    BarChart,
-    Curve,
-    CurveChart,
-    can_draw_png,
-    draw_png,
-    format_share,
-    training_curves,
-)
+from dpo_fast.report.charts import Bar, BarChart, Curve, CurveChart, format_share, training_curves
 from dpo_fast.report.files import write_text
 from dpo_fast.report.page import DPO_LOSS, Page, text_table
+from dpo_fast.report.png import can_draw_png, draw_png
 
 # p*(chosen) / p*(rejected) = p_ref(chosen) / p_ref(rejected) * (q / (1 - q))^(1 / beta)
 OPTIMUM = """

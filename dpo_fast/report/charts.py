@@ -1,21 +1,23 @@
-"""Charts of a report as data, drawn as HTML (no dependencies) or as PNG (matplotlib, the extra `examples`)."""
+"""Charts of a report as data. `svg` draws them for a page, `png` as files."""
 
-import html
-import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from .files import replace_file
-
-# role -> (CSS variable of the page, colour in PNGs)
+# role -> (CSS variable of the page, colour in PNGs, dashes of a line in px). Colours after Okabe and Ito, "Color
+# universal design": told apart with any colour vision; who sees none has the dashes
 COLOURS = {
-    "before": ("--before", "#8b95a5"),
-    "good": ("--good", "#2463c9"),
-    "bad": ("--bad", "#d1730f"),
-    "known": ("--known", "#1f8a70"),
+    "before": ("--before", "#7d8797", ""),
+    "good": ("--good", "#2463c9", ""),
+    "bad": ("--bad", "#c9660a", "7 4"),
+    "known": ("--known", "#1f8a70", "2 4"),
 }
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 210, 44, 12, 12, 34
+_DASHES = ("", "8 4", "2 4", "12 4 2 4", "16 6", "5 3 1 3")
+_RUNS = ("#0072b2", "#c9560a", "#00795a", "#a8407f", "#4a4a4a", "#806600")
+# of runs side by side; past six the same colours come with other dashes
+RUN_ROLES = tuple(f"run{index}" for index in range(36))
+for _index, _role in enumerate(RUN_ROLES):
+    _colour = _index % len(_RUNS)
+    COLOURS[_role] = (f"--run{_colour}", _RUNS[_colour], _DASHES[(_index + _index // len(_RUNS)) % len(_DASHES)])
 
 
 @dataclass(frozen=True)
@@ -53,82 +55,88 @@ class CurveChart:
     x_label: str = "step"
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """How often values occur: one outline per label, over common bins."""
+
+    title: str
+    values: dict[str, list[float]]  # label -> values
+    roles: dict[str, str]
+    x_label: str
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points (x, y) of two kinds: circles and crosses."""
+
+    title: str
+    points: dict[str, list[tuple[float, float]]]
+    roles: dict[str, str]
+    x_label: str
+
+
+# chart -> its curves: (label, key of the log, role)
+_LOGGED = {
+    "DPO loss": [("training", "loss", "good"), ("evaluation", "eval_loss", "known")],
+    "Implicit reward": [("chosen", "rewards/chosen", "good"), ("rejected", "rewards/rejected", "bad")],
+    "Margin between the rewards": [
+        ("training", "rewards/margins", "good"), ("evaluation", "eval_rewards/margins", "known"),
+    ],
+    "Pairs ranked right": [
+        ("training", "rewards/accuracies", "good"), ("evaluation", "eval_rewards/accuracies", "known"),
+    ],
+    "Log-probability of a completion, nats": [
+        ("chosen", "logps/chosen", "good"), ("rejected", "logps/rejected", "bad"),
+    ],
+}  # fmt: skip
+TERM = "loss/"  # what the names of the terms of a loss begin with
+
+
+def logged_points(log_history: list[dict], key: str) -> list[tuple[float, float]]:
+    """(x, value) of a key of a Trainer's `state.log_history`; x counts the updates that the weights had had.
+
+    What is logged in training is a mean over the steps since the log before; step k runs with the weights of k - 1
+    updates. So a value of steps j + 1 to k stands at (j + k - 1) / 2, and that of step 1 at 0. An evaluation after k
+    steps stands at k.
+    """
+    points, last = [], 0
+    for logs in log_history:
+        step, of_training = logs.get("step", 0), "loss" in logs
+        if key in logs:
+            points.append(((last + step - 1) / 2 if of_training and step > last else step, float(logs[key])))
+        if of_training:
+            last = step
+    return points
+
+
 def training_curves(log_history: list[dict]) -> list[CurveChart]:
-    """Loss, rewards, margin and accuracy from a Trainer's `state.log_history`, with evaluation where there is one."""
-
-    def curve(label: str, key: str, role: str) -> Curve:
-        return Curve(label, [(logs["step"], float(logs[key])) for logs in log_history if key in logs], role)
-
-    charts = [
-        CurveChart("DPO loss", [curve("training", "loss", "good"), curve("evaluation", "eval_loss", "known")]),
-        CurveChart(
-            "Implicit reward",
-            [curve("chosen", "rewards/chosen", "good"), curve("rejected", "rewards/rejected", "bad")],
-        ),
-        CurveChart(
-            "Margin between the rewards",
-            [curve("training", "rewards/margins", "good"), curve("evaluation", "eval_rewards/margins", "known")],
-        ),
-        CurveChart(
-            "Pairs ranked right",
-            [curve("training", "rewards/accuracies", "good"), curve("evaluation", "eval_rewards/accuracies", "known")],
-        ),
-    ]
-    drawn = [CurveChart(chart.title, [c for c in chart.curves if c.points], chart.x_label) for chart in charts]
+    """Loss, its terms, rewards, margin, accuracy and log-probs from a Trainer's `state.log_history`."""
+    charts = dict(_LOGGED)
+    terms = list(dict.fromkeys(key for logs in log_history for key in logs if key.startswith(TERM)))
+    named = [(key.removeprefix(TERM), key, RUN_ROLES[index]) for index, key in enumerate(terms)]
+    titles = list(charts)
+    if named:
+        titles.insert(1, "Terms of the loss, weighted")
+        charts[titles[1]] = named
+    drawn = []
+    for title in titles:
+        curves = [Curve(label, logged_points(log_history, key), role) for label, key, role in charts[title]]
+        drawn.append(CurveChart(title, [curve for curve in curves if curve.points]))
     return [chart for chart in drawn if chart.curves]
 
 
-# --- HTML ------------------------------------------------------------------------------------------------------------
+def pair_charts(pairs: dict) -> list[Histogram | Scatter]:
+    """Rewards of the pairs of an evaluation: how they are spread, and against the lengths of the completions.
 
-
-def bars_html(chart: BarChart) -> str:
-    """The chart as HTML that `page` has the style for."""
-    parts = [f'<figure class="bars"><figcaption>{html.escape(chart.title)}</figcaption>']
-    for heading, bars in chart.groups.items():
-        parts.append(f'<div class="group"><h4>{html.escape(heading)}</h4>')
-        for bar in bars:
-            percent = 100 * min(max(bar.value, 0.0), 1.0) if math.isfinite(bar.value) else 0.0
-            parts.append(
-                f'<div class="bar"><span class="name">{html.escape(bar.label)}</span><span class="track">'
-                f'<i style="width:{percent:.1f}%;background:var({COLOURS[bar.role][0]})"></i></span>'
-                f'<span class="value">{format_share(bar.value)}</span></div>'
-            )
-        parts.append("</div>")
-    return "".join([*parts, "</figure>"])
-
-
-def curves_html(chart: CurveChart) -> str:
-    """The chart as inline SVG with a legend."""
-    curves = [(curve, _finite(curve.points)) for curve in chart.curves]
-    curves = [(curve, points) for curve, points in curves if points]
-    title = html.escape(chart.title)
-    if not curves:
-        return f'<figure class="curves"><figcaption>{title}</figcaption><p>No points were logged.</p></figure>'
-    xs, ys = zip(*(point for _, points in curves for point in points), strict=True)
-    y_ticks = ticks(min(ys), max(ys))
-    x_ticks = [tick for tick in ticks(min(xs), max(xs)) if min(xs) <= tick <= max(xs)]
-    x_at = _scale(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
-    y_at = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
-    svg = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">']
-    for tick in y_ticks:
-        y = y_at(tick)
-        svg.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        svg.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        svg.append(f'<text x="{x_at(tick):.1f}" y="{_HEIGHT - 16}" text-anchor="middle">{tick:g}</text>')
-    svg.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 2}" text-anchor="middle">{chart.x_label}</text>')
-    for curve, points in curves:
-        colour = f"var({COLOURS[curve.role][0]})"
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in points)
-        svg.append(f'<polyline points="{path}" style="stroke:{colour}"/>')
-        if len(points) == 1:
-            svg.append(f'<circle cx="{x_at(points[0][0]):.1f}" cy="{y_at(points[0][1]):.1f}" r="3" fill="{colour}"/>')
-    legend = "".join(
-        f'<span><i style="background:var({COLOURS[curve.role][0]})"></i>{html.escape(curve.label)}</span>'
-        for curve, _ in curves
-    )
-    legend = f'<div class="legend">{legend}</div>' if len(curves) > 1 else ""
-    return f'<figure class="curves"><figcaption>{title}</figcaption>{"".join(svg)}</svg>{legend}</figure>'
+    pairs: lists of equal length, chosen_rewards, rejected_rewards, chosen_tokens, rejected_tokens.
+    """
+    sides, roles = ("chosen", "rejected"), {"chosen": "good", "rejected": "bad"}
+    rewards = {side: pairs[f"{side}_rewards"] for side in sides}
+    dots = {side: list(zip(pairs[f"{side}_tokens"], rewards[side], strict=True)) for side in sides}
+    return [
+        Histogram("How rewards are spread", rewards, roles, "reward"),
+        Scatter("Length against reward", dots, roles, "tokens of the completion"),
+    ]
 
 
 def format_share(value: float) -> str:
@@ -136,77 +144,6 @@ def format_share(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else "none"
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that cover [low, high] in about `count` equal steps."""
-    span = high - low or abs(high) or 1.0
-    rough = span / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
-
-
-def _scale(low: float, high: float, start: float, end: float):
-    return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
-
-
-def _finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that can be drawn."""
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-
-
-# --- PNG -------------------------------------------------------------------------------------------------------------
-
-
-def can_draw_png() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def draw_png(charts: list[BarChart | CurveChart], path: Path) -> Path:
-    """Draw charts side by side into one PNG, written in one step. Needs matplotlib (ImportError)."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    rows = max(sum(len(bars) + 1.4 for bars in getattr(chart, "groups", {}).values()) for chart in charts)
-    wide = any(isinstance(chart, BarChart) for chart in charts)
-    figure = Figure(figsize=((7.5 if wide else 4.6) * len(charts), max(3.2, 0.2 * rows + 0.9)), layout="constrained")
-    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-        axes.spines[["top", "right"]].set_visible(False)
-        if isinstance(chart, BarChart):
-            figure.suptitle(chart.title, fontsize=11)
-            _draw_bars(axes, chart)
-        else:
-            axes.set_title(chart.title, fontsize=11, loc="left")
-            _draw_curves(axes, chart)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=144, format="png")
-    return path
-
-
-def _draw_bars(axes, chart: BarChart) -> None:
-    position, places, labels = 0.0, [], []
-    for heading, bars in chart.groups.items():
-        axes.text(0, position, f" {heading}", va="center", fontsize=9, fontweight="bold")
-        for bar in bars:
-            position += 1
-            places.append(position)
-            labels.append(bar.label)
-            axes.barh(position, bar.value, height=0.8, color=COLOURS[bar.role][1])
-            axes.text(min(bar.value, 1) + 0.01, position, format_share(bar.value), va="center", fontsize=7.5)
-        position += 1.4
-    axes.set_yticks(places, labels, fontsize=8)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(-0.7, position - 0.7)
-    axes.set_xlim(0, 1.12)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
-    axes.invert_yaxis()
-
-
-def _draw_curves(axes, chart: CurveChart) -> None:
-    for curve in chart.curves:
-        points = _finite(curve.points)
-        style = {"color": COLOURS[curve.role][1], "linewidth": 1.8, "marker": "o" if len(points) == 1 else None}
-        axes.plot([x for x, _ in points], [y for _, y in points], label=curve.label, **style)
-    axes.set_xlabel(chart.x_label, fontsize=9)
-    axes.grid(axis="y", alpha=0.25)
-    if len(chart.curves) > 1:
-        axes.legend(frameon=False, fontsize=8)

@@ -4,13 +4,16 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .charts import BarChart, CurveChart, bars_html, curves_html
+from .charts import BarChart, CurveChart, Histogram, Scatter
+from .svg import bars_html, chart_html
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1d232b; --soft: #5b6572; --line: #e4e1d9;
-  --before: #8b95a5; --good: #2463c9; --bad: #d1730f; --known: #1f8a70; }
+  --before: #7d8797; --good: #2463c9; --bad: #c9660a; --known: #1f8a70; --run0: #0072b2; --run1: #c9560a;
+  --run2: #00795a; --run3: #a8407f; --run4: #4a4a4a; --run5: #806600; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1c2027; --ink: #e8eaed; --soft: #a3acb8;
-  --line: #303640; --before: #7c8798; --good: #6aa2ff; --bad: #f0a04b; --known: #4fc3a1; } }
+  --line: #303640; --before: #7c8798; --good: #6aa2ff; --bad: #f0a04b; --known: #4fc3a1; --run0: #56b4e9;
+  --run1: #f0903c; --run2: #35c79a; --run3: #e08fc0; --run4: #c8c8c8; --run5: #e0c341; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -18,7 +21,17 @@ main { max-width: 860px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: clamp(27px, 6vw, 40px); line-height: 1.15; letter-spacing: -.02em; margin: 8px 0 12px;
   text-wrap: balance; }
 h2 { font-size: clamp(21px, 4.4vw, 27px); line-height: 1.25; letter-spacing: -.01em; margin: 56px 0 10px; }
-h4 { font-size: 15px; margin: 0 0 4px; }
+h3 { font-size: 15px; margin: 0 0 4px; }
+a { color: var(--good); }
+:focus-visible { outline: 3px solid var(--good); outline-offset: 3px; border-radius: 4px; }
+main:focus { outline: 0; }
+.skip { position: absolute; left: -9999px; }
+.skip:focus { left: 12px; top: 12px; padding: 8px 14px; background: var(--card); z-index: 1; }
+progress { width: 100%; height: 14px; accent-color: var(--good); }
+details { margin: 14px 0; }
+summary { cursor: pointer; color: var(--good); padding: 4px 0; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; margin: 14px 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 p { margin: 10px 0; max-width: 68ch; }
 .lead { font-size: 19px; color: var(--soft); }
 .stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 24px 0; }
@@ -43,10 +56,10 @@ figcaption { font-weight: 600; margin-bottom: 10px; font-size: 15px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+svg polyline, svg path { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .marks { stroke-width: 1.3; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); }
-.legend i { display: inline-block; width: 12px; height: 4px; border-radius: 2px; margin-right: 6px;
-  vertical-align: 3px; }
+.legend .swatch { display: inline-block; width: 30px; height: 10px; margin-right: 6px; vertical-align: 0; }
 .equation { padding: 14px 16px; overflow-x: auto; margin: 16px 0; }
 .equation math { font-size: clamp(13px, 3.6vw, 18px); }
 .samples { margin: 18px 0; overflow: hidden; }
@@ -59,10 +72,12 @@ code, .text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monosp
   overflow-wrap: anywhere; white-space: pre-wrap; }
 .scroll { overflow-x: auto; margin: 18px 0; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; width: 100%; }
+caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; }
-td:first-child { white-space: normal; min-width: 8em; }
-th { color: var(--soft); font-weight: 500; font-size: 13px; }
+.wrap td { white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
+th[scope=row] { font-weight: 400; min-width: 7em; }
+th[scope=col] { color: var(--soft); font-weight: 500; font-size: 13px; }
 footer { margin-top: 64px; color: var(--soft); font-size: 14px; border-top: 1px solid var(--line); padding-top: 16px; }
 """
 
@@ -85,6 +100,7 @@ class Page:
     title: str
     lead: str
     footer: str = ""
+    refresh: int | None = None  # seconds after which a browser loads the page anew
     parts: list[str] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
@@ -105,8 +121,17 @@ class Page:
     def bars(self, chart: BarChart) -> None:
         self.parts.append(bars_html(chart))
 
-    def curves(self, charts: Iterable[CurveChart]) -> None:
-        self.parts.append(f'<div class="grid">{"".join(map(curves_html, charts))}</div>')
+    def curves(self, charts: Iterable[CurveChart | Histogram | Scatter]) -> None:
+        self.parts.append(f'<div class="grid">{"".join(map(chart_html, charts))}</div>')
+
+    def progress(self, done: int, total: int, label: str) -> None:
+        self.parts.append(
+            f'<progress value="{done}" max="{max(total, 1)}" aria-label="{html.escape(label)}"></progress>'
+        )
+
+    def code(self, text: str) -> None:
+        """Something to copy."""
+        self.parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
 
     def equation(self, mathml: str) -> None:
         """MathML, without the `math` element."""
@@ -122,17 +147,39 @@ class Page:
         )
         self.parts.append(f"<div class=samples>{cells}</div>")
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-        self.parts.append(f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>")
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        caption: str = "",
+        *,
+        wrap: bool = False,
+        folded: bool = False,
+    ) -> None:
+        """The first cell of a row names it. wrap: cells of prose. folded: closed at first, under its caption."""
+        head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(
+            f"<tr><th scope=row>{html.escape(str(row[0]))}</th>"
+            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row[1:])
+            + "</tr>"
+            for row in rows
+        )
+        name = html.escape(caption or header[0])
+        shown = f"<caption>{name}</caption>" if caption and not folded else ""
+        table = (
+            f'<div class="scroll{" wrap" if wrap else ""}" role=region tabindex=0 aria-label="{name}">'
+            f"<table>{shown}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+        self.parts.append(f"<details><summary>{name}</summary>{table}</details>" if folded else table)
 
     def html(self) -> str:
         title = html.escape(self.title)
+        refresh = f'<meta http-equiv="refresh" content="{self.refresh}">' if self.refresh else ""
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>"
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}'
+            f'<title>{title}</title><style>{STYLE}</style></head><body><a class="skip" href="#content">Skip to content'
+            f'</a><main id="content" tabindex="-1"><h1>{title}</h1>'
             f'<p class="lead">{html.escape(self.lead)}</p>\n'
             + "\n".join(self.parts)
             + f"\n<footer>{html.escape(self.footer)}</footer></main></body></html>\n"

@@ -11,9 +11,10 @@ import torch
 import transformers
 
 import dpo_fast
-from dpo_fast.report.charts import can_draw_png, draw_png, training_curves
+from dpo_fast.report.charts import training_curves
 from dpo_fast.report.files import write_text
 from dpo_fast.report.page import DPO_LOSS, Page, text_table
+from dpo_fast.report.png import can_draw_png, draw_png
 
 from .launch import Job
 from .models import limits
