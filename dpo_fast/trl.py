@@ -45,6 +45,7 @@ from .layout import shared_prefix_batch
 from .ops.stats import STATS
 from .prepared import prepare_anew
 from .reference import is_peft_model
+from .report.callback import introduce
 from .router import balancing_loss
 
 try:
@@ -126,7 +127,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
                 _refuse_or_log(layout, reasons)
             attention.disable(model)
         self._installed, self._uses = installed, 0
-        self.padding_free = self.args.padding_free
+        self.padding_free, self._layout = self.args.padding_free, layout
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
                 "dpo_fast.trl: TRL's reference is not the model before training, because %s. Pass ref_model; or use "
@@ -136,6 +137,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's."""
+        introduce(self)
         with self._models_in_use():
             prepare_anew(self)
             return super().train(*args, **kwargs)
@@ -159,6 +161,37 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         """As TRL's."""
         self._use_models()
         return super().compute_ref_log_probs(*args, **kwargs)
+
+    def report_facts(self) -> dict:
+        """What `dpo_fast.report` shows of this trainer, each choice with its reason."""
+        from .training import facts  # not needed to train
+        from .training.data import Truncation
+
+        cut = Truncation(self.args.max_length, mode=self.args.truncation_mode)
+        if self.ref_model is not None:
+            reference = ("another model, which stays as it is", "ref_model was given, or TRL loaded a copy")
+        elif self.precompute_ref_logps:
+            reference = ("log-probs that lie with the data", "precompute_ref_log_probs")
+        else:
+            reference = ("the model without its adapter", "TRL's choice for a model with an adapter")
+        return {
+            "how": [("reference", *reference), ("layout", *self._layout_and_why())],
+            "lengths": facts.of_lengths(self.train_dataset, cut, facts.limits_of(self.args)),
+            "notes": [],
+        }
+
+    def _layout_and_why(self) -> tuple[str, str]:
+        if self._layout == "padded":
+            return "padded", "asked for, or the embeddings get noise"
+        models = [there.model for there in self._installed]
+        if any(_SEAMS not in vars(model) for model in models):
+            return "padded", "a model runs with TRL's own head"
+        if not all(is_ready(model, self.args.device) for model in models):
+            return "shared_prefix", "if the first batch shows that the models run it right"
+        reasons = [reason for model in models for reason in reasons_against_packed_rows(model)]
+        if reasons:
+            return "padded", "; ".join(dict.fromkeys(reasons))
+        return "shared_prefix", "each prompt runs once; a probe shows that the models run it right"
 
     @contextlib.contextmanager
     def _models_in_use(self) -> Iterator[None]:

@@ -127,6 +127,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     limits: ModelLimits = ModelLimits(),
     template_options: Mapping | None = None,
+    said: list[str] | None = None,
 ):
     """Tokenise a dataset and drop the pairs that cannot be trained on, saying how many and why in one line.
 
@@ -134,6 +135,7 @@ def prepare_dataset(
       sequence of dicts. Returns the same kind (a Dataset for a sequence) with columns prompt_ids, chosen_ids,
       rejected_ids, and the reference log-probs where it has them.
     template_options: variables of the chat template, for all rows; a row's own `chat_template_kwargs` go first.
+    said: gets the lines on what was dropped and what is odd, too; not those of a stream.
 
     Raises TypeError for other objects, ValueError for missing columns, no rows, and no usable rows; and for rows that
     cannot be read as what they say they are, with row and column.
@@ -162,7 +164,7 @@ def prepare_dataset(
         dataset = dataset.map(process, **options).filter(_ReportOnce(name))
         return dataset.remove_columns([_REASON, _NOTES])
     dataset = dataset.map(process, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
-    return _drop_unusable(dataset, name)
+    return _drop_unusable(dataset, name, [] if said is None else said)
 
 
 def _columns(dataset, name: str) -> tuple[list[str], list[dict]]:
@@ -363,7 +365,11 @@ def _example(example: str, where: str = "") -> str:
     return f" (first: {where}{example})" if example else ""
 
 
-def _drop_unusable(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+def _drop_unusable(dataset: datasets.Dataset, name: str, said: list[str]) -> datasets.Dataset:
+    def say(line: str) -> None:
+        logger.warning("%s", line)
+        said.append(line)
+
     reasons = list(dataset[_REASON])
     counts = Counter(reason for reason in reasons if reason)
     total, dropped = len(dataset), sum(counts.values())
@@ -371,7 +377,7 @@ def _drop_unusable(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     if dropped == total:
         raise ValueError(f"{name} dataset: none of the {total} pairs can be trained on: {why}")
     if dropped:
-        logger.warning("%s dataset: %d of %d pairs dropped: %s", name, dropped, total, why)
+        say(f"{name} dataset: {dropped} of {total} pairs dropped: {why}")
     numbers, first = Counter(), {}
     for index, notes in enumerate(dataset[_NOTES]):
         for key, example in json.loads(notes or "{}").items():
@@ -379,8 +385,7 @@ def _drop_unusable(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
             first.setdefault(key, (index, example))
     for key, number in numbers.items():
         index, example = first[key]
-        said = _example(example, f"row {index}, ")
-        logger.warning("%s dataset: %d of %d pairs %s%s", name, number, total, NOTES[key], said)
+        say(f"{name} dataset: {number} of {total} pairs {NOTES[key]}{_example(example, f'row {index}, ')}")
     dataset = dataset.remove_columns([_REASON, _NOTES])
     return dataset.select([i for i, reason in enumerate(reasons) if not reason]) if dropped else dataset
 

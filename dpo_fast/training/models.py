@@ -183,13 +183,14 @@ def check_layout(config: FastDPOConfig, *used: nn.Module) -> None:
     _raise_if_explicit(config, reasons)
 
 
-def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module) -> str:
-    """The layout that runs: for "auto", shared_prefix where every attached model that is `used` (the policy first) runs
-    packed rows right, which the probe shows, else padded, and a line says why. An explicit "shared_prefix" that cannot
-    run raises ValueError. Models that are sharded or not on their device yet are proven by the first batch."""
+def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module) -> tuple[str, str]:
+    """The layout that runs, and why: for "auto", shared_prefix where every attached model that is `used` (the policy
+    first) runs packed rows right, which the probe shows, else padded, and a line says why. An explicit "shared_prefix"
+    that cannot run raises ValueError. Models that are sharded or not on their device yet are proven by the first
+    batch."""
     if config.layout == "padded":
-        return "padded"
-    reasons = _neftune(config)
+        return "padded", "layout='padded' asks for it"
+    reasons, proven = _neftune(config), True
     for index, model in enumerate(used):
         base = base_model_of(model)
         if is_ready(model, device):
@@ -201,13 +202,16 @@ def choose_layout(config: FastDPOConfig, device: torch.device, *used: nn.Module)
                     type(base).__name__,
                 )
         else:
+            proven = False
             reasons += attention.reasons_against(base)
         if config.layout == "shared_prefix":
             packing.require(base)
     _raise_if_explicit(config, reasons)
     if reasons:
         logger.warning("layout: padded rows, not shared prefixes, because %s", "; ".join(dict.fromkeys(reasons)))
-    return "padded" if reasons else "shared_prefix"
+        return "padded", "; ".join(dict.fromkeys(reasons))
+    asked = "layout='shared_prefix' asks for it, and" if config.layout == "shared_prefix" else "each prompt runs once;"
+    return "shared_prefix", f"{asked} {'a probe' if proven else 'the first batch'} shows that the models run it right"
 
 
 def _neftune(config: FastDPOConfig) -> list[str]:

@@ -22,9 +22,10 @@ from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics
 from dpo_fast.prepared import prepare_anew
+from dpo_fast.report.callback import introduce
 from dpo_fast.router import router_coefficient
 
-from . import models, references
+from . import facts, models, references
 from .config import FastDPOConfig
 from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
 from .sampler import TokenBudgetBatchSampler
@@ -100,13 +101,15 @@ class FastDPOTrainer(transformers.Trainer):
             check_storage(model, ref_model)
         tokenizer = models.load_tokenizer(processing_class, model, args)
 
-        self.args, self.processing_class = args, tokenizer  # what _prepare needs
+        self.args, self.processing_class, self._said = args, tokenizer, []  # what _prepare needs
         self._limits = models.limits(model, ref_model)
         train_dataset = self._prepare(train_dataset, "train")
         eval_dataset = self._prepare(eval_dataset, "eval")
         self._given_reference = ref_model is not None
+        self._reference_name = "" if ref_model is None else getattr(ref_model, "name_or_path", "") or "a model"
         self._all_scored = self._check_reference_columns(train_dataset, eval_dataset)
         choose_layout = data_collator is None
+        self._layout = "of the data_collator", "it was given"
         if choose_layout:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             models.check_layout(args, *(m for m in (model, ref_model) if m is not None))
@@ -131,9 +134,11 @@ class FastDPOTrainer(transformers.Trainer):
         self._must_agree = ref_model is None and self.reference is not None
         self._unproven = False
         if choose_layout:  # proven on the models as they run, before the first batch
-            layout = models.choose_layout(args, args.device, *self._own_models())
-            self.data_collator = dataclasses.replace(data_collator, layout=layout)
+            self._layout = models.choose_layout(args, args.device, *self._own_models())
+            self.data_collator = dataclasses.replace(data_collator, layout=self._layout[0])
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
+        self._of_pairs: list[Tensor] | None = None  # while `evaluate_pairs` collects them
+        self._counts = {"pairs": 0, "tokens": 0, "scored": 0}
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         if args.print_example and train_dataset is not None and self.is_world_process_zero():
@@ -157,6 +162,7 @@ class FastDPOTrainer(transformers.Trainer):
                 num_proc=args.dataset_num_proc,
                 limits=self._limits,
                 template_options=args.chat_template_kwargs,
+                said=self._said,
             )
 
     def _precompute_reference(self) -> None:
@@ -262,6 +268,9 @@ class FastDPOTrainer(transformers.Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = sum(batch.num_pairs for batch in batches)
         tokens = sum(sum(batch.host_lengths[: batch.num_pairs]) for batch in batches)
+        self._counts["pairs"] += pairs
+        self._counts["tokens"] += sum(batch.input_ids.numel() for batch in batches)
+        self._counts["scored"] += sum(sum(batch.host_lengths) for batch in batches)
         if self.args.world_size > 1:  # gradients are averaged over ranks, whatever number of pairs each holds
             counts = torch.tensor([pairs, tokens], device=device, dtype=torch.float32)
             pairs, tokens = self.accelerator.reduce(counts, reduction="mean")
@@ -333,7 +342,13 @@ class FastDPOTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         self._evaluated_pairs += inputs.num_pairs
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            if self._of_pairs is None:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, step = self.compute_loss(model, inputs, return_outputs=True)
+        rewards = torch.stack(self.objective.rewards(step.pairs)).float()  # (2, P)
+        lengths = inputs.lengths.to(rewards).view(2, -1)
+        self._of_pairs.append(torch.cat([rewards, lengths])[:, : self._pairs_that_count(inputs)])
+        return loss.detach(), None, None
 
     # --- loops -----------------------------------------------------------------------------------------------------
 
@@ -343,6 +358,8 @@ class FastDPOTrainer(transformers.Trainer):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.model)
         self._sums["train"], self._unproven = MetricSums(), self._must_agree
+        self._counts = dict.fromkeys(self._counts, 0)
+        introduce(self)
         with self._models_in_use():
             prepare_anew(self)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -402,6 +419,30 @@ class FastDPOTrainer(transformers.Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
             eval_dataset = self._evaluable(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluate_pairs(self, eval_dataset=None) -> tuple[dict[str, float], dict]:
+        """`evaluate`, and what it finds of the single pairs: see `facts.of_pairs`. One sync at the end."""
+        self._of_pairs = []
+        try:
+            metrics = self.evaluate(eval_dataset)
+            return metrics, facts.of_pairs(self._of_pairs)
+        finally:
+            self._of_pairs = None
+
+    def report_facts(self) -> dict:
+        """What `dpo_fast.report` shows of this trainer, each choice with its reason."""
+        lengths = facts.of_lengths(self.train_dataset, self.args.truncation(), facts.limits_of(self.args))
+        scored = lengths["scored_per_pair"] * self.args.per_device_train_batch_size if lengths else 0
+        how = [
+            ("reference", *facts.of_reference(self.reference, self._reference_name)),
+            ("layout", *self._layout),
+            *facts.of_head(self.model, self.objective, self.args, scored),
+        ]
+        return {"how": how, "lengths": lengths, "notes": list(self._said)}
+
+    def report_counts(self) -> dict[str, int]:
+        """Pairs, positions that the model read and scored tokens of this training so far, of this process."""
+        return dict(self._counts)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
