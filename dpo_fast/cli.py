@@ -15,6 +15,7 @@ from typing import NamedTuple
 import dpo_fast
 
 MATPLOTLIB_HINT = "(PNG charts need matplotlib: pip install matplotlib, then run this again)"
+EVALUATION_HINT = "(no pairs are held out: eval_split: 0.1 evaluates on a tenth of them, before and after)"
 
 
 class Command(NamedTuple):
@@ -59,6 +60,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train any model on any preference data; status 2 for input that cannot be used, 1 for what the machine lacks."""
     import torch
 
+    from dpo_fast.report import run
     from dpo_fast.training import launch, outcome, preflight
 
     if {"-h", "--help"} & set(arguments.rest):
@@ -77,7 +79,9 @@ def run_train(arguments: argparse.Namespace) -> int:
         if isinstance(error, ValueError) and not preflight.is_said(error):
             raise
         return _say("train", launch.one_line(error), 1)
-    print(f"\n{outcome.summary(result)}\n")
+    print(f"\n{run.summary(result)}\n")
+    if not result["has_evaluation"]:
+        print(f"  {EVALUATION_HINT}\n")
     out = Path(config.output_dir)
     _print_paths({"report": out / "report.html", "numbers": out / "results.json", "model": out}, result["png"])
     return 0
@@ -88,6 +92,27 @@ def _say(command: str, sentence: str, status: int) -> int:
         print(file=sys.stderr)
     print(f"dpo-fast {command}: {sentence}", file=sys.stderr)
     return status
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a run, with its results.json")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Runs side by side on one page; status 2 for what is no run, 1 for a page that cannot be written."""
+    from dpo_fast.report import compare, files, record
+
+    try:
+        page = compare.compare(arguments.runs)
+    except record.NoRecord as error:
+        return _say("report", str(error), 2)
+    try:
+        files.write_text(arguments.output, page)
+    except OSError as error:
+        return _say("report", str(error), 1)
+    _print_paths({"report": arguments.output})
+    return 0
 
 
 def run_env(arguments: argparse.Namespace) -> int:
@@ -116,15 +141,17 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return importlib.import_module(f"benchmarks.{arguments.rest[0]}").main(arguments.rest[1:])
 
 
-def _print_paths(files: dict[str, Path], pngs: list) -> None:
+def _print_paths(files: dict[str, Path], pngs: list | None = None) -> None:
     for name, path in files.items():
         print(f"  {name:<10}  {path}")
-    print(f"  {'charts':<10}  {', '.join(str(path) for path in pngs) or MATPLOTLIB_HINT}")
+    if pngs is not None:
+        print(f"  {'charts':<10}  {', '.join(str(path) for path in pngs) or MATPLOTLIB_HINT}")
 
 
 COMMANDS = {
     "demo": Command("train a small language model and align it, in two minutes on a CPU", add_demo, run_demo),
     "train": Command("train a model on preference pairs", own_arguments, run_train, raw=True),
+    "report": Command("put training runs side by side on one page", add_report, run_report),
     "env": Command("versions, device, and which implementation runs here", own_arguments, run_env, raw=True),
     "selftest": Command("check the kernels against the oracle on this machine", own_arguments, run_selftest, raw=True),
     "bench": Command("run a benchmark of the checkout: head, level1, ...", own_arguments, run_bench, raw=True),

@@ -17,7 +17,8 @@ Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), both () on 
 
 
 def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
-    """Means over pairs: rewards, their accuracy (strictly greater: 0 at step 0, where they are equal), log-probs."""
+    """Means over pairs: rewards, their accuracy (strictly greater: 0 at step 0, where they are equal), log-probs, and
+    of several losses what each adds."""
     chosen, rejected = objective.rewards(pairs)
     values = {
         "rewards/chosen": chosen,
@@ -27,6 +28,8 @@ def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
         "logps/chosen": pairs.chosen.detach(),
         "logps/rejected": pairs.rejected.detach(),
     }
+    if len(objective.parts) > 1:
+        values |= {f"loss/{name}": term for name, term in objective.terms(pairs).items()}
     return {name: (value.sum(), value.new_full((), value.numel())) for name, value in values.items()}
 
 

@@ -5,7 +5,7 @@ Also the two weightings that papers put on top of any loss: of tokens (LD-DPO) a
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 
 import torch
@@ -92,6 +92,20 @@ class Objective:
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         total = None
+        for _, value in self._terms(pairs):
+            total = value if total is None else total + value
+        return total if pairs.weights is None else total * pairs.weights
+
+    @torch.no_grad()
+    def terms(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """Name -> (P,) what each loss adds to the sum: times its weight, and the pairs'; without gradients."""
+        found: dict[str, Tensor] = {}
+        for name, value in self._terms(pairs):
+            value = value if pairs.weights is None else value * pairs.weights
+            found[name] = found[name] + value if name in found else value
+        return found
+
+    def _terms(self, pairs: PairLogps) -> Iterator[tuple[str, Tensor]]:
         for name, part, weight in zip(self.names, self.parts, self.loss_weights, strict=True):
             registered = LOSSES.get(getattr(part, "__name__", "")) is part
             value = part(pairs, self.params) if registered else part(pairs)
@@ -101,9 +115,7 @@ class Objective:
                 raise ValueError(
                     f"loss {name} must return one value per pair, {tuple(pairs.chosen.shape)}, got {tuple(value.shape)}"
                 )
-            value = value if weight == 1.0 else value * weight
-            total = value if total is None else total + value
-        return total if pairs.weights is None else total * pairs.weights
+            yield name, value if weight == 1.0 else value * weight
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards (P,) of both completions: beta x log-ratio, or beta x (mean) log-prob without reference."""

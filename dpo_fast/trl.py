@@ -45,7 +45,7 @@ from .layout import shared_prefix_batch
 from .ops.stats import STATS
 from .prepared import prepare_anew
 from .reference import is_peft_model
-from .report.callback import introduce
+from .report.callback import reporting
 from .router import balancing_loss
 
 try:
@@ -137,8 +137,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's."""
-        introduce(self)
-        with self._models_in_use():
+        with self._models_in_use(), reporting(self):
             prepare_anew(self)
             return super().train(*args, **kwargs)
 

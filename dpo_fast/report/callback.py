@@ -1,8 +1,10 @@
 """`ReportCallback`: report.html and results.json of a run, written while it runs."""
 
+import contextlib
 import json
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -105,6 +107,12 @@ class ReportCallback(transformers.TrainerCallback):
         self.run["finished"] = True
         self._write(args, state)
 
+    def close(self, args, state) -> None:
+        """After an exception: the page says that the run ended early, and does not load itself anew."""
+        if not self.run.get("finished", True):
+            self.run["ended_early"] = True
+            self._write(args, state)
+
     # --- evaluating and writing ----------------------------------------------------------------------------------
 
     def _evaluates(self) -> bool:
@@ -142,11 +150,17 @@ class ReportCallback(transformers.TrainerCallback):
         write_text(folder / record.REPORT, run.page(self.run))
 
 
-def introduce(trainer) -> None:
-    """Make a trainer known to its ReportCallbacks."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, ReportCallback):
-            callback.introduce(trainer)
+@contextlib.contextmanager
+def reporting(trainer) -> Iterator[None]:
+    """Around a trainer's `train`: its ReportCallbacks know it, and what ends the training early is not lost on them."""
+    callbacks = [found for found in trainer.callback_handler.callbacks if isinstance(found, ReportCallback)]
+    for callback in callbacks:
+        callback.introduce(trainer)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            callback.close(trainer.args, trainer.state)
 
 
 def _evaluated(log: list[dict]) -> dict:

@@ -18,7 +18,8 @@ _OVERLAID = {
     "Reward of the chosen answer": "rewards/chosen",
     "Reward of the rejected answer": "rewards/rejected",
 }
-_NO_SETTINGS = {"output_dir", "logging_dir", "run_name"}  # differ and say nothing
+# Differ and say nothing of what was trained
+_NO_SETTINGS = {"output_dir", "logging_dir", "run_name", "accelerator_config", "deepspeed_plugin"}
 
 
 def compare(directories: list[Path]) -> str:
@@ -31,7 +32,7 @@ def compare(directories: list[Path]) -> str:
         f"{len(runs)} runs." if len(runs) > 1 else "1 run.",
         footer="dpo-fast report. All numbers are in the results.json of each run.",
     )
-    header = ["", *runs]
+    header = ["run", *runs]
     page.heading("What came of them")
     page.table(header, _outcomes(runs), "Numbers after training")
     page.heading("Training")
@@ -103,23 +104,25 @@ def _charts(runs: dict[str, dict]) -> list[CurveChart]:
 
 
 def _differences(runs: dict[str, dict]) -> list[list[str]]:
-    """A row per setting or version that is not the same in all runs; "" where a run has none."""
-    flat = [
-        {**run.get("job", {}).get("given", {}), **run["settings"], **run["versions"], **_of_job(run)}
-        for run in runs.values()
-    ]
+    """A row per setting or version that is not the same in all runs. Settings that only one trainer knows are none."""
+    settings, versions = [run["settings"] for run in runs.values()], [run["versions"] for run in runs.values()]
+    chosen = [{**run["job"].get("given", {}), **_chosen(run)} for run in runs.values()]
+    common = [name for name in settings[0] if all(name in found for found in settings)]
     rows = []
-    for name in sorted({name for values in flat for name in values} - _NO_SETTINGS):
-        shown = [_text(values.get(name)) for values in flat]
-        if len(set(shown)) > 1:
-            rows.append([name, *shown])
+    for values, names in (
+        (chosen, {name for found in chosen for name in found} - set(common)),
+        (settings, common),
+        (versions, {name for found in versions for name in found}),
+    ):
+        for name in sorted(set(names) - _NO_SETTINGS):
+            shown = [_text(found.get(name)) for found in values]
+            if len(set(shown)) > 1:
+                rows.append([name, *shown])
     return rows
 
 
-def _of_job(run: dict) -> dict:
-    job = {name: value for name, value in run["job"].items() if name != "given"}
-    reference = [row[1] for row in (run.get("facts") or {}).get("how", []) if row[0] == "reference"]
-    return {**job, **({"reference": reference[0]} if reference else {})}
+def _chosen(run: dict) -> dict:
+    return {name: value for name, value, _ in (run.get("facts") or {}).get("how", [])}
 
 
 def _text(value) -> str:

@@ -34,7 +34,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 12p
   white-space: pre-wrap; overflow-wrap: anywhere; }
 p { margin: 10px 0; max-width: 68ch; }
 .lead { font-size: 19px; color: var(--soft); }
-.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 24px 0; }
+.stats { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0; }
 .stat, figure, .equation, .samples { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .stat { padding: 14px 16px; }
 .stat b { display: block; font-size: 25px; line-height: 1.2; letter-spacing: -.02em;
@@ -72,11 +72,18 @@ code, .text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monosp
   overflow-wrap: anywhere; white-space: pre-wrap; }
 .scroll { overflow-x: auto; margin: 18px 0; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; width: 100%; }
-caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
+dl { margin: 14px 0; }
+dl div { display: grid; grid-template-columns: 10em 1fr; gap: 0 16px; padding: 8px 0;
+  border-bottom: 1px solid var(--line); }
+dt { color: var(--soft); grid-row: span 2; }
+dd { margin: 0; grid-column: 2; overflow-wrap: anywhere; }
+dd.why { color: var(--soft); font-size: 15px; }
+@media (max-width: 560px) { dl div { grid-template-columns: 1fr; } dd { grid-column: 1; } }
+h3 + .scroll { margin-top: 0; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { white-space: nowrap; }
-.wrap td { white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
-th[scope=row] { font-weight: 400; min-width: 7em; }
+.wrap td { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
+th[scope=row] { font-weight: 400; min-width: 7em; position: sticky; left: 0; background: var(--paper); }
 th[scope=col] { color: var(--soft); font-weight: 500; font-size: 13px; }
 footer { margin-top: 64px; color: var(--soft); font-size: 14px; border-top: 1px solid var(--line); padding-top: 16px; }
 """
@@ -129,6 +136,16 @@ class Page:
             f'<progress value="{done}" max="{max(total, 1)}" aria-label="{html.escape(label)}"></progress>'
         )
 
+    def facts(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """(name, value, why) each."""
+        cells = "".join(
+            f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
+            + (f"<dd class=why>{html.escape(why)}</dd>" if why else "")
+            + "</div>"
+            for name, value, why in rows
+        )
+        self.parts.append(f"<dl>{cells}</dl>")
+
     def code(self, text: str) -> None:
         """Something to copy."""
         self.parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
@@ -165,12 +182,12 @@ class Page:
             for row in rows
         )
         name = html.escape(caption or header[0])
-        shown = f"<caption>{name}</caption>" if caption and not folded else ""
+        above = f"<h3>{name}</h3>" if caption and not folded else ""
         table = (
             f'<div class="scroll{" wrap" if wrap else ""}" role=region tabindex=0 aria-label="{name}">'
-            f"<table>{shown}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
-        self.parts.append(f"<details><summary>{name}</summary>{table}</details>" if folded else table)
+        self.parts.append(f"<details><summary>{name}</summary>{table}</details>" if folded else above + table)
 
     def html(self) -> str:
         title = html.escape(self.title)

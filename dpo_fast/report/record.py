@@ -63,6 +63,8 @@ def plain(value, name: str = ""):
         return HIDDEN
     if isinstance(value, enum.Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(entry, str(key)) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set)):

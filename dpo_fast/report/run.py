@@ -45,7 +45,8 @@ def number(value) -> str:
 
 def page(record: dict) -> str:
     """The page as HTML; while the run is going on, one that loads itself anew."""
-    done, total, live = record["steps"], record.get("max_steps", 0), not record["finished"]
+    done, total = record["steps"], record.get("max_steps", 0)
+    live = not record["finished"] and not record.get("ended_early")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     built = Page(
         record["title"],
@@ -79,6 +80,10 @@ def _lead(record: dict) -> str:
     if record["finished"]:
         return f"{_model(record)}{done:,} steps{on_pairs}, {duration(record['seconds'])} on {record['device']}."
     now = time.strftime("%Y-%m-%d %H:%M:%S")
+    if record.get("ended_early"):
+        return (
+            f"{_model(record)}ended early, after step {done:,} of {total:,}{on_pairs}, on {record['device']}, at {now}."
+        )
     return (
         f"{_model(record)}training, step {done:,} of {total:,}{on_pairs}, on {record['device']}. Written at {now}; "
         f"this page loads itself anew every {REFRESH} seconds."
@@ -161,11 +166,11 @@ def _data(built: Page, record: dict) -> None:
         ]
         built.table(["tokens", "mean", "median", "longest"], rows, "Lengths, before truncation")
         pairs = "all" if lengths["looked_at"] == lengths["pairs"] else f"the first {lengths['looked_at']:,} of"
+        cut = f"{lengths['cut']:,} ({format_share(lengths['cut'] / lengths['looked_at'])}) are"
         built.prose(
-            f"Of {pairs} {lengths['pairs']:,} training pairs, {lengths['cut']:,} "
-            f"({format_share(lengths['cut'] / lengths['looked_at'])}) are longer than the limits "
-            f"({lengths['limits']}) and are cut. {format_share(lengths['scored'])} of the tokens of prompts and "
-            "completions are scored, each prompt counted once per pair."
+            f"Of {pairs} {lengths['pairs']:,} training pairs, {cut if lengths['cut'] else 'none is'} cut to the limits "
+            f"({lengths['limits']}). {format_share(lengths['scored'])} of the tokens of prompts and completions are "
+            "scored, each prompt counted once per pair."
         )
     built.prose(*notes)
 
@@ -201,10 +206,11 @@ def _how(built: Page, record: dict) -> None:
     facts = record.get("facts") or {}
     rows = list(facts.get("how", []))
     if record.get("trainer"):
-        rows.insert(0, ("trainer", record["trainer"], f"{record.get('processes', 1)} process(es)"))
+        processes = record.get("processes", 1)
+        rows.insert(0, ("trainer", record["trainer"], "one process" if processes == 1 else f"{processes} processes"))
     if rows:
         built.heading("How it ran")
-        built.table(["what", "chosen", "why"], rows, "Reference, layout and plan", wrap=True)
+        built.facts(rows)
 
 
 def _again(built: Page, record: dict) -> None:
@@ -226,5 +232,5 @@ def _again(built: Page, record: dict) -> None:
 
 def duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.1f} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -69,7 +69,7 @@ _PARTS = "name one dataset (a file, a saved data set or a hub id) with dataset, 
 _LAYOUT = "leave it out: layout: auto packs pairs without padding where the model can run it"
 _COLUMNS = "leave it out: columns are prompt, chosen, rejected"
 _WANDB = "set %s in the environment"
-_HELD_OUT = "name evaluation data with eval_dataset, or a split with eval_split"
+_HELD_OUT = "write eval_split: {value}, which below 1 is a share of dataset that is held out"
 _FINISHED = "leave it out: the report has the curves"
 _CACHE = "leave it out: what is tokenised is cached by the data's fingerprint"
 _WRITES = "leave it out: output_dir is written to as it is"
@@ -203,5 +203,7 @@ def hint_for(key: str, value: str) -> str:
     if text is None:
         return ""
     if value == "null" or value.strip("'").lower() in ("false", "no", "off") and not (name or "{value}" in text):
+        return "leave it out"
+    if text is _HELD_OUT and not value.strip("0.'"):
         return "leave it out"
     return text.replace("{value}", value.strip("'") if len(value) <= 60 else "...")

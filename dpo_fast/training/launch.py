@@ -11,6 +11,8 @@ import datasets
 import transformers
 from safetensors import SafetensorError
 
+from dpo_fast.report.record import command_line
+
 from . import preflight, recipe
 from .config import FastDPOConfig
 from .keys import keys_of
@@ -27,7 +29,12 @@ class Job:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Like dataset, for evaluation before and after."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, of eval_dataset or dataset."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on, of eval_dataset or dataset; or a share of dataset to hold out, such as 0.1."
+        },
+    )
     ref_model: str | None = field(
         default=None, metadata={"help": "Reference model; default: the model before training."}
     )
@@ -43,6 +50,7 @@ class Job:
     samples: int = field(default=4, metadata={"help": "Prompts to answer before and after, for the report."})
     sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
     given: dict[str, str] = field(init=False, default_factory=dict)  # keys that were set, as text, for the report
+    command: str | None = field(init=False, default=None)  # the command line, for the report
 
     def __post_init__(self):
         for name in ("model", "dataset", "eval_dataset", "ref_model"):
@@ -52,6 +60,22 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.held_out is not None:
+            if not 0 < self.held_out < 1:
+                raise ValueError(f"eval_split must be a name, or a share above 0 and below 1, got {self.eval_split}")
+            if self.eval_dataset is not None:
+                raise ValueError(
+                    f"eval_split: {self.eval_split} holds that share of dataset out, and eval_dataset names other "
+                    "data to evaluate on; leave out one of the two"
+                )
+
+    @property
+    def held_out(self) -> float | None:
+        """The share of the training data that is held out, None where eval_split is no number."""
+        try:
+            return None if self.eval_split is None else float(self.eval_split)
+        except ValueError:
+            return None
 
 
 def help_text() -> str:
@@ -74,6 +98,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     config_file = None
     if options and not options[0].startswith("-"):
         config_file, options = Path(options[0]), options[1:]
+    command = command_line(["dpo-fast", "train", *([str(config_file)] if config_file else []), *options])
     values, given = recipe.read(config_file, options, keys_of(Job, FastDPOConfig))
     if missing := [name for name in ("model", "dataset") if name not in values]:
         options = ", ".join(f"--{name}" for name in missing)
@@ -93,7 +118,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
         if "unexpected keyword argument" not in str(error):  # of accelerator_config, which is a class there
             raise
         raise BadInput(one_line(error)) from error
-    job.given = given
+    job.given, job.command = given, command
     return job, config
 
 
@@ -109,7 +134,9 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
     try:
         train_dataset = load_pairs(job.dataset, job.dataset_config, job.dataset_split)
         eval_dataset = None
-        if job.eval_dataset or job.eval_split:
+        if job.held_out is not None:
+            train_dataset, eval_dataset = _hold_out(train_dataset, job.held_out, config.seed)
+        elif job.eval_dataset or job.eval_split:
             eval_config = None if job.eval_dataset else job.dataset_config
             eval_split = job.eval_split or "train"
             eval_dataset = load_pairs(job.eval_dataset or job.dataset, eval_config, eval_split)
@@ -139,6 +166,15 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
         if isinstance(error, RuntimeError) or not preflight.is_said(error):
             raise
         raise BadInput(one_line(error)) from error
+
+
+def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(what is trained on, the share that is held out), the same for the same seed; at least one pair each."""
+    count = max(1, round(share * len(dataset)))
+    if count >= len(dataset):
+        raise BadInput(f"eval_split: {share:g} of {len(dataset)} pairs leaves none to train on")
+    parts = dataset.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def _is_about_keywords(error: Exception, config: FastDPOConfig) -> bool:

@@ -2,18 +2,16 @@
 
 import dataclasses
 import itertools
-import json
 import logging
+import sys
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 
-import dpo_fast
+from dpo_fast.report import ReportCallback
 from dpo_fast.report.charts import training_curves
-from dpo_fast.report.files import write_text
-from dpo_fast.report.page import DPO_LOSS, Page, text_table
 from dpo_fast.report.png import can_draw_png, draw_png
 
 from .launch import Job
@@ -25,71 +23,55 @@ logger = logging.getLogger("dpo_fast")
 
 
 def train(trainer: FastDPOTrainer, job: Job) -> dict:
-    """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the results.
+    """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the record of the run.
 
     Raises BadInput for a metric_for_best_model that evaluation does not give and for no step, and what the training
     raises.
     """
-    evaluates = trainer.eval_dataset is not None
-    before = trainer.evaluate() if evaluates else {}
-    _check_metric(trainer.args.metric_for_best_model, before)
+    out = Path(trainer.args.output_dir)
     prompts = _sample_prompts(trainer, job.samples)
     texts_before = _answers(trainer, prompts, job.sample_tokens)
-    trainer.add_callback(_LogEnds())
-    outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
+    report = ReportCallback(f"DPO on {Path(job.dataset).name}")
+    report.more = {"job": dataclasses.asdict(job), "command": job.command}
+    trainer.add_callback(_CheckMetric())
+    trainer.add_callback(report)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
     if trainer.state.global_step == 0:
         raise BadInput(
             f"no step was trained: {_length(trainer.train_dataset)} pairs make no batch of per_device_train_batch_size="
             f"{trainer.args.per_device_train_batch_size} with dataloader_drop_last={trainer.args.dataloader_drop_last}"
         )
-    after = trainer.evaluate() if evaluates else {}
     texts_after = _answers(trainer, prompts, job.sample_tokens)
     trainer.save_model()
-    results = {
-        "versions": {
-            "dpo_fast": dpo_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        },
-        "job": dataclasses.asdict(job),
-        "device": str(trainer.args.device),
-        "pairs": _length(trainer.train_dataset),
-        "steps": trainer.state.global_step,
-        "seconds": outcome.metrics["train_runtime"],
-        "before": before,
-        "after": after,
-        "log": trainer.state.log_history,
-        "samples": [
-            {"prompt": trainer.processing_class.decode(prompt, skip_special_tokens=True), "before": old, "after": new}
-            for prompt, old, new in zip(prompts, texts_before, texts_after, strict=True)
-        ],
-        "png": [],
-    }  # fmt: skip
-    out = Path(trainer.args.output_dir)
+    report.run["samples"] = [
+        {"prompt": trainer.processing_class.decode(prompt, skip_special_tokens=True), "before": old, "after": new}
+        for prompt, old, new in zip(prompts, texts_before, texts_after, strict=True)
+    ]
+    report.run["png"] = []
     if trainer.is_world_process_zero():
-        charts = training_curves(results["log"])
+        charts = training_curves(report.run["log"])
         if charts and can_draw_png():
-            results["png"] = [str(draw_png(charts, out / "training.png"))]
-        write_text(out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
-        write_text(out / "report.html", report(results))
-    return results
+            report.run["png"] = [str(draw_png(charts, out / "training.png"))]
+        report.write(out)
+    return report.run
+
+
+class _CheckMetric(transformers.TrainerCallback):
+    """The first evaluation, which is before training, shows whether there is such a metric."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        _check_metric(args.metric_for_best_model, metrics or {})
 
 
 def _check_metric(name: str | None, metrics: dict) -> None:
     """Trainer would look for it after the first evaluation of the training."""
     if metrics and name is not None and name.removeprefix("eval_") not in (known := _without_prefix(metrics)):
+        print(file=sys.stderr)  # a progress bar may stand on the line
         raise BadInput(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
 
 
 def _without_prefix(metrics: dict) -> list[str]:
     return [name.removeprefix("eval_") for name in metrics]
-
-
-class _LogEnds(transformers.TrainerCallback):
-    """The first step and the last are in the log, however few there are."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step in (1, state.max_steps):
-            control.should_log = True
-        return control
 
 
 def _length(dataset) -> int | None:
@@ -128,60 +110,3 @@ def _answers(trainer: FastDPOTrainer, prompts: list[list[int]], max_new_tokens: 
         texts.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
     model.train(training)
     return texts
-
-
-# --- reporting -------------------------------------------------------------------------------------------------------
-
-_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-
-
-def _rows(results: dict) -> list[tuple[str, str, str]]:
-    """(metric, before, after): on the evaluation data, or the first and the last of what training logged."""
-    if results["before"]:
-        first, last, prefix = results["before"], results["after"], "eval_"
-    else:
-        logged = [logs for logs in results["log"] if "loss" in logs] or [{}]
-        first, last, prefix = logged[0], logged[-1], ""
-    names = [name for name in _SHOWN if prefix + name in first]
-    return [(name, f"{float(first[prefix + name]):.4f}", f"{float(last[prefix + name]):.4f}") for name in names]
-
-
-def _header(results: dict) -> tuple[str, str, str]:
-    if results["before"]:
-        return "evaluation data", "before", "after"
-    return "training data", "first logged", "last logged"
-
-
-def summary(results: dict) -> str:
-    """The table that ends the command."""
-    return text_table(_header(results), _rows(results))
-
-
-def report(results: dict) -> str:
-    """The report as HTML."""
-    job = results["job"]
-    page = Page(
-        f"DPO on {Path(job['dataset']).name}",
-        f"{job['model']} after {results['steps']} steps"
-        + (f" on {results['pairs']:,} pairs" if results["pairs"] else "")
-        + f", {results['seconds']:.0f} seconds on {results['device']}.",
-        footer="dpo-fast train. " + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ". All numbers are in results.json beside this file.",
-    )  # fmt: skip
-    page.table(_header(results), _rows(results))
-    page.heading("Training")
-    page.prose(
-        "DPO raises the probability of the chosen answer over that of the rejected one, each relative to the "
-        "reference. The rewards below are β times the log of policy over reference; both are 0 before the first "
-        "step, where the sigmoid loss is log 2."
-    )
-    page.equation(DPO_LOSS)
-    page.curves(training_curves(results["log"]))
-    if results["samples"]:
-        page.heading("What the model writes")
-        page.prose("Greedy answers to the first prompts of the data.")
-        page.samples((sample["prompt"], sample["before"], sample["after"]) for sample in results["samples"])
-    page.heading("Settings")
-    page.prose("The keys that were set; all others have their defaults.")
-    page.table(["key", "value"], sorted(job["given"].items()))
-    return page.html()

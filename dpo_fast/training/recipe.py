@@ -2,17 +2,16 @@
 
 import difflib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dpo_fast.report.record import HIDDEN, SECRET
 
 from .aliases import hint_for
 from .keys import Key, Wrong, accepted, convert, takes
 from .sources import BadInput
 from .written import Text, read_yaml, show
-
-SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
 
 
 class Values(NamedTuple):
@@ -40,7 +39,7 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
         except Wrong as error:
             where = f"{config_file}: " if name not in from_options else ""
             problems.append(f"{where}{error}")
-        given[name] = "(not shown)" if SECRET.search(name) else _shown(values.get(name), value)
+        given[name] = HIDDEN if SECRET.search(name) else _shown(values.get(name), value)
     if problems:
         raise BadInput("; ".join(problems))
     return Values(values, given)
@@ -106,5 +105,5 @@ def _shown(typed, value) -> str:
         return "null" if value.is_null and typed is None else value.text
     if isinstance(value, list):
         return " ".join(entry.text if isinstance(entry, Text) else show(entry) for entry in value) or "[]"
-    hidden = {name: "(not shown)" if SECRET.search(str(name)) else entry for name, entry in (typed or {}).items()}
+    hidden = {name: HIDDEN if SECRET.search(str(name)) else entry for name, entry in (typed or {}).items()}
     return json.dumps(hidden, default=str)

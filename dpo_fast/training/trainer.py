@@ -22,7 +22,7 @@ from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics
 from dpo_fast.prepared import prepare_anew
-from dpo_fast.report.callback import introduce
+from dpo_fast.report.callback import reporting
 from dpo_fast.router import router_coefficient
 
 from . import facts, models, references
@@ -359,8 +359,7 @@ class FastDPOTrainer(transformers.Trainer):
             check_checkpoint(Path(resume_from_checkpoint), self.model)
         self._sums["train"], self._unproven = MetricSums(), self._must_agree
         self._counts = dict.fromkeys(self._counts, 0)
-        introduce(self)
-        with self._models_in_use():
+        with self._models_in_use(), reporting(self):
             prepare_anew(self)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
