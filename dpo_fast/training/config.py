@@ -146,7 +146,7 @@ class FastDPOConfig(TrainingArguments):
             self.bf16 = accelerated and not self.fp16 and is_torch_bf16_gpu_available()
             if accelerated and not self.fp16 and not self.bf16:
                 logger.warning("bf16: this device has none, so training is in float32; fp16=True takes 16 bits")
-        if not accelerated or torch.accelerator.current_accelerator().type == "mps":
+        if not accelerated or torch.backends.mps.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, of which torch would warn
         # transformers calls it activation_checkpointing as well since 5.23
         name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"

@@ -140,7 +140,7 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             eval_config = None if job.eval_dataset else job.dataset_config
             eval_split = job.eval_split or "train"
             eval_dataset = load_pairs(job.eval_dataset or job.dataset, eval_config, eval_split)
-        return FastDPOTrainer(
+        trainer = FastDPOTrainer(
             model=job.model,
             ref_model=job.ref_model,
             args=config,
@@ -148,6 +148,8 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             eval_dataset=eval_dataset,
             peft_config=peft_config,
         )
+        trainer.data_name = job.dataset
+        return trainer
     except ImportError as error:
         raise preflight.missing_package(error) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:

@@ -1,15 +1,18 @@
 """Policy and reference: from paths, models and adapters to what the trainer calls."""
 
+import contextlib
 import copy
 import dis
 import inspect
 import logging
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import transformers
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.utils import logging as hf_logging
 
 from dpo_fast import attention, packing
 from dpo_fast.copies import base_model_of, compute_with_own_weights
@@ -37,6 +40,18 @@ def load_model(model, config: FastDPOConfig) -> nn.Module:
 
 
 _SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """transformers shows one for the files of a model, also for a single one."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def dtype_of(value) -> torch.dtype | str:

@@ -25,7 +25,7 @@ from dpo_fast.prepared import prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.router import router_coefficient
 
-from . import facts, models, references
+from . import card, facts, models, references
 from .config import FastDPOConfig
 from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
 from .sampler import TokenBudgetBatchSampler
@@ -90,6 +90,7 @@ class FastDPOTrainer(transformers.Trainer):
 
         transformers.set_seed(args.seed)  # a new adapter is initialised at random
         model = models.load_model(model, args)
+        self._base_name, self.data_name = str(getattr(model, "name_or_path", "")), ""  # for the card
         base = None if peft_config is None else WeightSample(model, leave_out=reference.of_adapters(model))
         model = models.make_policy(model, args, peft_config)
         if train_dataset is not None:
@@ -401,8 +402,19 @@ class FastDPOTrainer(transformers.Trainer):
             super()._load_best_model()
 
     def _save(self, output_dir=None, state_dict=None):
-        with references.unseen(self.reference):
+        """As `Trainer`'s, with a model card; a README.md that somebody else has put there stays as it is."""
+        folder = Path(output_dir or self.args.output_dir)
+        ours = card.is_ours(card.read(folder))
+        with references.unseen(self.reference), models.without_progress_bar():
             super()._save(output_dir, state_dict)
+        if ours:
+            card.write(folder, self._base_name, self._card_rows(), self.state.log_history)
+
+    def _card_rows(self) -> list[tuple[str, str]]:
+        return card.rows_of(self, self.data_name, facts.of_reference(self.reference, self._reference_name))
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: the card that `_save` has written is what is pushed to the hub."""
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As `Trainer.predict`; takes a data set as it comes, too. There are metrics, but no predictions."""
