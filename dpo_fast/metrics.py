@@ -17,8 +17,7 @@ Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), both () on 
 
 
 def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
-    """Means over pairs: rewards, their accuracy (strictly greater: 0 at step 0, where they are equal), log-probs, and
-    of several losses what each adds."""
+    """Means over pairs: rewards, their accuracy (strictly greater: 0 at step 0, where they are equal), log-probs."""
     chosen, rejected = objective.rewards(pairs)
     values = {
         "rewards/chosen": chosen,
@@ -28,9 +27,16 @@ def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
         "logps/chosen": pairs.chosen.detach(),
         "logps/rejected": pairs.rejected.detach(),
     }
-    if len(objective.parts) > 1:
-        values |= {f"loss/{name}": term for name, term in objective.terms(pairs).items()}
     return {name: (value.sum(), value.new_full((), value.numel())) for name, value in values.items()}
+
+
+def term_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
+    """What each of several losses adds, as "loss/<name>"; nothing of a single one. Means over pairs, which a likelihood
+    is only where `pairs.mean_chosen_length` is that of all batches: for training."""
+    if len(objective.parts) == 1:
+        return {}
+    terms = objective.terms(pairs)
+    return {f"loss/{name}": (value.sum(), value.new_full((), value.numel())) for name, value in terms.items()}
 
 
 def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metrics:

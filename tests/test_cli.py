@@ -180,3 +180,45 @@ def test_bench_runs_the_checkouts_benchmarks(capsys):
     assert "share_of_copy" in capsys.readouterr().out
     assert main(["bench", "heads"]) == 2
     assert "name one of head, level1" in capsys.readouterr().err
+
+
+def test_a_share_of_the_data_is_held_out(files, capsys):
+    out = files / "shared"
+    options = ["--eval_split", "0.25", "--samples", "0", "--loss_type", "sigmoid", "--loss_weights", "1"]
+    assert run("train", files / "config.yaml", *options, "--output_dir", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["pairs"] == 6 and results["evaluated_pairs"]["total"] == 2
+    assert results["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert results["command"].startswith("dpo-fast train ") and "--eval_split 0.25" in results["command"]
+    assert "no pairs are held out" not in capsys.readouterr().out
+    assert run("report", out, out, "--output", out / "side.html") == 0
+    assert "0.6931" in (out / "side.html").read_text()
+
+
+def test_what_is_held_out_depends_on_the_seed_alone():
+    rows = datasets.Dataset.from_list([{"n": n} for n in range(40)])
+    first, again, other = (launch._hold_out(rows, 0.1, seed)[1].to_list() for seed in (1, 1, 2))
+    assert first == again != other and len(first) == 4
+    trained, held_out = launch._hold_out(rows, 0.001, 0)
+    assert sorted(row["n"] for part in (trained, held_out) for row in part) == list(range(40)) and len(held_out) == 1
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--eval_split", "1.5"], "eval_split must be a name, or a share above 0 and below 1, got 1.5"),
+        (["--eval_split", "0"], "eval_split must be a name, or a share above 0 and below 1, got 0"),
+        (["--eval_split", "nan"], "eval_split must be a name, or a share above 0 and below 1, got nan"),
+        (["--eval_split", "0.5", "--eval_dataset", "x.jsonl"], "leave out one of the two"),
+        (["--eval_split", "0.99"], "leaves none to train on"),
+    ],
+)
+def test_a_share_that_cannot_be_held_out_is_one_sentence(files, capsys, options, sentence):
+    assert run("train", files / "config.yaml", *options) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_evaluation_data_the_command_says_how_to_hold_some_out(files, capsys):
+    assert run("train", files / "config.yaml", "--samples", "0", "--output_dir", files / "plain") == 0
+    assert "eval_split: 0.1" in capsys.readouterr().out
+    assert "eval_split: 0.1" in (files / "plain" / "report.html").read_text()

@@ -1,5 +1,6 @@
 """Objectives: what fits together, what is refused, weights of tokens and pairs; `preference_loss` on plain tensors."""
 
+import dataclasses
 import math
 
 import pytest
@@ -26,6 +27,16 @@ def test_callables_and_weights():
     for wrong in (lambda pairs: pairs.margin.mean(), lambda pairs: pairs.margin[:, None]):
         with pytest.raises(ValueError, match=r"loss <lambda> must return one value per pair, \(5,\), got"):
             Objective(["sigmoid", wrong])(pairs)
+
+
+def test_terms_add_up_to_the_losses():
+    pairs = make_pairs()
+    for weights in (None, torch.rand_like(pairs.chosen)):
+        weighed = dataclasses.replace(pairs, weights=weights)
+        mixed = Objective(["sigmoid", "sft", "sigmoid"], weights=[1.0, 0.5, -2.0], use_weighting=weights is not None)
+        terms = mixed.terms(weighed)
+        assert list(terms) == ["sigmoid", "sft"] and not any(term.requires_grad for term in terms.values())
+        torch.testing.assert_close(sum(terms.values()), mixed(weighed).detach())
 
 
 def test_a_function_that_shares_a_loss_s_name_is_not_that_loss():

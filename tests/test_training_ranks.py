@@ -70,6 +70,9 @@ def run(output_dir, ranks: int, kind: str) -> dict:
     trainer.train()
     metrics = trainer.evaluate() if "drop-in" not in kind else {}  # TRL counts repeated pairs
     found = {key: value for key, value in metrics.items() if not any(word in key for word in TIMES)}
+    if metrics:
+        _, pairs = trainer.evaluate_pairs()
+        found |= {name: sum(value) if isinstance(value, list) else value for name, value in pairs.items()}
     found |= {f"loss {log['step']}": log["loss"] for log in trainer.state.log_history if "loss" in log}
     return found | {name: p.detach().norm().item() for name, p in trainer.model.named_parameters()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import dpo_fast
 
 SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
+_INSIDE = re.compile(r"""((?:\b|_)(?:token|password|secret|api_key)["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}]+)""")
 HIDDEN = "(not shown)"
 RESULTS, REPORT = "results.json", "report.html"
 KEPT_PAIRS = 2000  # of an evaluation, in results.json
@@ -80,6 +81,7 @@ def command_line(words: list[str]) -> str:
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")
         secret = word.startswith("--") and SECRET.search(name.replace("-", "_")) is not None
+        word = _INSIDE.sub(rf"\1{HIDDEN}", word)  # of a mapping
         shown.append(HIDDEN if hide else f"--{name}={HIDDEN}" if secret and equals else word)
         hide = secret and not equals
     return shlex.join(shown)

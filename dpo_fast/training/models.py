@@ -5,6 +5,7 @@ import copy
 import dis
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -139,7 +140,9 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
         )
     if not isinstance(peft_config, peft.PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(peft_config).__name__}")
-    return peft.get_peft_model(model, peft_config)
+    with warnings.catch_warnings():  # PEFT asks transformers 5.23 for this by its old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return peft.get_peft_model(model, peft_config)
 
 
 def check_adapter(model: nn.Module) -> None:

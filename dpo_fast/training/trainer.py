@@ -20,7 +20,7 @@ from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
 from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
-from dpo_fast.metrics import MetricSums, loss_metrics
+from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.prepared import prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.router import router_coefficient
@@ -311,7 +311,7 @@ class FastDPOTrainer(transformers.Trainer):
         if model.training:
             metrics = step_metrics(step, batch, self.objective)
             del metrics["loss"]  # Trainer logs its own
-            self._sums["train"].add(metrics)
+            self._sums["train"].add(metrics | term_metrics(step.pairs, self.objective))
         else:
             count = self._pairs_that_count(batch)
             pairs = step.pairs if count is None else step.pairs.first(count)
