@@ -277,9 +277,9 @@ def test_page_of_a_run_is_whole_and_escaped_while_it_trains_and_after():
     for text in (finished, live, early):
         check(text)
         assert "&lt;run&gt;" in text and "&lt;frozen&gt;" in text and "<train>" not in text and "<u>" not in text
-    assert 'http-equiv="refresh" content="5"' in live and "training, step 4 of 9 on 8 pairs" in live
+    assert 'http-equiv="refresh" content="5"' in live and "Training, step 4 of 9 on 8 pairs" in live
     assert 'value="4" max="9"' in live
-    assert "refresh" not in finished + early and "ended early, after step 4 of 9" in early
+    assert "refresh" not in finished + early and "Ended early, after step 4 of 9" in early
     assert "held out" not in finished and "eval_split: 0.1" in run.page({**RUN, "has_evaluation": False, "before": {}})
     assert "not the rewards of its pairs" in finished
 
@@ -341,19 +341,10 @@ def test_a_record_of_little_is_read(tmp_path):
 
 
 def test_secrets_are_in_no_record():
-    words = [
-        "dpo-fast",
-        "train",
-        "--hub_token",
-        "hf_a",
-        "--hub-token=hf_b",
-        "--model_init_kwargs",
-        "x y",
-        "--beta",
-        "1",
-    ]
+    words = ["dpo-fast", "train", "--hub_token", "hf_a", "--hub-token=hf_b", "--dataset", "x y", "--beta", "1"]
+    words += ["--model_init_kwargs", '{"token": "hf_c", "a": 1}', "--model_init_kwargs={token: hf_d}"]
     line = record.command_line(words)
-    assert "hf_" not in line and line.count("(not shown)") == 2 and "'x y' --beta 1" in line
+    assert "hf_" not in line and line.count("(not shown)") == 4 and "'x y' --beta 1" in line and '"a": 1' in line
     assert record.plain({"token": "hf_c", "a": [{"api_key": "k"}], "b": None}, "model_init_kwargs") == {
         "token": "(not shown)", "a": [{"api_key": "(not shown)"}], "b": None,
     }  # fmt: skip

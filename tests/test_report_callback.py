@@ -26,7 +26,7 @@ TRLS_NAMES |= {"loss", "logps/chosen", "logps/rejected"}
 OF_TOKENS = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 
 
-def build(folder, kind="fast", callbacks=(), evaluation=6, **settings):
+def build(folder, kind="fast", callbacks=(), evaluation=6, model=None, **settings):
     """kind: fast, drop-in (of dpo_fast.trl) or trl."""
     settings = dict(
         QUIET | dict(logging_steps=3), output_dir=str(folder), per_device_train_batch_size=4, max_steps=7,
@@ -40,7 +40,7 @@ def build(folder, kind="fast", callbacks=(), evaluation=6, **settings):
 
         trainer, config = DPOTrainer if kind == "drop-in" else trl.DPOTrainer, trl.DPOConfig
         settings["gradient_checkpointing"] = False
-    model = tiny_model()
+    model = tiny_model() if model is None else model
     if kind != "fast":  # TRL loads its reference from where the model came from
         model.save_pretrained(folder / "base")
         model = str(folder / "base")
@@ -73,7 +73,7 @@ def test_page_lives_while_training_and_rests_after(tmp_path, monkeypatch, kind):
     for step, page in copies.pages:
         check(page)
         logged = max((at for at in (0, 1, 3, 6) if at <= step), default=0)
-        assert 'http-equiv="refresh"' in page and f"training, step {logged} of 7" in page
+        assert 'http-equiv="refresh"' in page and f"Training, step {logged} of 7" in page
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     check(page)
     assert "refresh" not in page and "&lt;my run&gt;" in page and "7 steps" in page
@@ -102,10 +102,11 @@ def test_names_of_tokens_metrics_are_trls_too(tmp_path):
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["fast", "drop-in"])
 def test_training_is_the_same_with_a_report(tmp_path, kind):
-    """The order of the data, too, which is drawn from the host's generator."""
+    """Its dropout, too, which is drawn from the host's generator."""
     losses = []
     for callbacks in ([], [ReportCallback()]):
-        trainer = build(tmp_path, kind, callbacks, logging_steps=1)
+        model = tiny_model(attention_dropout=0.3)
+        trainer = build(tmp_path, kind, callbacks, model=model, logging_steps=1, disable_dropout=False)
         trainer.train()
         losses.append([logs["loss"] for logs in trainer.state.log_history if "loss" in logs])
     assert losses[0] == losses[1] and len(losses[0]) == 7
@@ -149,7 +150,7 @@ def test_a_run_that_an_error_ends_says_so(tmp_path, kind):
         build(tmp_path, kind, [ReportCallback(), Fails()], evaluation=0).train()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     check(page)
-    assert "ended early, after step 4 of 7" in page and "refresh" not in page
+    assert "Ended early, after step 4 of 7" in page and "refresh" not in page
 
 
 @pytest.mark.thorough

@@ -27,7 +27,7 @@ a { color: var(--good); }
 main:focus { outline: 0; }
 .skip { position: absolute; left: -9999px; }
 .skip:focus { left: 12px; top: 12px; padding: 8px 14px; background: var(--card); z-index: 1; }
-progress { width: 100%; height: 14px; accent-color: var(--good); }
+progress { width: 100%; height: 14px; margin: 8px 0 16px; accent-color: var(--good); }
 details { margin: 14px 0; }
 summary { cursor: pointer; color: var(--good); padding: 4px 0; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; margin: 14px 0;

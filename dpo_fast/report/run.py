@@ -35,7 +35,8 @@ def before_and_after(record: dict) -> tuple[tuple[str, str, str], list[tuple[str
         logged = [logs for logs in record["log"] if "loss" in logs] or [{}]
         first, last, header = logged[0], logged[-1], ("training data", "first logged", "last logged")
         names = [name for name in SHOWN if name in first]
-    rows = [(name.removeprefix("eval_"), number(first[name]), number(last.get(name))) for name in names]
+    missing = "" if record.get("finished", True) or record.get("ended_early") else "not yet"
+    rows = [(name.removeprefix("eval_"), number(first[name]), number(last.get(name)) or missing) for name in names]
     return header, rows
 
 
@@ -50,7 +51,7 @@ def page(record: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     built = Page(
         record["title"],
-        _lead(record),
+        _model(record) + _lead(record),
         footer=f"{versions}. All numbers are in {RESULTS} beside this file.",
         refresh=REFRESH if live else None,
     )
@@ -78,14 +79,12 @@ def _lead(record: dict) -> str:
     done, total, pairs = record["steps"], record.get("max_steps", 0), record.get("pairs")
     on_pairs = f" on {pairs:,} pairs" if pairs else ""
     if record["finished"]:
-        return f"{_model(record)}{done:,} steps{on_pairs}, {duration(record['seconds'])} on {record['device']}."
+        return f"{done:,} steps{on_pairs}, {duration(record['seconds'])} on {record['device']}."
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     if record.get("ended_early"):
-        return (
-            f"{_model(record)}ended early, after step {done:,} of {total:,}{on_pairs}, on {record['device']}, at {now}."
-        )
+        return f"Ended early, after step {done:,} of {total:,}{on_pairs}, on {record['device']}, at {now}."
     return (
-        f"{_model(record)}training, step {done:,} of {total:,}{on_pairs}, on {record['device']}. Written at {now}; "
+        f"Training, step {done:,} of {total:,}{on_pairs}, on {record['device']}. Written at {now}; "
         f"this page loads itself anew every {REFRESH} seconds."
     )
 
