@@ -18,7 +18,7 @@ _MEASURE = "benchmarks/measure.py"
 _HEAD = ("kernels", "dpo_fast/ops", "dpo_fast/preference.py", "dpo_fast/objective.py", "dpo_fast/losses.py")
 _HEAD += ("dpo_fast/logps.py", "benchmarks/head_providers.py", _MEASURE)
 _NOT_IN_A_STEP = ("demo", "data", "report", "cli.py", "env.py", "selftest.py", "testing.py")
-_COMMAND_LINE = (
+_AROUND_A_STEP = (
     "launch",
     "recipe",
     "written",
@@ -27,8 +27,10 @@ _COMMAND_LINE = (
     "preflight",
     "sources",
     "outcome",
+    "facts",
+    "card",
 )
-_NOT_IN_A_STEP += tuple(f"training/{name}.py" for name in _COMMAND_LINE)
+_NOT_IN_A_STEP += tuple(f"training/{name}.py" for name in _AROUND_A_STEP)
 # benchmark -> git's paths of the code that it measures
 CODE = {
     "level1": (

@@ -320,6 +320,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         ('{"claims": []}', "is not of a training"),
         ('{"log": [{"step": "x"}]}', "is not of a training"),
         ('{"log": [], "before": 3}', "'before' is no object"),
+        ('{"log": [{"step": 1, "loss": "much"}]}', "'loss' is no number, but 'much'"),
+        ('{"log": [], "before": {"eval_rewards/margins": null}}', "'eval_rewards/margins' is no number, but 'None'"),
+        ('{"log": [], "seconds": []}', "'seconds' is no number"),
+        ('{"log": [], "facts": {"how": [[1]]}}', "'how' holds no rows of three"),
     ],
 )
 def test_what_is_no_run_is_one_sentence_and_status_2(tmp_path, capsys, content, said):

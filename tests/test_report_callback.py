@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 
@@ -83,7 +82,7 @@ def test_page_lives_while_training_and_rests_after(tmp_path, monkeypatch, kind):
     assert points[0] == (0, LN2) and [x for x, _ in points] == [0, 1.5, 4, 6]  # logs at steps 1, 3, 6, 7
     assert TRLS_NAMES <= {name for logs in results["log"] for name in logs}
     if kind == "trl":
-        assert results["before"] == {} and "facts" not in results
+        assert results["before"] == {} and "facts" not in results and "are held out" not in page
         return
     assert results["before"]["eval_loss"] == LN2 and results["after"]["eval_loss"] < 0.69
     assert logged_points(results["log"], "eval_loss")[0] == (0, LN2) and "Rewards of single pairs" in page
@@ -216,5 +215,5 @@ def test_dropped_pairs_and_truncation_are_counted():
 def test_memory_is_that_of_this_process():
     from dpo_fast.report import record
 
-    memory = record.peak_memory()
-    assert torch.cuda.is_available() or re.match("the process", memory["of"]) and 50 < memory["mib"] < 2**20
+    memory = record.peak_memory(torch.device("cpu"))
+    assert memory is None or memory["of"].startswith("the process") and 50 < memory["mib"] < 2**20

@@ -61,7 +61,7 @@ class ReportCallback(transformers.TrainerCallback):
             "training_seconds": 0.0,
             "before": {},
             "after": {},
-            "has_evaluation": trainer is not None and trainer.eval_dataset is not None,
+            "has_evaluation": None if trainer is None else trainer.eval_dataset is not None,  # None: not known
             "log": state.log_history,
             **self.more,
         }
@@ -135,7 +135,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.run |= {
             "steps": state.global_step,
             "seconds": time.perf_counter() - self._begun,
-            "memory": record.peak_memory(),
+            "memory": record.peak_memory(args.device),
             "log": state.log_history,
         }
         trainer = self._trainer()

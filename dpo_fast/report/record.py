@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import shlex
@@ -95,12 +96,13 @@ def own_command() -> str | None:
     return command_line(["python", *sys.argv])
 
 
-def peak_memory() -> dict | None:
+def peak_memory(device) -> dict | None:
     """Most memory that this process has used so far: of the accelerator's, or of the host's where there is none."""
     import torch
 
-    if torch.cuda.is_available():
-        return {"mib": torch.cuda.max_memory_allocated() / 2**20, "of": torch.cuda.get_device_name()}
+    kind = getattr(torch, device.type, None)
+    if hasattr(kind, "max_memory_allocated"):  # CUDA, ROCm, XPU
+        return {"mib": kind.max_memory_allocated(device) / 2**20, "of": kind.get_device_name(device)}
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -121,14 +123,36 @@ def load(directory: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, json.JSONDecodeError) as error:
         raise NoRecord(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if wrong := _what_is_wrong(found):
+        raise NoRecord(f"{path} is not of a training: {wrong}")
+    return {"log": [], "before": {}, "after": {}, "settings": {}, "versions": {}, "job": {}, **found}
+
+
+def _what_is_wrong(found) -> str:
+    """Why a page cannot be made of what a file holds; "" if it can."""
     log = found.get("log") if isinstance(found, dict) else None
-    if not isinstance(log, list) or not all(isinstance(entry, dict) and _is_entry(entry) for entry in log):
-        raise NoRecord(f'{path} is not of a training: it has no list "log" of what a Trainer logs')
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        return 'it has no list "log" of what a Trainer logs'
     for name in ("before", "after", "settings", "versions", "job"):
-        if not isinstance(found.setdefault(name, {}), dict):
-            raise NoRecord(f"{path} is not of a training: {name!r} is no object")
-    return found
+        if not isinstance(found.get(name, {}), dict):
+            return f"{name!r} is no object"
+    for values in (found, *log, found.get("before", {}), found.get("after", {}), found.get("memory") or {}):
+        for name, value in values.items():
+            if _is_number_by_name(name) and not _is_number(value):
+                return f"{name!r} is no number, but {str(value)[:40]!r}"
+    how = (found.get("facts") or {}).get("how", [])
+    if not all(isinstance(row, list) and len(row) == 3 for row in how):
+        return "'how' holds no rows of three"
+    return ""
 
 
-def _is_entry(entry: dict) -> bool:
-    return all(isinstance(value, (int, float)) for key, value in entry.items() if key == "step" or "reward" in key)
+def _is_number_by_name(name: str) -> bool:
+    counted = ("step", "steps", "first_step", "seconds", "training_seconds", "mib")
+    return name in counted or name.endswith("loss") or "rewards/" in name
+
+
+def _is_number(value) -> bool:
+    try:
+        return math.isfinite(float(value)) or isinstance(value, float)
+    except (TypeError, ValueError):
+        return False

@@ -60,7 +60,7 @@ def page(record: dict) -> str:
     header, rows = before_and_after(record)
     if rows:
         built.table(header, rows, "Before and after" if record["before"] else "First and last logged")
-    if not record.get("has_evaluation", bool(record["before"])):
+    if record.get("has_evaluation") is False:
         built.prose(HOLD_OUT)
     _training(built, record)
     _pairs(built, record)
