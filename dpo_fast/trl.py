@@ -126,6 +126,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             if reasons:
                 _refuse_or_log(layout, reasons)
             attention.disable(model)
+        if not torch.accelerator.is_available():  # there is nothing to pin memory for, of which torch would warn
+            self.args.dataloader_pin_memory = False
         self._installed, self._uses = installed, 0
         self.padding_free, self._layout = self.args.padding_free, layout
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):

@@ -112,6 +112,15 @@ def test_training_is_the_same_with_a_report(tmp_path, kind):
 
 
 @pytest.mark.thorough
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is memory to pin")
+@pytest.mark.parametrize("kind", ["fast", "drop-in"])
+def test_no_warning_that_nobody_can_act_on(tmp_path, recwarn, kind):
+    build(tmp_path, kind, [ReportCallback()], max_steps=1, use_cpu=False).train()
+    said = [str(warning.message) for warning in recwarn if issubclass(warning.category, (UserWarning, FutureWarning))]
+    assert not [line for line in said if "pin_memory" in line or (kind == "fast" and "deprecated" in line)]
+
+
+@pytest.mark.thorough
 def test_values_of_pairs_are_those_of_the_means(tmp_path):
     trainer = build(tmp_path, evaluation=7, per_device_eval_batch_size=3)
     trainer.train()
