@@ -29,6 +29,8 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     Raises BadInput for a metric_for_best_model that evaluation does not give and for no step, and what the training
     raises.
     """
+    if _length(trainer.train_dataset) is not None:
+        _check_steps(trainer, len(trainer.get_train_dataloader()))
     evaluates = trainer.eval_dataset is not None
     before = trainer.evaluate() if evaluates else {}
     _check_metric(trainer.args.metric_for_best_model, before)
@@ -36,11 +38,7 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     texts_before = _answers(trainer, prompts, job.sample_tokens)
     trainer.add_callback(_LogEnds())
     outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
-    if trainer.state.global_step == 0:
-        raise BadInput(
-            f"no step was trained: {_length(trainer.train_dataset)} pairs make no batch of per_device_train_batch_size="
-            f"{trainer.args.per_device_train_batch_size} with dataloader_drop_last={trainer.args.dataloader_drop_last}"
-        )
+    _check_steps(trainer, trainer.state.global_step)
     after = trainer.evaluate() if evaluates else {}
     texts_after = _answers(trainer, prompts, job.sample_tokens)
     trainer.save_model()
@@ -70,6 +68,15 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
         write_text(out / "results.json", json.dumps(results, indent=1, default=str) + "\n")
         write_text(out / "report.html", report(results))
     return results
+
+
+def _check_steps(trainer: FastDPOTrainer, count: int) -> None:
+    """Whether there are batches to train on, or steps that were trained."""
+    if count == 0:
+        raise BadInput(
+            f"no step was trained: {_length(trainer.train_dataset)} pairs make no batch of per_device_train_batch_size="
+            f"{trainer.args.per_device_train_batch_size} with dataloader_drop_last={trainer.args.dataloader_drop_last}"
+        )
 
 
 def _check_metric(name: str | None, metrics: dict) -> None:
