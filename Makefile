@@ -11,7 +11,7 @@ suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/bud
 # Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo notebooks check test test-all test-machines fuzz scan lint floor ceiling clean
+.PHONY: demo notebooks bench check test test-all test-machines fuzz scan lint floor ceiling clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,13 @@ demo: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[notebooks]"
 	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/execute.py
+
+# Against the last run; `make bench BENCH="--benchmark-compare-fail=median:10%"` fails where something got slower
+bench: $(STAMP)
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[bench]"
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest benchmarks --benchmark-autosave \
+		$$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare) \
+		--benchmark-columns=median,iqr,rounds --benchmark-histogram=.benchmarks/plots/ $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,13 @@ EXTRAS = {
     "peft": ["peft>=0.18"],
     "examples": ["matplotlib>=3.9"],
     "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29", "matplotlib>=3.9"],
-    "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.9", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
+    "bench": [
+        "pytest>=8.0",
+        "pytest-benchmark[histogram]>=4.0",
+        "matplotlib>=3.9",
+        "liger-kernel>=0.8",
+        "cut-cross-entropy>=25.1",
+    ],
     "dev": ["pytest>=8.0", "pytest-benchmark>=4.0", "pytest-xdist>=3.5", "hypothesis>=6.100"]
     + ["ruff>=0.9", "build>=1.2"]
     + ["setuptools>=77.0.3"],  # tests/test_packaging.py builds with what is installed

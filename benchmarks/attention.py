@@ -33,41 +33,55 @@ class Case(NamedTuple):
 CASES = {
     "chat": Case(8, (150, 200, 200), 32, 8, 64),  # 4,400 tokens
     "long": Case(8, (1024, 1024, 1024), 32, 8, 64),  # 24,576 tokens
+    "small": Case(4, (150, 200, 200), 8, 4, 64),  # chat for a CPU: 2,200 tokens
     "tiny": Case(4, (9, 15, 12), 4, 2, 16),
 }
 
 
-def bench(name: str, rounds: int, implementations=IMPLEMENTATIONS, keep=lambda rows: None) -> list[dict]:
-    """`keep` gets the rows so far after each implementation."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    case, rows = CASES[name], []
-    torch.manual_seed(0)
-    S = case.pairs * sum(case.lengths)
-    query, key, value = (
-        torch.randn(1, heads, S, case.width, device=device).to(dtype) for heads in (case.heads, *[case.kv_heads] * 2)
-    )
-    cotangent = torch.randn(1, S, case.heads, case.width, device=device).to(dtype)
+class Problem:
+    """A packed row of random queries, keys and values in the device's dtype, its truth in fp64, and eager's numbers."""
 
-    def both(implementation: str, wide: torch.dtype = dtype, layout=None):
+    def __init__(self, case: Case):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.case, self.dtype = case, torch.bfloat16 if device == "cuda" else torch.float32
+        self.tokens = case.pairs * sum(case.lengths)
+        torch.manual_seed(0)
+        self.inputs = [
+            torch.randn(1, heads, self.tokens, case.width, device=device).to(self.dtype)
+            for heads in (case.heads, *[case.kv_heads] * 2)
+        ]
+        self.cotangent = torch.randn(1, self.tokens, case.heads, case.width, device=device).to(self.dtype)
+        self.truth, self.eager = self.both("eager", torch.float64)(), self.both("eager")()
+
+    def both(self, implementation: str, dtype: torch.dtype | None = None):
         """A callable: output, d_query, d_key, d_value."""
-        leaves = [x.to(wide).requires_grad_() for x in (query, key, value)]
-        layout = layout or make_layout([case.lengths] * case.pairs).to(device)
+        dtype, case = dtype or self.dtype, self.case
+        leaves = [x.to(dtype).requires_grad_() for x in self.inputs]
+        layout = make_layout([case.lengths] * case.pairs).to(self.cotangent.device)
 
         def run():
             knobs = dict(scaling=case.width**-0.5, implementation=implementation)
             out = shared_prefix_attention(*leaves, layout, **knobs)
-            return out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(wide))
+            return out.detach(), *torch.autograd.grad(out, leaves, self.cotangent.to(dtype))
 
         return run
 
-    truth, eager = both("eager", torch.float64)(), both("eager")()
+    def check(self, name: str, found) -> None:
+        """Raise AssertionError where `name` is not as near to fp64 as eager attention in the same dtype."""
+        for what, *results in zip(
+            ("output", "d_query", "d_key", "d_value"), found, self.eager, self.truth, strict=True
+        ):
+            assert_within_budget(*(x.flatten(0, 2) for x in results), what=f"{name}, {what}")
+
+
+def bench(name: str, rounds: int, implementations=IMPLEMENTATIONS, keep=lambda rows: None) -> list[dict]:
+    """`keep` gets the rows so far after each implementation."""
+    p, rows = Problem(CASES[name]), []
     for implementation in implementations:
-        run, found = both(implementation), []
+        run, found = p.both(implementation), []
         try:
             first = peak_mib(lambda run=run, found=found: found.extend(run()))
-            for what, *results in zip(("output", "d_query", "d_key", "d_value"), found, eager, truth, strict=True):
-                assert_within_budget(*(x.flatten(0, 2) for x in results), what=what)
+            p.check(implementation, found)
         except (AssertionError, RuntimeError, NotImplementedError, ValueError) as reason:
             lines = str(reason).splitlines() or [""]
             print(f"{name}, {implementation}: no speed, {type(reason).__name__}: {lines[0][:160]}", flush=True)
@@ -75,7 +89,7 @@ def bench(name: str, rounds: int, implementations=IMPLEMENTATIONS, keep=lambda r
         found.clear()
         summary = interleaved({implementation: run}, rounds)[implementation].summary()
         peaks = {"peak_mib": peak_mib(run), "first_peak_mib": first}
-        rows.append({"case": name, "tokens": S, "implementation": implementation, **summary, **peaks})
+        rows.append({"case": name, "tokens": p.tokens, "implementation": implementation, **summary, **peaks})
         keep(rows)
     return rows
 

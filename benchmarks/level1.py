@@ -16,6 +16,15 @@ from .record import Record, add_arguments, line, table
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def eager(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def providers() -> dict:
+    """Name -> (logits (N, V), labels (N,)) -> log-probs (N,)."""
+    return {"ours": logits_token_logps, "eager": eager}
+
+
 COLUMNS = ["case", "wall_median_ms", "wall_min_ms", "gb_per_s", "share_of_copy", "share_min", "share_max"]
 
 
@@ -29,24 +38,18 @@ def bench(N: int, V: int, dtype: torch.dtype, rounds: int, keep=lambda result, c
     other = torch.empty_like(logits)
     cotangent = torch.ones(N, device=device)
 
-    def forward():
-        logits_token_logps(logits, labels)
+    def forward(function):
+        return lambda: function(logits, labels)
 
-    def forward_backward():
-        torch.autograd.grad(logits_token_logps(leaf, labels), leaf, cotangent)
+    def forward_backward(function):
+        return lambda: torch.autograd.grad(function(leaf, labels), leaf, cotangent)
 
-    def eager_forward():
-        logits.float().log_softmax(-1).gather(1, labels[:, None])
-
-    def eager_forward_backward():
-        torch.autograd.grad(leaf.float().log_softmax(-1).gather(1, labels[:, None])[:, 0], leaf, cotangent)
-
-    cases = {
-        "ours, forward": (forward, 1),
-        "ours, forward + backward": (forward_backward, 3),
-        "eager, forward": (eager_forward, 1),
-        "eager, forward + backward": (eager_forward_backward, 3),
-    }
+    cases = {}
+    for name, function in providers().items():
+        cases |= {
+            f"{name}, forward": (forward(function), 1),
+            f"{name}, forward + backward": (forward_backward(function), 3),
+        }
     result = {"N": N, "V": V, "dtype": str(dtype)[6:], "rows": []}
     unit = logits.nbytes / 1e6  # MB over ms is GB/s
     for name, (run, passes) in cases.items():

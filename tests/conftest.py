@@ -10,6 +10,7 @@ import torch
 # Modules that train models, start processes or run kernels in the interpreter: nothing for `make check`, as are single
 # tests that do, or that compile
 THOROUGH = {
+    "test_benchmark_suite",
     "test_benchmark_train_step",
     "test_benchmarks",
     "test_cli",

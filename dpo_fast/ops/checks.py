@@ -128,7 +128,8 @@ def refuse_statistics(op: str, d_stats: Tensor | None, d_logps: Tensor | None) -
     raise: there the gradient of such tokens is NaN."""
     if d_stats is None or not len(d_stats):
         return d_logps
-    if torch.compiler.is_compiling():
+    # Before torch 2.13 the tracing of a backward does not count as compiling: its tensors tell
+    if torch.compiler.is_compiling() or type(d_stats) is not Tensor:
         return d_logps.masked_fill((d_stats != 0).any(0), torch.nan)
     raise RuntimeError(
         f"{op}: a gradient by way of a statistic (entropy, mean_logits or log_sum_sq_probs), which has none. Detach "

@@ -28,6 +28,8 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     Raises BadInput for a metric_for_best_model that evaluation does not give and for no step, and what the training
     raises.
     """
+    if _length(trainer.train_dataset) is not None:
+        _check_steps(trainer, len(trainer.get_train_dataloader()))
     out = Path(trainer.args.output_dir)
     prompts = _sample_prompts(trainer, job.samples)
     texts_before = _answers(trainer, prompts, job.sample_tokens)
@@ -36,11 +38,7 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     trainer.add_callback(_CheckMetric())
     trainer.add_callback(report)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
-    if trainer.state.global_step == 0:
-        raise BadInput(
-            f"no step was trained: {_length(trainer.train_dataset)} pairs make no batch of per_device_train_batch_size="
-            f"{trainer.args.per_device_train_batch_size} with dataloader_drop_last={trainer.args.dataloader_drop_last}"
-        )
+    _check_steps(trainer, trainer.state.global_step)
     texts_after = _answers(trainer, prompts, job.sample_tokens)
     trainer.save_model()
     report.run["samples"] = [
@@ -61,6 +59,15 @@ class _CheckMetric(transformers.TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
         _check_metric(args.metric_for_best_model, metrics or {})
+
+
+def _check_steps(trainer: FastDPOTrainer, count: int) -> None:
+    """Whether there are batches to train on, or steps that were trained."""
+    if count == 0:
+        raise BadInput(
+            f"no step was trained: {_length(trainer.train_dataset)} pairs make no batch of per_device_train_batch_size="
+            f"{trainer.args.per_device_train_batch_size} with dataloader_drop_last={trainer.args.dataloader_drop_last}"
+        )
 
 
 def _check_metric(name: str | None, metrics: dict) -> None:
