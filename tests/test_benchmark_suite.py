@@ -14,11 +14,6 @@ ROOT = Path(__file__).parents[1]
 pytest.importorskip("pytest_benchmark")
 
 
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def test_members_that_are_wrong_or_not_here_are_not_timed():
     from benchmarks.groups import Left, Measured, optional, take_turns
 
