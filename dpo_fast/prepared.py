@@ -1,6 +1,20 @@
-"""What accelerate makes of a model, as far as transformers' Trainer leaves that wrong."""
+"""What accelerate makes of ranks and of a model, as far as transformers' Trainer leaves that wrong."""
+
+import os
 
 from torch import nn
+
+
+def check_ranks(world_size: int) -> None:
+    """Raise ValueError where a launcher has started several processes and transformers sees one: each of them would
+    train by itself, on all data, and write into the same directory. world_size: the training arguments'."""
+    started = os.environ.get("WORLD_SIZE", "")
+    if world_size == 1 and started.isdecimal() and int(started) > 1:
+        raise ValueError(
+            f"a launcher has started {started} processes (WORLD_SIZE), but transformers sees only this one, so each would "
+            "train by itself. On CPUs, set use_cpu=True (--use_cpu true); if this process is meant "
+            "to be alone, unset WORLD_SIZE"
+        )
 
 
 def prepare_anew(trainer) -> None:

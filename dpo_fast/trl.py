@@ -43,7 +43,7 @@ from .forward import (
 from .hooks import NEFTUNE
 from .layout import shared_prefix_batch
 from .ops.stats import STATS
-from .prepared import prepare_anew
+from .prepared import check_ranks, prepare_anew
 from .reference import is_peft_model
 from .report.callback import reporting
 from .router import balancing_loss
@@ -105,6 +105,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         layout = _layout_asked_for(layout)
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
+        if config is not None:
+            check_ranks(config.world_size)
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
             layout = "padded"
@@ -129,6 +131,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if not torch.accelerator.is_available():  # there is nothing to pin memory for, of which torch would warn
             self.args.dataloader_pin_memory = False
         self._installed, self._uses = installed, 0
+        self._of_pairs: list[Tensor] | None = None  # while `evaluate_pairs` collects them
         self.padding_free, self._layout = self.args.padding_free, layout
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
@@ -152,6 +155,52 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         """As TRL's."""
         with self._models_in_use():
             return super().predict(*args, **kwargs)
+
+    def evaluate_pairs(self, eval_dataset=None) -> tuple[dict[str, float], dict]:
+        """`evaluate`, and what it finds of the single pairs: see `dpo_fast.training.facts.of_pairs`."""
+        from .training import facts
+
+        self._of_pairs = []
+        try:
+            metrics = self.evaluate(eval_dataset)
+            return metrics, facts.of_pairs(self._of_pairs)
+        finally:
+            self._of_pairs = None
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As TRL's."""
+        if self._of_pairs is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        outputs: list = []
+        models = [m for m in (self.model, self.ref_model) if m is not None]
+        hooks = [m.register_forward_hook(lambda _, __, output: outputs.append(output)) for m in models]
+        try:
+            inputs = self._prepare_inputs(inputs)
+            found = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._of_pairs.append(self._rewards_and_lengths(inputs, *outputs[:2]))
+        return found
+
+    def _rewards_and_lengths(self, inputs: dict, policy, reference=None) -> Tensor:
+        """(4, P): rewards of chosen and rejected, their scored tokens. policy, reference: what the models gave."""
+        from .training import facts
+
+        mask = inputs["completion_mask"][:, 1:]
+        lengths = mask.sum(1)
+        weights = mask.to(torch.float32)
+        if self.ld_alpha is not None:  # of the tokens beyond the other completion's length
+            shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+            weights = weights.where(mask.cumsum(1) <= shorter.unsqueeze(1), self.ld_alpha * weights)
+
+        def sums(output):
+            return (output.log_probs[:, -mask.shape[1] :] * weights).sum(1)
+
+        given = ("ref_chosen_logps", "ref_rejected_logps")
+        ref = torch.cat([inputs[name] for name in given]) if self.precompute_ref_logps else sums(reference)
+        rows = torch.cat([self.beta * (sums(policy) - ref), lengths.to(ref)]).view(4, -1)
+        return rows[:, : facts.pairs_that_count(self.accelerator, rows.shape[1])]
 
     def compute_loss(self, *args, **kwargs):
         """As TRL's. By itself it leaves the models as they are in use: a backward may come."""

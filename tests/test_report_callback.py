@@ -40,7 +40,7 @@ def build(folder, kind="fast", callbacks=(), evaluation=6, model=None, **setting
         trainer, config = DPOTrainer if kind == "drop-in" else trl.DPOTrainer, trl.DPOConfig
         settings["gradient_checkpointing"] = False
     model = tiny_model() if model is None else model
-    if kind != "fast":  # TRL loads its reference from where the model came from
+    if kind != "fast" and not hasattr(model, "peft_config"):  # TRL loads its reference from where the model came from
         model.save_pretrained(folder / "base")
         model = str(folder / "base")
     return trainer(
@@ -86,6 +86,7 @@ def test_page_lives_while_training_and_rests_after(tmp_path, monkeypatch, kind):
         return
     assert results["before"]["eval_loss"] == LN2 and results["after"]["eval_loss"] < 0.69
     assert logged_points(results["log"], "eval_loss")[0] == (0, LN2) and "Rewards of single pairs" in page
+    assert len(results["evaluated_pairs"]["chosen_rewards"]) == 6
     how = {name: (value, why) for name, value, why in results["facts"]["how"]}
     assert how["layout"][0] == "shared_prefix" and how["reference"][1]
     assert results["facts"]["lengths"]["pairs"] == 20 and 0 < results["facts"]["lengths"]["scored"] < 1
@@ -121,16 +122,42 @@ def test_no_warning_that_nobody_can_act_on(tmp_path, recwarn, kind):
 
 
 @pytest.mark.thorough
-def test_values_of_pairs_are_those_of_the_means(tmp_path):
-    trainer = build(tmp_path, evaluation=7, per_device_eval_batch_size=3)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("fast", {}),
+        ("drop-in", {}),
+        ("drop-in", {"ld_alpha": 0.25}),
+        ("drop-in", {"precompute_ref_log_probs": True}),
+    ],
+)
+def test_values_of_pairs_are_those_of_the_means(tmp_path, kind, settings):
+    # TRL weighs batches alike, so in its case they are of one size
+    size = 3 if kind == "fast" else 7
+    trainer = build(tmp_path, kind, evaluation=7, per_device_eval_batch_size=size, **settings)
     trainer.train()
     metrics, pairs = trainer.evaluate_pairs()
     assert pairs["total"] == 7 == len(pairs["chosen_rewards"])
-    margins = [c - r for c, r in zip(pairs["chosen_rewards"], pairs["rejected_rewards"], strict=True)]
-    assert sum(margins) / 7 == pytest.approx(metrics["eval_rewards/margins"], abs=1e-5) and min(margins) < max(margins)
-    rows = trainer.eval_dataset.to_list()
-    assert pairs["chosen_tokens"] == [len(row["chosen_ids"]) for row in rows]
+    for side in ("chosen", "rejected"):
+        mean = sum(pairs[f"{side}_rewards"]) / 7
+        assert mean == pytest.approx(metrics[f"eval_rewards/{side}"], abs=1e-5) and mean != 0
+        ids = f"{side}_ids"
+        assert pairs[f"{side}_tokens"] == [len(row[ids]) for row in trainer.eval_dataset.to_list()]
+    right = sum(c > r for c, r in zip(pairs["chosen_rewards"], pairs["rejected_rewards"], strict=True))
+    assert right / 7 == pytest.approx(metrics["eval_rewards/accuracies"])
     assert trainer._of_pairs is None and trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
+
+
+@pytest.mark.thorough
+def test_values_of_pairs_with_an_adapter(tmp_path):
+    """The drop-in's reference is then a second adapter of the same model."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    trainer = build(tmp_path, "drop-in", evaluation=7, per_device_eval_batch_size=7, model=model)
+    trainer.train()
+    metrics, pairs = trainer.evaluate_pairs()
+    assert sum(pairs["chosen_rewards"]) / 7 == pytest.approx(metrics["eval_rewards/chosen"], abs=1e-5)
+    assert metrics["eval_rewards/chosen"] != 0
 
 
 @pytest.mark.thorough

@@ -68,11 +68,11 @@ def run(output_dir, ranks: int, kind: str) -> dict:
     if "early" in kind:
         trainer.evaluate()
     trainer.train()
-    metrics = trainer.evaluate() if "drop-in" not in kind else {}  # TRL counts repeated pairs
+    metrics, pairs = trainer.evaluate_pairs()
+    if "drop-in" in kind:
+        metrics = {}  # TRL counts repeated pairs
     found = {key: value for key, value in metrics.items() if not any(word in key for word in TIMES)}
-    if metrics:
-        _, pairs = trainer.evaluate_pairs()
-        found |= {name: sum(value) if isinstance(value, list) else value for name, value in pairs.items()}
+    found |= {name: sum(value) if isinstance(value, list) else value for name, value in pairs.items()}
     found |= {f"loss {log['step']}": log["loss"] for log in trainer.state.log_history if "loss" in log}
     return found | {name: p.detach().norm().item() for name, p in trainer.model.named_parameters()}
 
@@ -111,6 +111,17 @@ def test_two_ranks_are_one(tmp_path, kind):
     assert together == other
     close = dict(rel=2**-7, abs=2**-7) if "bf16" in kind else dict(rel=1e-5, abs=1e-6)
     assert together == pytest.approx(alone, **close)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora drop-in"])
+def test_ranks_that_would_train_alone_are_refused(tmp_path, monkeypatch, kind):
+    """As under `accelerate launch --cpu` without use_cpu."""
+    if "drop-in" in kind:
+        pytest.importorskip("trl")
+    before = trainer_of(tmp_path, 1, kind)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes .* use_cpu=True"):
+        type(before)(tiny_model(), args=before.args, train_dataset=before.train_dataset)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,15 @@ def of_head(model: torch.nn.Module, objective, args, scored_tokens: float) -> li
     return rows
 
 
+def pairs_that_count(accelerator, pairs: int) -> int | None:
+    """How many of a rank's pairs of an evaluation batch are not repeats (None: all): where the last pairs do not
+    suffice for all ranks, accelerate hands out the first ones again."""
+    data = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not data.end_of_dataloader or data.remainder <= 0:
+        return None
+    return min(pairs, max(0, data.remainder - accelerator.process_index * pairs))
+
+
 def of_pairs(found: list[torch.Tensor]) -> dict:
     """(4, P) tensors of all ranks -> rewards and lengths of the first pairs, as lists, and how many pairs there are."""
     rows = gather_object(torch.cat(found, dim=1).T.tolist() if found else [])

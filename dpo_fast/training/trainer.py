@@ -21,7 +21,7 @@ from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_
 from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
-from dpo_fast.prepared import prepare_anew
+from dpo_fast.prepared import check_ranks, prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.router import router_coefficient
 
@@ -313,7 +313,7 @@ class FastDPOTrainer(transformers.Trainer):
             del metrics["loss"]  # Trainer logs its own
             self._sums["train"].add(metrics | term_metrics(step.pairs, self.objective))
         else:
-            count = self._pairs_that_count(batch)
+            count = facts.pairs_that_count(self.accelerator, batch.num_pairs)
             pairs = step.pairs if count is None else step.pairs.first(count)
             metrics = step_metrics(step, batch, self.objective, first=count)
             metrics |= loss_metrics(step.losses[:count], pairs, self.objective)
@@ -330,14 +330,6 @@ class FastDPOTrainer(transformers.Trainer):
             with self._autocast():
                 references.check_start(model, batch, ref, self.reference, self.accelerator, self.args.ld_alpha)
 
-    def _pairs_that_count(self, batch: PreferenceBatch) -> int | None:
-        """How many pairs of an evaluation batch are not repeats (None: all): where the last pairs do not suffice for
-        all ranks, accelerate hands out the first ones again."""
-        data = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not data.end_of_dataloader or data.remainder <= 0:
-            return None
-        return min(batch.num_pairs, max(0, data.remainder - self.accelerator.process_index * batch.num_pairs))
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None): there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
@@ -348,7 +340,8 @@ class FastDPOTrainer(transformers.Trainer):
             loss, step = self.compute_loss(model, inputs, return_outputs=True)
         rewards = torch.stack(self.objective.rewards(step.pairs)).float()  # (2, P)
         lengths = inputs.lengths.to(rewards).view(2, -1)
-        self._of_pairs.append(torch.cat([rewards, lengths])[:, : self._pairs_that_count(inputs)])
+        count = facts.pairs_that_count(self.accelerator, inputs.num_pairs)
+        self._of_pairs.append(torch.cat([rewards, lengths])[:, :count])
         return loss.detach(), None, None
 
     # --- loops -----------------------------------------------------------------------------------------------------
@@ -485,6 +478,7 @@ def check_arguments(model, ref_model, args) -> None:
     if not isinstance(args, FastDPOConfig):
         raise TypeError(f"args must be a FastDPOConfig, got {type(args).__name__}")
     models.check_reference(model, ref_model)
+    check_ranks(args.world_size)
     if args.n_gpu > 1 and not getattr(model, "hf_device_map", None):
         raise ValueError(
             f"{args.n_gpu} devices are visible to one process, which transformers serves with nn.DataParallel, and "
