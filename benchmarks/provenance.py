@@ -31,6 +31,12 @@ _AROUND_A_STEP = (
     "card",
 )
 _NOT_IN_A_STEP += tuple(f"training/{name}.py" for name in _AROUND_A_STEP)
+
+
+def _package_but(*names: str) -> tuple[str, ...]:
+    return ("kernels", "dpo_fast", *(f":(exclude)dpo_fast/{name}" for name in names))
+
+
 # benchmark -> git's paths of the code that it measures
 CODE = {
     "level1": (
@@ -42,9 +48,10 @@ CODE = {
     "head": (*_HEAD, "benchmarks/head.py"),
     "accuracy": (*_HEAD, "benchmarks/accuracy.py"),
     "train_step": (
-        *("kernels", "dpo_fast", *(f":(exclude)dpo_fast/{name}" for name in _NOT_IN_A_STEP)),
+        *_package_but(*_NOT_IN_A_STEP),
         *(f"benchmarks/{name}.py" for name in ("train_step", "train_step_inputs", "train_step_worker")),
     ),
+    "demo": (*_package_but(*(name for name in _NOT_IN_A_STEP if name not in ("demo", "data"))), "benchmarks/demo.py"),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
     "attention": (
         *(f"dpo_fast/{name}.py" for name in ("attention", "block_mask", "layout", "batch")),

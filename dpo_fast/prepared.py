@@ -11,9 +11,9 @@ def check_ranks(world_size: int) -> None:
     started = os.environ.get("WORLD_SIZE", "")
     if world_size == 1 and started.isdecimal() and int(started) > 1:
         raise ValueError(
-            f"a launcher has started {started} processes (WORLD_SIZE), but transformers sees only this one, so each would "
-            "train by itself. On CPUs, set use_cpu=True (--use_cpu true); if this process is meant "
-            "to be alone, unset WORLD_SIZE"
+            f"a launcher has started {started} processes (WORLD_SIZE), but transformers sees only this one, so each "
+            "would train by itself. On CPUs, set use_cpu=True (--use_cpu true); if this process is meant to be alone, "
+            "unset WORLD_SIZE"
         )
 
 
