@@ -31,7 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[bench]"
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest benchmarks --benchmark-autosave \
 		$$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare) \
-		--benchmark-columns=median,iqr,rounds --benchmark-histogram=.benchmarks/plots/ $(BENCH)
+		--benchmark-columns=median,iqr,rounds --benchmark-histogram=.benchmarks/plots/bench $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

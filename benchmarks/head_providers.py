@@ -16,6 +16,7 @@ BETA = 0.1
 # name -> N tokens, pairs, H, V, dtype, soft-cap
 SHAPES = {
     "cpu-bar": (1024, 4, 1024, 32_000, torch.float32, None),
+    "cpu-quick": (512, 4, 512, 32_000, torch.float32, None),
     "cpu-tiny": (512, 2, 32, 501, torch.float32, None),
     "qwen3-0.6b-cpu": (256, 2, 1024, 151_936, torch.float32, None),
     "llama3-8b-cpu": (256, 2, 1024, 128_256, torch.float32, None),

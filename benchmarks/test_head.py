@@ -6,7 +6,7 @@ from benchmarks.groups import CUDA, take_turns
 from benchmarks.head_gate import Gate
 from benchmarks.head_providers import MODES, OTHERS, SHAPES, Problem, case, providers
 
-SHAPE, ROUNDS = ("llama3-1b-chat", 10) if CUDA else ("cpu-bar", 3)
+SHAPE, ROUNDS = ("llama3-1b-chat", 10) if CUDA else ("cpu-quick", 3)
 MEMBERS = ("ours", "ours-fused", "eager", *OTHERS)
 
 

@@ -10,9 +10,9 @@ from benchmarks.groups import CUDA, Left, Measured
 from benchmarks.train_step_worker import PROVIDERS, reason_against
 
 MIX, WARMUP, ROUNDS = "chat", 2 if CUDA else 1, 10 if CUDA else 3
-LONGEST = 2048 if CUDA else 512  # tokens of prompt + completion
+LONGEST, PAIRS = (2048, 8) if CUDA else (512, 2)  # tokens of prompt + completion, pairs a step
 OPTIONS = ["--mix", MIX, "--steps", str(ROUNDS), "--warmup", str(WARMUP), "--rounds", "1", "--no-save"]
-OPTIONS += ["--longest", str(LONGEST)]
+OPTIONS += ["--longest", str(LONGEST), "--pairs", str(PAIRS)]
 
 
 def measure() -> dict:
@@ -33,5 +33,5 @@ def measure() -> dict:
 
 @pytest.mark.parametrize("member", PROVIDERS)
 def test_train_step(measured, speed, member):
-    group = f"one optimizer step, {MIX} lengths up to {LONGEST}"
+    group = f"one optimizer step of {PAIRS} pairs, {MIX} lengths up to {LONGEST}"
     speed(group, member, measured(group, measure))
