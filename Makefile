@@ -15,7 +15,7 @@ WORKERS := -n 2 --dist worksteal
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev,examples,peft,trl]"
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev,examples,notebooks,peft,trl]"
 	touch $@
 
 demo: $(STAMP)
@@ -23,13 +23,12 @@ demo: $(STAMP)
 
 # Executes the notebooks and writes their outputs back: minutes each
 notebooks: $(STAMP)
-	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[notebooks]"
 	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/execute.py
 
 # Against the last run; `make bench BENCH="--benchmark-compare-fail=median:10%"` fails where something got slower
 bench: $(STAMP)
 	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[bench]"
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest benchmarks --benchmark-autosave \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest benchmarks -rs --benchmark-autosave \
 		$$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare) \
 		--benchmark-columns=median,iqr,rounds --benchmark-histogram=.benchmarks/plots/bench $(BENCH)
 
@@ -77,7 +76,7 @@ floor:
 # The newest versions that are published
 ceiling:
 	$(PYTHON) -m venv .venv-ceiling
-	.venv-ceiling/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e ".[dev,examples,peft,trl]"
+	.venv-ceiling/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e ".[dev,examples,notebooks,peft,trl]"
 	.venv-ceiling/bin/dpo-fast env | sed '/^$$/q'
 	$(call suite,.venv-ceiling,40,not gpu) $(WORKERS)
 

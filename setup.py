@@ -32,7 +32,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # `dpo_fast/kernels` is a relative symlink to the top-level folder `kernels`, which has no __init__.py on purpose:
-    # a regular package of that name at the root would shadow Hugging Face's `kernels` (see README, "File map").
+    # a regular package of that name at the root would shadow Hugging Face's `kernels` (docs/guide.md).
     packages=["dpo_fast", "dpo_fast.kernels", "dpo_fast.ops", "dpo_fast.training", "dpo_fast.report", "dpo_fast.data"]
     + ["dpo_fast.demo"],
     package_data={"dpo_fast": ["py.typed"], "dpo_fast.data": ["*.jsonl"]},

@@ -44,6 +44,21 @@ def test_kept_outputs_are_whole_and_small(path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, monkeypatch):
+    """No cell raises, and each shows what the kept outputs show, in other digits."""
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from execute import executed
+
+    def kinds(cells) -> list[list[str]]:
+        return [[output["output_type"] for output in cell["outputs"]] for cell in cells if "outputs" in cell]
+
+    assert kinds(executed(path).cells) == kinds(cells(path))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_tell_nothing_of_a_machine(path):
     private = {socket.gethostname(), getpass.getuser()} - {"root", "localhost", ""}
