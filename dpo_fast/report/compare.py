@@ -126,4 +126,8 @@ def _chosen(run: dict) -> dict:
 
 
 def _text(value) -> str:
-    return "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.10g}"  # 1.0 is 1
+    return "" if value is None else str(value)
