@@ -21,7 +21,14 @@ def executed(path: Path) -> nbformat.NotebookNode:
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": search, "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, where ipywidgets are not installed
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True)
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # it would say that it listens on this machine without encryption
+    )
     client.execute(cwd=str(ROOT), env=environment)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
