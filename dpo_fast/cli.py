@@ -17,6 +17,8 @@ import dpo_fast
 MATPLOTLIB_HINT = "(PNG charts need matplotlib: pip install matplotlib, then run this again)"
 EVALUATION_HINT = "(no pairs are held out: eval_split: 0.1 evaluates on a tenth of them, before and after)"
 
+LITTLE_MARGIN = 0.01  # a loss of 0.6881 instead of 0.6931
+
 
 class Command(NamedTuple):
     """A subcommand. `raw`: its arguments are not parsed here but passed on as they are, in `arguments.rest`."""
@@ -82,9 +84,24 @@ def run_train(arguments: argparse.Namespace) -> int:
     print(f"\n{run.summary(result)}\n")
     if not result["has_evaluation"]:
         print(f"  {EVALUATION_HINT}\n")
+    if hint := _hardly_moved(result):
+        print(f"  {hint}\n")
     out = Path(config.output_dir)
     _print_paths({"report": out / "report.html", "numbers": out / "results.json", "model": out}, result["png"])
     return 0
+
+
+def _hardly_moved(result: dict) -> str | None:
+    """A sentence where the last logged margin between the rewards is next to nothing, as with TRL's learning rate on a
+    small model."""
+    margins = [logs["rewards/margins"] for logs in result["log"] if "rewards/margins" in logs]
+    if not margins or abs(margins[-1]) >= LITTLE_MARGIN:
+        return None
+    rate = result["settings"]["learning_rate"]
+    return (
+        f"(the model has hardly moved: the rewards are {margins[-1]:.2g} apart after {result['steps']} steps at a "
+        f"learning_rate of {rate}; more steps or a larger one move it)"
+    )
 
 
 def _say(command: str, sentence: str, status: int) -> int:
@@ -129,7 +146,7 @@ def run_selftest(arguments: argparse.Namespace) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """`dpo-fast bench NAME ...`: a module of the checkout's benchmarks/, which the installed package does not hold."""
-    names = ("head", "level1", "accuracy", "train_step", "gemm", "attention", "sweep", "bars")
+    names = ("head", "level1", "accuracy", "train_step", "gemm", "attention", "sweep", "demo", "bars")
     root = Path(dpo_fast.__file__).resolve().parents[1]
     if not arguments.rest or arguments.rest[0] not in names:
         print(f"dpo-fast bench: name one of {', '.join(names)}, then its options (--help lists them)", file=sys.stderr)

@@ -190,9 +190,16 @@ def test_a_share_of_the_data_is_held_out(files, capsys):
     assert results["pairs"] == 6 and results["evaluated_pairs"]["total"] == 2
     assert results["before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert results["command"].startswith("dpo-fast train ") and "--eval_split 0.25" in results["command"]
-    assert "no pairs are held out" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no pairs are held out" not in printed and "hardly moved" not in printed
     assert run("report", out, out, "--output", out / "side.html") == 0
     assert "0.6931" in (out / "side.html").read_text()
+
+
+def test_a_model_that_has_hardly_moved_is_said(files, capsys):
+    options = ["--samples", "0", "--max_steps", "2", "--learning_rate", "1e-9", "--output_dir", files / "still"]
+    assert run("train", files / "config.yaml", *options) == 0
+    assert "after 2 steps at a learning_rate of 1e-09; more steps or a larger one" in capsys.readouterr().out
 
 
 def test_what_is_held_out_depends_on_the_seed_alone():
