@@ -105,6 +105,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         layout = _layout_asked_for(layout)
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
+        if config is not None and not isinstance(config, dpo_trainer.DPOConfig):
+            raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
         if config is not None:
             check_ranks(config.world_size)
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:

@@ -39,6 +39,19 @@ def test_objective_gets_every_knob(tmp_path):
     assert config(tmp_path, loss_type="ipo", use_weighting=True).objective().use_weighting
 
 
+def test_arguments_of_others_are_all_named_with_what_they_are_called_here(tmp_path):
+    unknown = dict(padding_free=True, lerning_rate=1, rpo_alpha=0.5, zzz=object())
+    with pytest.raises(TypeError) as error:
+        config(tmp_path, **unknown)
+    for said in (
+        "padding_free (leave it out: layout",
+        "lerning_rate (did you mean learning_rate",
+        "rpo_alpha (write loss_type: [sigmoid, sft] and loss_weights: [1.0, 0.5])",
+        "zzz (unknown)",
+    ):
+        assert said in str(error.value)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

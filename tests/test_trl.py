@@ -464,6 +464,13 @@ def test_an_adapter_that_was_there_before_has_a_reference_copy(tmp_path):
     assert found[1][-1] != 0
 
 
+def test_other_arguments_than_trls_are_refused(tmp_path):
+    from dpo_fast import FastDPOConfig
+
+    with pytest.raises(TypeError, match="args must be a trl.DPOConfig, got FastDPOConfig"):
+        ours.DPOTrainer(tiny_model(), args=FastDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+
+
 def test_lora_on_the_head_trains(tmp_path):
     """TRL refuses it. The loss and its gradients are those of the model's own logits."""
     peft = pytest.importorskip("peft")

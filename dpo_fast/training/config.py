@@ -1,9 +1,10 @@
 """`FastDPOConfig`: every knob of `FastDPOTrainer`, declared once. Names are TRL's where TRL has the same one."""
 
+import functools
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -38,6 +39,25 @@ def _mapping(name: str, value) -> dict | None:
     return value
 
 
+def _names_what_is_unknown(config: type) -> type:
+    """The dataclass, whose constructor names all arguments that it has not, with what they are called here."""
+    init = config.__init__
+    known = [field.name for field in fields(config) if field.init]
+
+    @functools.wraps(init)
+    def checked(self, *args, **arguments):
+        if unknown := {name: value for name, value in arguments.items() if name not in known}:
+            from .recipe import hint_of
+
+            each = [f"{name} ({hint_of(name, value, known) or 'unknown'})" for name, value in unknown.items()]
+            raise TypeError(f"{config.__name__} got unexpected keyword arguments: {', '.join(each)}")
+        init(self, *args, **arguments)
+
+    config.__init__ = checked
+    return config
+
+
+@_names_what_is_unknown
 @dataclass
 class FastDPOConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what DPO needs on top.

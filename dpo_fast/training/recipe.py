@@ -47,7 +47,7 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
 
 def _unknown(written: dict[str, Any], keys: dict[str, Key]) -> list[str]:
     """At most one sentence, which names all unknown keys."""
-    hints = {name: _hint(name, value, keys) for name, value in written.items() if name not in keys}
+    hints = {name: hint_of(name, value, keys) for name, value in written.items() if name not in keys}
     all_keys = "dpo-fast train --help lists all keys"
     if len(hints) == 1:
         ((name, hint),) = hints.items()
@@ -56,7 +56,7 @@ def _unknown(written: dict[str, Any], keys: dict[str, Key]) -> list[str]:
     return [f"unknown keys {', '.join(each)}; {all_keys}"] if each else []
 
 
-def _hint(name: str, value, keys: Iterable[str]) -> str:
+def hint_of(name: str, value, keys: Iterable[str]) -> str:
     """What to write instead of an unknown key: other projects' names first, then names that look alike."""
     plain = name.replace("-", "_")
     if hint := hint_for(plain, show(value)):

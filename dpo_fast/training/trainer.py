@@ -476,7 +476,7 @@ class FastDPOTrainer(transformers.Trainer):
 def check_arguments(model, ref_model, args) -> None:
     """Raise for what can be seen to be wrong before anything is loaded."""
     if not isinstance(args, FastDPOConfig):
-        raise TypeError(f"args must be a FastDPOConfig, got {type(args).__name__}")
+        raise TypeError(f"args must be a FastDPOConfig, which has TRL's names, got {type(args).__name__}")
     models.check_reference(model, ref_model)
     check_ranks(args.world_size)
     if args.n_gpu > 1 and not getattr(model, "hf_device_map", None):
