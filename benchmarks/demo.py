@@ -20,7 +20,8 @@ def measure(settings: story.Settings) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         results = story.run(Path(folder), settings)
     seconds = time.process_time() - started
-    questions, form = results["opinions"]["questions"], results["format"]
+    form = results["format"]
+    questions = [asked for asked in results["opinions"]["questions"] if asked["agreement"] is not None]  # with pairs
     rows = []
     for when in ("before", "after"):
         rows.append(

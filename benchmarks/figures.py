@@ -84,7 +84,7 @@ def steps(result: Sources) -> str:
 
 def accuracy(result: Sources) -> str:
     found = result("accuracy")
-    ours, trl = row_of(found, "ours"), row_of(found, "trl")
+    ours, trl = row_of(found, "ours"), row_of(found, "trl-1.16")
     return (
         f"For {found['N']:,} bf16 tokens (width {found['H']}, vocabulary {found['V']:,}, on a CPU) log-probs of tokens "
         f"are off by {ours['token_rms_error']:.1e} nats (rms, against fp64)\nand their sum by "
