@@ -3,20 +3,20 @@
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .logps import PairLogps, pair_logps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
-from .ops.checks import check_finite, check_ignore_index, check_tensor, check_transform, checking
+from .ops.call import Call, Head, Transform
+from .ops.checks import check_finite, check_tensor, checking
 from .ops.dispatch import choose_impl, device_memory, free_to_look, plan_device
-from .ops.head import Transform
-from .ops.linear import check_head, check_head_values, check_tile_mib, compute_dtype, linear_token_stats
-from .ops.pairwise import Head, OwnLeaves, PairwiseLossFunction, group_tokens
+from .ops.linear import head_stats
+from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
 from .ops.plan import HeadPlan, plan_head, reference_plan
-from .ops.sequence import sequence_logps
+from .ops.sequence import sequence_sums
 from .ops.stats import STATS, TokenStats, check_outputs
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,12 +111,10 @@ def linear_preference_loss(
         raise ValueError(f"{op}: loss is an Objective, which has its own knobs; give loss_weights, beta ... to it")
     asked = check_outputs(op, outputs)
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
-    check_head(op, hidden, weight, labels, bias, low_rank)
-    tile_mib = check_tile_mib(op, tile_mib)
-    logit_softcap, temperature, logit_scale = check_transform(op, logit_softcap, temperature, logit_scale)
-    ignore_index = check_ignore_index(op, ignore_index)
-    impl = choose_impl(op, impl, hidden.device, hidden.dtype)
-    scored = labels != ignore_index
+    head = Head.make(op, hidden, weight, bias, low_rank, labels)
+    transform = Transform.make(op, logit_softcap, temperature, logit_scale)
+    call = Call.of_head(op, head, outputs, transform, ignore_index, tile_mib, impl)
+    scored = labels != call.ignore_index
     context = _Context.make(
         op,
         objective,
@@ -128,61 +126,41 @@ def linear_preference_loss(
         ld_alpha,
         mean_chosen_length,
         torch.promote_types(hidden.dtype, torch.float32),
-        impl,
+        call.impl,
     )
     _check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
 
-    down, up = low_rank or (None, None)
-    trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, down, up)]
-    head_grad = trains[1] or trains[2] or trains[4]
+    hidden_grad, head_grad = head.gradients
     compiling = torch.compiler.is_compiling()
-    separable = head_grad and not objective.couples_pairs and impl != "reference" and not compiling
+    separable = head_grad and not objective.couples_pairs and call.impl != "reference" and not compiling
     tokens = None
     if separable:
-        tokens = group_tokens(labels, sequence_ids, num_pairs, context.weights, ignore_index, sequence_lengths)
-    sizes, needs = (*hidden.shape, weight.shape[0]), dict(hidden_grad=trains[0] or trains[3], head_grad=head_grad)
-    if impl == "reference":
-        plan = reference_plan(*sizes, **needs)
+        tokens = group_tokens(labels, sequence_ids, num_pairs, context.weights, call.ignore_index, sequence_lengths)
+    needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
+    if call.impl == "reference":
+        plan = reference_plan(*head.sizes, **needs)
     else:
         plan = plan_head(
-            *sizes,
-            compute_dtype(hidden),
+            *head.sizes,
+            call.gemm_dtype,
             **needs,
             separable=separable,
             pair_lengths=tokens.pair_lengths if separable else None,
-            tile_mib=tile_mib,
-            device_type=plan_device(impl, hidden.device),
+            tile_mib=call.tile_mib,
+            device_type=plan_device(call.impl, hidden.device),
             device_memory=None if compiling else device_memory(hidden.device),
         )
     if plan.name not in ("pairwise", "pending"):
-        stats = linear_token_stats(
-            hidden,
-            weight,
-            labels,
-            outputs=outputs,
-            bias=bias,
-            low_rank=low_rank,
-            ignore_index=ignore_index,
-            logit_softcap=logit_softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tile_mib=tile_mib,
-            impl=impl,
-        )
-        return context.output(stats, sequence_ids, asked, plan)
+        return context.output(head_stats(op, head, labels, call), sequence_ids, asked, plan)
 
-    check_head_values(op, hidden, weight, bias, low_rank, labels, ignore_index)
-    head = Head(plan, Transform(logit_scale, logit_softcap, temperature), outputs, compute_dtype(hidden), impl)
+    head.check_values(op, labels, call.ignore_index)
     own: dict[Tensor, Tensor] = {}
     value, losses, logps, extras = PairwiseLossFunction.apply(
-        hidden, weight, bias, down, up, tokens, head, context.losses, own
+        *head, tokens, replace(call, plan=plan.name), plan.chunk_rows, context.losses, own
     )
     if own:
         value = OwnLeaves.apply(value, list(own.values()), *own)
-    values = {"logps": logps, **dict(zip(outputs, extras.unbind(0), strict=True))}
-    if "is_top1" in values:
-        values["is_top1"] = values["is_top1"] != 0
-    return context.output(TokenStats(**values), sequence_ids, asked, plan, value, losses)
+    return context.output(TokenStats.of(logps, extras, outputs), sequence_ids, asked, plan, value, losses)
 
 
 def preference_from_stats(
@@ -270,14 +248,13 @@ class _Context:
     def output(self, stats: TokenStats, sequence_ids, asked, plan, loss=None, losses=None) -> PreferenceOutput:
         """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
         P = self.counts.shape[0] // 2
-        sums = sequence_logps(stats.logps, sequence_ids, 2 * P, weights=self.weights, impl=self.impl)
+        sums = sequence_sums(stats.logps, sequence_ids, 2 * P, self.weights, self.impl)
         values = {"logps": stats.logps, "log_sum_sq_probs": stats.log_sum_sq_probs}
         pairs = self.pairs(sums, values, sequence_ids, slice(None), slice(0, P))
         if loss is None:
             losses = self.objective(pairs)
             loss = losses.mean()
-        kept = TokenStats(stats.logps, **{name: getattr(stats, name) for name in asked})
-        return PreferenceOutput(loss, losses, pairs, kept, *self.objective.rewards(pairs), plan)
+        return PreferenceOutput(loss, losses, pairs, stats.only(asked), *self.objective.rewards(pairs), plan)
 
     def losses(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> Tensor:
         return self.objective(self.pairs(sums, values, ids, index, pairs))
@@ -291,7 +268,7 @@ class _Context:
             return torch.cat([x[:P][pairs], x[P:][pairs]])
 
         def total(x, weights):  # Dynamo before torch 2.9 does not trace annotations that are unions
-            return sequence_logps(x, ids, sums.shape[0], weights=weights, impl=self.impl)
+            return sequence_sums(x, ids, sums.shape[0], weights, self.impl)
 
         logps, counts = values["logps"].detach(), select(self.counts)
         # A wider reference would make everything after it wider than the policy is, in some of the plans

@@ -32,7 +32,7 @@ def test_selftest_passes_and_fails(capsys, monkeypatch):
     def biased(_, z):
         z.mul_(1.001)
 
-    monkeypatch.setattr("dpo_fast.ops.logits_torch.Transform.apply_", biased)
+    monkeypatch.setattr("dpo_fast.ops.call.Transform.apply_", biased)
     assert selftest.main([]) == 1
     assert re.search("FAIL: values: .* out of bounds", capsys.readouterr().out)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_fast.ops import linear
+from dpo_fast.ops import head_op
+from dpo_fast.ops.call import Call, Transform
 from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
 from dpo_fast.ops.plan import plan_head
 from dpo_fast.ops.stats import STATS
@@ -179,8 +180,8 @@ def test_the_fused_score_kernel_on_request(monkeypatch):
     oracle = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **{**arguments, "impl": "reference"})
     bounds = head_bounds(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"], **TRANSFORM)
     calls = []
-    fused = linear._score_without_tile
-    monkeypatch.setattr(linear, "_score_without_tile", lambda *rest: (calls.append(1), fused(*rest)))
+    fused = head_op._score_without_tile
+    monkeypatch.setattr(head_op, "_score_without_tile", lambda *rest: (calls.append(1), fused(*rest)))
     for asked in ("0", "1"):
         monkeypatch.setenv("DPO_FAST_FUSED_SCORE", asked)
         stats = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **arguments)
@@ -215,8 +216,8 @@ def test_no_tokens_and_all_ignored_still_give_zero_gradients(impl):
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "recompute"])
 def test_ignored_tokens_where_they_are_computed(impl, needs, monkeypatch):
     """As on devices, where no one counts who is ignored: their rows are zero, also where exp of their logits is not."""
-    monkeypatch.setattr(linear, "scored_rows", lambda labels, ignore_index: None)
-    monkeypatch.setattr(linear, "usable_labels", linear.mask_labels)
+    monkeypatch.setattr(head_op, "scored_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(head_op, "usable_labels", head_op.mask_labels)
     tensors, labels = make(N=9, H=8, V=77)
     tensors = {k: tensors[k].mul_(40) if k == "hidden" else tensors[k] for k in ("hidden", "weight")}
     assert (tensors["hidden"] @ tensors["weight"].T)[labels == -100].max() > 89
@@ -405,9 +406,9 @@ def test_opcheck_and_compile(needs):
     plan = ["score", "frozen", "recompute"][len(needs)]
     op = torch.ops.dpo_fast.linear_token_logps_fwd.default
     without_backward = ("test_schema", "test_faketensor")  # statistics have none
-    for stats, tests in (("", None), ("entropy", without_backward)):
-        knobs = (-100, None, 1.0, 1.0, stats, plan, 1, "float32", "torch")
-        arguments = (*tensors.values(), None, None, None, labels, *knobs)
+    for stats, tests in (((), None), (("entropy",), without_backward)):
+        call = Call(Transform(), -100, stats, "torch", plan, 1, "float32")
+        arguments = (*tensors.values(), None, None, None, labels, *call.flat())
         torch.library.opcheck(op, arguments, **({} if tests is None else {"test_utils": tests}))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected, found = loss(**tensors), compiled(**tensors)

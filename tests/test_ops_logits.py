@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpo_fast import logits_token_logps, logits_token_stats
+from dpo_fast.ops.call import Call, Transform
 from dpo_fast.ops.logits import row_strides
 from dpo_fast.ops.logits_torch import row_blocks
 from dpo_fast.ops.reference import logits_token_stats_reference
@@ -287,9 +288,10 @@ def test_compile_has_no_graph_break(impl):
 def test_opcheck():
     logits, labels = make_logits(4, 50)
     op, logits = torch.ops.dpo_fast.logits_token_logps_fwd.default, logits.requires_grad_()
-    torch.library.opcheck(op, (logits, labels, -100, 5.0, 0.7, "", False, "torch"))
+    transform = Transform(softcap=5.0, temperature=0.7)
+    torch.library.opcheck(op, (logits, labels, *Call(transform, -100, (), "torch").flat(), False))
     without_backward = ("test_schema", "test_faketensor")  # statistics have none
-    with_statistics = (logits, labels, -100, 5.0, 0.7, "entropy is_top1", False, "torch")
+    with_statistics = (logits, labels, *Call(transform, -100, ("entropy", "is_top1"), "torch").flat(), False)
     torch.library.opcheck(op, with_statistics, test_utils=without_backward)
 
 

@@ -28,9 +28,9 @@ def check_tensor(op: str, name: str, value, shape: tuple, dtypes: tuple, device:
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must have one of the dtypes {expected}, got {str(value.dtype)[6:]}")
-    fits = value.ndim == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
+    fits = value.ndim == len(shape)
+    for have, want in zip(value.shape, shape, strict=False):
+        fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         raise ValueError(f"{op}: {name} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
     if device is not None and value.device != device:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .call import Call, Transform
 from .dispatch import fp32_products, free_to_look
-from .logits_torch import Transform
 from .plan import CPU_COLUMNS, row_stride
 
 _SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
@@ -164,10 +164,10 @@ class EagerTile:
         self.columns = columns
         self.buffer = logits_buffer(rows, columns, like.new_empty(0, dtype=wide))
 
-    def fold(self, factors, bias, labels: Tensor, transform: Transform, stats=(), gradient: bool = True) -> dict:
+    def fold(self, factors, bias, labels: Tensor, call: Call, gradient: bool = True) -> dict:
         """Score n tokens, labels (n,) int64 in [0, V): name -> (n,) fp32, the log-probs, row_max, log_sum and the
         statistics asked for. gradient: whether `d_left` or `add_d_right` will be called."""
-        self.transform, self.label, self.factors = transform, labels.unsqueeze(1), factors
+        self.transform, self.label, self.factors = call.transform, labels.unsqueeze(1), factors
         self.gradient = gradient
         n, vocab = labels.numel(), factors[0][1].shape[0]
 
@@ -178,7 +178,7 @@ class EagerTile:
         self.row_max = torch.full((n, 1), torch.finfo(dtype).min, dtype=dtype, device=device)
         self.target = torch.zeros_like(self.row_max)
         self.sum_exp = torch.zeros_like(self.row_max, dtype=wide)
-        self.running = {name: torch.zeros_like(self.sum_exp) for name in stats}
+        self.running = {name: torch.zeros_like(self.sum_exp) for name in call.outputs}
         self.sums = None
         for start in range(0, vocab, self.columns):
             part = slice(start, min(start + self.columns, vocab))
@@ -283,15 +283,15 @@ class TritonTile:
         self.operand = gemm_operand(like[:0]).dtype
         self.d_buffer = None  # made by the first gradient
 
-    def fold(self, factors, bias, labels: Tensor, transform: Transform, stats=(), gradient: bool = True) -> dict:
+    def fold(self, factors, bias, labels: Tensor, call: Call, gradient: bool = True) -> dict:
         from dpo_fast.kernels.token_logps import token_logps_fwd
 
         self.labels, self.factors = labels, factors
-        self.knobs = dict(logit_scale=transform.scale, softcap=transform.softcap, temperature=transform.temperature)
+        self.knobs = call.transform.knobs
         tile = self.tile = logits_into(self.buffer[: labels.numel()], factors, bias)
-        self.out = {name: tile.new_empty(labels.numel()) for name in ("logps", "row_max", "log_sum", *stats)}
+        self.out = {name: tile.new_empty(labels.numel()) for name in ("logps", "row_max", "log_sum", *call.outputs)}
         token_logps_fwd(tile, _rows_of(tile), labels, self.out, ignore_index=-1, **self.knobs)
-        self.lift = fp16_lift(transform) if self.operand == torch.float16 else None
+        self.lift = fp16_lift(call.transform) if self.operand == torch.float16 else None
         self.coefficient = self.d = None
         return self.out
 

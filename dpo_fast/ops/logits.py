@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from . import logits_torch
+from .call import Call, Transform
 from .checks import (
     FLOATS,
     INTEGERS,
     check_finite,
-    check_ignore_index,
     check_labels,
     check_tensor,
-    check_transform,
     checking,
     refuse_statistics,
     without_derivative,
 )
-from .dispatch import choose_impl, free_to_look
+from .dispatch import free_to_look
 from .reference import logits_token_stats_reference
-from .stats import STATS, TokenStats, check_outputs
+from .stats import STATS, TokenStats
 
 
 def logits_token_logps(
@@ -48,18 +47,11 @@ def logits_token_logps(
 
     Raises TypeError for dtypes, ValueError for shapes, devices, an `impl` that cannot run, and labels out of range.
     """
-    stats = _token_stats(
-        "logits_token_logps",
-        logits,
-        labels,
-        outputs=(),
-        ignore_index=ignore_index,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        inplace_backward=inplace_backward,
-        impl=impl,
-    )
-    return stats.logps
+    op = "logits_token_logps"
+    _check(op, logits, labels)
+    transform = Transform.make(op, logit_softcap, temperature)
+    call = Call.of_logits(op, logits, (), transform, ignore_index, impl)
+    return _token_stats(op, logits, labels, call, inplace_backward).logps
 
 
 def logits_token_stats(
@@ -74,54 +66,35 @@ def logits_token_stats(
     impl: str = "auto",
 ) -> TokenStats:
     """As `logits_token_logps`, and in the same pass the statistics named in `outputs` (see `TokenStats`)."""
-    return _token_stats(
-        "logits_token_stats",
-        logits,
-        labels,
-        outputs=outputs,
-        ignore_index=ignore_index,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        inplace_backward=inplace_backward,
-        impl=impl,
-    )
+    op = "logits_token_stats"
+    _check(op, logits, labels)
+    transform = Transform.make(op, logit_softcap, temperature)
+    call = Call.of_logits(op, logits, outputs, transform, ignore_index, impl)
+    return _token_stats(op, logits, labels, call, inplace_backward)
 
 
-def _token_stats(
-    op, logits, labels, *, outputs, ignore_index, logit_softcap, temperature, inplace_backward, impl
-) -> TokenStats:
-    outputs = check_outputs(op, outputs)
+def _check(op: str, logits: Tensor, labels: Tensor) -> None:
     check_tensor(op, "logits", logits, ("...",) * getattr(logits, "ndim", 1), FLOATS)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_tensor(op, "labels", labels, tuple(logits.shape[:-1]), INTEGERS, logits.device)
-    logit_softcap, temperature, _ = check_transform(op, logit_softcap, temperature)
-    ignore_index = check_ignore_index(op, ignore_index)
+
+
+def _token_stats(op: str, logits: Tensor, labels: Tensor, call: Call, inplace_backward: bool) -> TokenStats:
     if inplace_backward and _may_overlap(logits):
         raise ValueError(
             f"{op}: inplace_backward needs logits with memory of their own, got shape {tuple(logits.shape)} with "
             f"strides {logits.stride()}, as of an expanded tensor"
         )
-    impl = choose_impl(op, impl, logits.device, logits.dtype)
-    if impl == "reference":
-        _check_values(op, logits, labels, ignore_index)
-        stats = logits_token_stats_reference(
-            logits, labels, ignore_index=ignore_index, logit_softcap=logit_softcap, temperature=temperature
-        )
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        found = {name: getattr(stats, name) for name in ("logps", *outputs)}
-        return TokenStats(**{k: v if v.dtype == torch.bool else v.to(dtype) for k, v in found.items()})
+    if call.impl == "reference":
+        _check_values(op, logits, labels, call)
+        stats = logits_token_stats_reference(logits, labels, ignore_index=call.ignore_index, **call.transform.oracle)
+        return stats.only(call.outputs, torch.promote_types(logits.dtype, torch.float32))
 
     # An impl of "torch" must be able to follow the compiler, which cannot overwrite what it saved for the backward
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    logps, _, extras = _forward(
-        logits, labels, ignore_index, logit_softcap, temperature, " ".join(outputs), inplace_backward, impl
-    )
-    found = dict(zip(outputs, extras.unbind(0), strict=True))
-    if "is_top1" in found:
-        found["is_top1"] = found["is_top1"] != 0
-    shaped = {name: value.view(labels.shape) for name, value in {"logps": logps, **found}.items()}
-    return TokenStats(**shaped)
+    logps, _, extras = _forward(logits, labels, *call.flat(), inplace_backward)
+    return TokenStats.of(logps, extras, call.outputs, labels.shape)
 
 
 def _may_overlap(x: Tensor) -> bool:
@@ -136,9 +109,9 @@ def _may_overlap(x: Tensor) -> bool:
     return False
 
 
-def _check_values(op: str, logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+def _check_values(op: str, logits: Tensor, labels: Tensor, call: Call) -> None:
     if free_to_look(labels) or checking():
-        check_labels(op, labels, logits.shape[-1], ignore_index)
+        check_labels(op, labels, logits.shape[-1], call.ignore_index)
     if checking():
         check_finite(op, logits=logits)
 
@@ -165,42 +138,42 @@ def row_strides(x: Tensor) -> tuple[int, int, int, int]:
 def _forward(
     logits: Tensor,
     labels: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    temperature: float,
-    stats: str,
+    floats: list[float],
+    ints: list[int],
+    text: str,
     inplace_backward: bool,
-    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> logps (N,), [row_max, log_sum] (2, N), the statistics (len(stats), N); all fp32, or fp64 for fp64 logits."""
-    _check_values("logits_token_logps", logits, labels, ignore_index)
-    logps, partition, extras = _empty_results(logits, labels, stats)
+    """-> logps (N,), [row_max, log_sum] (2, N), the statistics asked for, (k, N); all fp32, or fp64 for fp64 logits.
+    floats, ints, text: a `Call`, flat."""
+    call = Call.unflat(floats, ints, text)
+    _check_values("logits_token_logps", logits, labels, call)
+    logps, partition, extras = _empty_results(logits, labels, call)
     out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
-    out.update(zip(stats.split(), extras.unbind(0), strict=True))
-    knobs = dict(ignore_index=ignore_index, logit_scale=1.0, softcap=softcap, temperature=temperature)
+    out.update(zip(call.outputs, extras.unbind(0), strict=True))
     if labels.numel() == 0:
         return logps, partition, extras
-    if impl == "triton":
+    if call.impl == "triton":
         from dpo_fast.kernels.token_logps import token_logps_fwd
 
+        knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
         token_logps_fwd(logits, row_strides(logits), labels.contiguous(), out, **knobs)
     else:
-        logits_torch.token_logps_fwd(logits, labels, out, **knobs)
+        logits_torch.token_logps_fwd(logits, labels, out, call)
     return logps, partition, extras
 
 
-def _empty_results(logits: Tensor, labels: Tensor, stats: str) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_results(logits: Tensor, labels: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = labels.numel(), torch.promote_types(logits.dtype, torch.float32)
     return (
         logits.new_empty((rows,), dtype=dtype),
         logits.new_empty((2, rows), dtype=dtype),
-        logits.new_empty((len(stats.split()), rows), dtype=dtype),
+        logits.new_empty((len(call.outputs), rows), dtype=dtype),
     )
 
 
 @_forward.register_fake
-def _(logits, labels, ignore_index, softcap, temperature, stats, inplace_backward, impl):
-    return _empty_results(logits, labels, stats)
+def _(logits, labels, floats, ints, text, inplace_backward):
+    return _empty_results(logits, labels, Call.unflat(floats, ints, text))
 
 
 @torch.library.custom_op("dpo_fast::logits_token_logps_bwd", mutates_args=())
@@ -209,18 +182,17 @@ def _backward(
     labels: Tensor,
     partition: Tensor,
     d_logps: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
+    floats: list[float],
+    ints: list[int],
+    text: str,
 ) -> Tensor:
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_d_logits(logits, d_logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl)
+    _write_d_logits(logits, d_logits, labels, partition, d_logps, Call.unflat(floats, ints, text))
     return d_logits
 
 
 @_backward.register_fake
-def _(logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl):
+def _(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -230,34 +202,33 @@ def _backward_(
     labels: Tensor,
     partition: Tensor,
     d_logps: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
+    floats: list[float],
+    ints: list[int],
+    text: str,
 ) -> None:
-    _write_d_logits(logits, logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl)
+    _write_d_logits(logits, logits, labels, partition, d_logps, Call.unflat(floats, ints, text))
 
 
-def _write_d_logits(logits, d_logits, labels, partition, d_logps, ignore_index, softcap, temperature, impl) -> None:
+def _write_d_logits(logits, d_logits, labels, partition, d_logps, call: Call) -> None:
     if labels.numel() == 0:
         return
-    knobs = dict(ignore_index=ignore_index, logit_scale=1.0, softcap=softcap, temperature=temperature)
     row_max, log_sum = partition.unbind(0)
     d_logps = d_logps.contiguous()
-    if impl == "triton":
+    if call.impl == "triton":
         from dpo_fast.kernels.token_logps import token_logps_bwd
 
+        knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
         rows = outer, inner, *_ = row_strides(logits)
         # The gradient's rows are counted as the logits' are; apart from that it is contiguous, or the logits themselves
         vocab = logits.shape[-1]
         d_rows = rows if d_logits is logits else (outer, inner, inner * vocab, vocab)
         token_logps_bwd(logits, d_logits, rows, d_rows, labels.contiguous(), row_max, log_sum, d_logps, **knobs)
     else:
-        logits_torch.token_logps_bwd(logits, d_logits, labels, row_max, log_sum, d_logps, **knobs)
+        logits_torch.token_logps_bwd(logits, d_logits, labels, row_max, log_sum, d_logps, call)
 
 
 def _save(ctx, inputs, output):
-    logits, labels, *ctx.knobs, _, ctx.inplace, ctx.impl = inputs
+    logits, labels, *ctx.call, ctx.inplace = inputs
     ctx.mark_non_differentiable(partition := output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, partition)
@@ -266,15 +237,15 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_logps, _d_partition, d_stats):
     d_logps = refuse_statistics("logits_token_stats", d_stats, d_logps)
     if d_logps is None:
-        return (None,) * 8
+        return (None,) * 6
     logits, labels, partition = ctx.saved_tensors  # raises if an in-place backward has overwritten the logits
-    arguments = (logits, labels, partition, d_logps, *ctx.knobs, ctx.impl)
+    arguments = (logits, labels, partition, d_logps, *ctx.call)
     if ctx.inplace:
         _backward_(*arguments)
         d_logits = logits.detach()
     else:
         d_logits = _backward(*arguments)
-    return without_derivative("logits_token_logps", d_logits, logits), *(None,) * 7
+    return without_derivative("logits_token_logps", d_logits, logits), *(None,) * 5
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -5,11 +5,11 @@ of the logits and no softmax of all of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .call import Call
 from .dispatch import free_to_look
 
 _BLOCK_BYTES = 4 << 20  # one block of fp32 logits; about the size of an L2 cache
@@ -29,48 +29,6 @@ def row_blocks(x: Tensor, rows_per_block: int, first: int = 0) -> Iterator[tuple
             yield from row_blocks(part, rows_per_block, first + index * inner)
 
 
-@dataclass(frozen=True)
-class Transform:
-    """z = softcap tanh(x scale / softcap) / temperature."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def slope(self) -> float:
-        """dz/dx without the soft-cap's share."""
-        return self.scale / self.temperature
-
-    def bend_(self, x: Tensor) -> Tensor:
-        """In place, as far as the soft-cap's tanh, whose square its slope needs; `stretch_` goes on to z."""
-        if self.scale != 1.0:
-            x.mul_(self.scale)
-        return x if self.softcap is None else x.div_(self.softcap).tanh_()
-
-    def stretch_(self, t: Tensor) -> Tensor:
-        if self.softcap is not None:
-            t.mul_(self.softcap)
-        return t if self.temperature == 1.0 else t.div_(self.temperature)
-
-    def bend_slope(self, t: Tensor) -> Tensor:
-        return t.square().neg_().add_(1)
-
-    def apply_(self, x: Tensor) -> Tensor | None:
-        """Turn raw logits into z in place; returns the tanh of the soft-cap, which the slope needs."""
-        self.bend_(x)
-        t = None if self.softcap is None else x.clone()
-        self.stretch_(x)
-        return t
-
-
-def d_transform_(d: Tensor, t: Tensor | None, logit_scale: float, temperature: float) -> Tensor:
-    """Multiply d by dz/dx in place; uses up `t`."""
-    if logit_scale != temperature:
-        d.mul_(logit_scale / temperature)
-    return d if t is None else d.addcmul_(d, t.square_(), value=-1)
-
-
 def _scratch(logits: Tensor) -> tuple[int, Tensor]:
     vocab = logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -79,7 +37,7 @@ def _scratch(logits: Tensor) -> tuple[int, Tensor]:
     return rows, torch.empty((rows, vocab), dtype=dtype, device=logits.device)
 
 
-def token_logps_fwd(logits, labels, out, *, ignore_index, logit_scale, softcap, temperature) -> None:
+def token_logps_fwd(logits: Tensor, labels: Tensor, out: dict[str, Tensor], call: Call) -> None:
     """Fill the tensors of `out`, name -> (N,); the statistics that are missing from it are not computed."""
     labels = labels.reshape(-1)
     valid = (labels >= 0) & (labels < logits.shape[-1])
@@ -87,7 +45,7 @@ def token_logps_fwd(logits, labels, out, *, ignore_index, logit_scale, softcap, 
     rows, scratch = _scratch(logits)
     for block, where in row_blocks(logits, rows):
         z = scratch[: block.shape[0]].copy_(block)
-        Transform(logit_scale, softcap, temperature).apply_(z)
+        call.transform.apply_(z)
         target = z.gather(-1, target_ids[where])
         if "mean_logits" in out:
             out["mean_logits"][where] = z.mean(-1)
@@ -110,15 +68,15 @@ def token_logps_fwd(logits, labels, out, *, ignore_index, logit_scale, softcap, 
             out["log_sum_sq_probs"][where] = z.square_().sum(-1).log() - 2 * log_sum.squeeze(-1)
     out["logps"].masked_fill_(~valid, torch.nan)
     for value in out.values():
-        value.masked_fill_(labels == ignore_index, 0)
+        value.masked_fill_(labels == call.ignore_index, 0)
 
 
 def token_logps_bwd(
-    logits, d_logits, labels, row_max, log_sum, d_logps, *, ignore_index, logit_scale, softcap, temperature
+    logits: Tensor, d_logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, d_logps: Tensor, call: Call
 ) -> None:
     """Fill `d_logits`, which may be `logits` itself."""
     labels = labels.reshape(-1)
-    ignored = labels == ignore_index
+    ignored, transform = labels == call.ignore_index, call.transform
     valid = (labels >= 0) & (labels < logits.shape[-1])
     coefficient = torch.where(valid, d_logps, torch.nan).masked_fill_(ignored, 0)
     log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)  # a row of all -inf: p = 0
@@ -126,11 +84,14 @@ def token_logps_bwd(
     rows, scratch = _scratch(logits)
     for (block, where), (d_block, _) in zip(row_blocks(logits, rows), row_blocks(d_logits, rows), strict=True):
         z = scratch[: block.shape[0]].copy_(block)
-        t = Transform(logit_scale, softcap, temperature).apply_(z)
+        t = transform.apply_(z)
         d = z.sub_(row_max[where, None]).sub_(log_sum[where, None]).exp_()
         d.scatter_add_(-1, target_ids[where], torch.full_like(target_ids[where], -1, dtype=d.dtype))
         d.mul_(-coefficient[where, None])
-        d_transform_(d, t, logit_scale, temperature)
+        if transform.scale != transform.temperature:
+            d.mul_(transform.slope)
+        if t is not None:
+            d.addcmul_(d, t.square_(), value=-1)
         if not free_to_look(d) or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
             d.masked_fill_(ignored[where, None], 0)
         d_block.copy_(d)

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .call import Call, Head
 from .checks import edge_of, without_derivative
 from .dispatch import free_to_look
 from .head import make_tile
-from .linear import Factors, scored_rows, usable_labels
-from .logits_torch import Transform
-from .plan import HeadPlan
-from .sequence import sequence_logps
+from .head_op import Factors, scored_rows, usable_labels
+from .sequence import sequence_sums
 
 _OP = "linear_preference_loss"
 
@@ -39,7 +38,6 @@ class Tokens:
     weights: Tensor | None  # (N,) fp32 token weights: sequence log-prob = sum of weight x token log-prob
     order: Tensor | None
     sizes: tuple[tuple[int, int], ...]
-    ignore_index: int
 
     @property
     def pair_lengths(self) -> list[int]:
@@ -71,7 +69,7 @@ def group_tokens(
     sizes = tuple(zip(counts[:num_pairs], counts[num_pairs:], strict=True))
     in_order = free_to_look(key) and bool((key.diff() >= 0).all())
     order = rows if in_order else key.argsort(stable=True) if rows is None else rows[key.argsort(stable=True)]
-    return Tokens(labels, sequence_ids, weights, order, sizes, ignore_index)
+    return Tokens(labels, sequence_ids, weights, order, sizes)
 
 
 def chunks_of_pairs(sizes: Sequence[tuple[int, int]], rows: int) -> Iterator[tuple[slice, slice]]:
@@ -85,41 +83,30 @@ def chunks_of_pairs(sizes: Sequence[tuple[int, int]], rows: int) -> Iterator[tup
     yield slice(first, len(sizes)), slice(start, start + taken)
 
 
-@dataclass(frozen=True)
-class Head:
-    """What is fixed for a call: the plan and how logits are made."""
-
-    plan: HeadPlan
-    transform: Transform
-    stats: tuple[str, ...]
-    dtype: torch.dtype
-    impl: str
-
-
 class PairwiseLossFunction(torch.autograd.Function):
     """(hidden, weight, bias, down, up) -> loss (), losses (P,), token log-probs (N,), statistics (len(stats), N).
 
     Only the loss, the mean of the losses, has a gradient: a backward by way of the others raises. The gradients are
     computed in the forward, in fp32, and handed over by the first backward, which scales and rounds them once; a second
-    one raises. `own` is filled for `OwnLeaves`: leaf -> gradient.
+    one raises. rows: of a tile. `own` is filled for `OwnLeaves`: leaf -> gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, head: Head, pair_losses: PairLosses, own: dict):
+    def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, call: Call, rows: int, pair_losses, own: dict):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         N, P = hidden.shape[0], len(tokens.sizes)
-        inputs = (hidden, weight, bias, down, up)
+        inputs = Head(hidden, weight, bias, down, up)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         gradients = [
             torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
             for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)
         ]
-        values = hidden.new_zeros((1 + len(head.stats), N), dtype=wide)
-        run = _Run(inputs, gradients, tokens, head, pair_losses, values, own)
+        values = hidden.new_zeros((1 + len(call.outputs), N), dtype=wide)
+        run = _Run(inputs, gradients, tokens, call, rows, pair_losses, values, own)
         losses = hidden.new_zeros((P,), dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
             for pairs, part in run.chunks:
-                long = part.stop - part.start > head.plan.chunk_rows
+                long = part.stop - part.start > rows
                 losses[pairs] = (run.long_pair if long else run.chunk)(pairs, part)
         ctx.gradients, ctx.edge = gradients, edge_of(*inputs)
         loss = (losses.double() if wide == torch.float64 or hidden.device.type != "mps" else losses).mean().to(wide)
@@ -146,7 +133,7 @@ class PairwiseLossFunction(torch.autograd.Function):
             None if d is None else without_derivative(_OP, (d.mul_(d_loss) if scaled else d).to(dtype), ctx.edge)
             for d, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *handed, None, None, None, None
+        return *handed, None, None, None, None, None
 
 
 class OwnLeaves(torch.autograd.Function):
@@ -185,30 +172,29 @@ class _Run:
     """One forward pass: the buffers that its chunks share."""
 
     def __init__(
-        self, inputs, gradients, tokens: Tokens, head: Head, pair_losses: PairLosses, values: Tensor, own: dict
+        self, head: Head, gradients, tokens: Tokens, call: Call, rows: int, pair_losses: PairLosses, values, own: dict
     ):
-        hidden, weight, bias, down, up = inputs
-        self.factors = Factors(hidden, weight, bias, down, up, head.dtype)
-        self.bias, self.vocab = bias, weight.shape[0]
-        self.tokens, self.head, self.pair_losses, self.values = tokens, head, pair_losses, values
+        self.factors = Factors(head, call.gemm_dtype)
+        self.bias, self.vocab = head.bias, head.weight.shape[0]
+        self.tokens, self.call, self.rows, self.pair_losses, self.values = tokens, call, rows, pair_losses, values
         self.own = own  # leaf -> gradient
         d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
         self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
-        self.chunks = list(chunks_of_pairs(tokens.sizes, head.plan.chunk_rows))
-        rows = min(head.plan.chunk_rows, max(part.stop - part.start for _, part in self.chunks))
-        self.tile = make_tile(head.impl, rows, self.vocab, self.factors.rows(slice(0, 0))[0][0])
+        self.chunks = list(chunks_of_pairs(tokens.sizes, rows))
+        most = min(rows, max(part.stop - part.start for _, part in self.chunks))
+        self.tile = make_tile(call.impl, most, self.vocab, self.factors.rows(slice(0, 0))[0][0])
 
     def index(self, part: slice) -> "Tensor | slice":
         return part if self.tokens.order is None else self.tokens.order[part]
 
     def score(self, index) -> tuple[list, Tensor | None]:
         """Fill the tile with the tokens at `index` and note their values; returns their factors and who is ignored."""
-        labels, ignored, invalid = usable_labels(self.tokens.labels[index], self.tokens.ignore_index, self.vocab)
+        labels, ignored, invalid = usable_labels(self.tokens.labels[index], self.call.ignore_index, self.vocab)
         chunk = self.factors.rows(index, ignored)
-        out = self.tile.fold(chunk, self.bias, labels, self.head.transform, self.head.stats)
+        out = self.tile.fold(chunk, self.bias, labels, self.call)
         if ignored is not None:
             out["logps"].masked_fill_(invalid, torch.nan)
-        for row, name in enumerate(("logps", *self.head.stats)):
+        for row, name in enumerate(("logps", *self.call.outputs)):
             value = out[name] if ignored is None else out[name].masked_fill(ignored, 0)
             self.values[row, index] = value
         return chunk, ignored
@@ -218,9 +204,9 @@ class _Run:
         P, p = len(self.tokens.sizes), pairs.stop - pairs.start
         ids = self.tokens.sequence_ids[index]
         local = ids % P - pairs.start + p * (ids // P)
-        values = dict(zip(("logps", *self.head.stats), self.values[:, index].unbind(0), strict=True))
+        values = dict(zip(("logps", *self.call.outputs), self.values[:, index].unbind(0), strict=True))
         weights = None if self.tokens.weights is None else self.tokens.weights[index]
-        sums = sequence_logps(values["logps"], local, 2 * p, weights=weights, impl=self.head.impl)
+        sums = sequence_sums(values["logps"], local, 2 * p, weights, self.call.impl)
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
             losses = self.pair_losses(leaf, values, local, index, pairs)
@@ -263,7 +249,7 @@ class _Run:
 
     def long_pair(self, pairs: slice, part: slice) -> Tensor:
         """One pair over several tiles: unit coefficients first, g at its end."""
-        rows, start, totals = self.head.plan.chunk_rows, part.start, []
+        rows, start, totals = self.rows, part.start, []
         for size in self.tokens.sizes[pairs.start]:
             d_rights = [None if d is None else torch.zeros_like(d) for d in self.d_rights]
             d_bias = None if self.d_bias is None else torch.zeros_like(self.d_bias)

@@ -33,6 +33,13 @@ def sequence_logps(
     if not isinstance(num_sequences, (int, torch.SymInt)) or num_sequences < 0:
         raise ValueError(f"{op}: num_sequences must be an int of at least 0, got {num_sequences!r}")
     impl = choose_impl(op, impl, token_logps.device, token_logps.dtype)
+    return sequence_sums(token_logps, sequence_ids, num_sequences, weights, impl)
+
+
+def sequence_sums(
+    token_logps: Tensor, sequence_ids: Tensor, num_sequences: int, weights: Tensor | None, impl: str
+) -> Tensor:
+    """`sequence_logps` of what is checked. impl: that runs."""
     dtype = torch.promote_types(token_logps.dtype, torch.float32)
     if impl == "reference":
         _check_ids(sequence_ids, num_sequences)

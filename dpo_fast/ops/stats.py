@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -21,6 +22,22 @@ class TokenStats:
     mean_logits: Tensor | None = None  # fp32, mean over the vocabulary
     is_top1: Tensor | None = None  # bool, whether the label is the argmax (the first one, on ties)
     log_sum_sq_probs: Tensor | None = None  # fp32, log sum p^2 (WPO, arXiv:2406.11827, equation 2)
+
+    @classmethod
+    def of(cls, logps: Tensor, extras: Tensor, outputs: tuple[str, ...], shape=None) -> "TokenStats":
+        """logps (N,), extras (k, N) of the `outputs`, as ops return them; in `shape` where it is given."""
+        found = dict(zip(outputs, extras.unbind(0), strict=True))
+        if "is_top1" in found:
+            found["is_top1"] = found["is_top1"] != 0
+        found["logps"] = logps
+        return cls(**(found if shape is None else {name: value.view(shape) for name, value in found.items()}))
+
+    def only(self, outputs: Iterable[str], dtype: torch.dtype | None = None) -> "TokenStats":
+        """`logps` and the `outputs`, floats in `dtype` where it is given."""
+        found = {name: getattr(self, name) for name in ("logps", *outputs)}
+        if dtype is not None:
+            found = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in found.items()}
+        return TokenStats(**found)
 
 
 def check_outputs(op: str, outputs) -> tuple[str, ...]:

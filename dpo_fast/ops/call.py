@@ -1,0 +1,215 @@
+"""What is fixed for one call of level 1, 2 or 3: how logits become z, the head's tensors, the knobs.
+
+Registered ops take tensors, numbers and text, no objects: `Call.flat` and `unflat` turn the knobs into these and back.
+Numbers stay numbers, which a compiled graph may leave open.
+"""
+
+import numbers
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    check_finite,
+    check_ignore_index,
+    check_labels,
+    check_tensor,
+    check_transform,
+    checking,
+)
+from .dispatch import choose_impl, device_memory, free_to_look, plan_device
+from .plan import HeadPlan, plan_head
+from .stats import check_outputs
+
+
+class Transform(NamedTuple):
+    """z = softcap tanh(x scale / softcap) / temperature."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def make(cls, op: str, softcap: float | None, temperature: float, scale: float = 1.0) -> "Transform":
+        """Checked: TypeError for what is no number, ValueError for one out of range."""
+        softcap, temperature, scale = check_transform(op, softcap, temperature, scale)
+        return cls(scale, softcap, temperature)
+
+    @property
+    def slope(self) -> float:
+        """dz/dx without the soft-cap's share."""
+        return self.scale / self.temperature
+
+    @property
+    def knobs(self) -> dict[str, float | None]:
+        """As the kernels' launchers take them."""
+        return dict(logit_scale=self.scale, softcap=self.softcap, temperature=self.temperature)
+
+    @property
+    def oracle(self) -> dict[str, float | None]:
+        """As `ops.reference` takes them."""
+        return dict(logit_scale=self.scale, logit_softcap=self.softcap, temperature=self.temperature)
+
+    def bend_(self, x: Tensor) -> Tensor:
+        """In place, as far as the soft-cap's tanh, whose square its slope needs; `stretch_` goes on to z."""
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        return x if self.softcap is None else x.div_(self.softcap).tanh_()
+
+    def stretch_(self, t: Tensor) -> Tensor:
+        if self.softcap is not None:
+            t.mul_(self.softcap)
+        return t if self.temperature == 1.0 else t.div_(self.temperature)
+
+    def bend_slope(self, t: Tensor) -> Tensor:
+        return t.square().neg_().add_(1)
+
+    def apply_(self, x: Tensor) -> Tensor | None:
+        """Turn raw logits into z in place; returns the tanh of the soft-cap, which the slope needs."""
+        self.bend_(x)
+        t = None if self.softcap is None else x.clone()
+        self.stretch_(x)
+        return t
+
+
+class Head(NamedTuple):
+    """The tensors that logits are made of: hidden weight^T + down up^T + bias."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    down: Tensor | None  # (N, r)
+    up: Tensor | None  # (V, r)
+
+    @classmethod
+    def make(cls, op: str, hidden, weight, bias, low_rank, labels) -> "Head":
+        """Checked, with `labels`: TypeError for dtypes, ValueError for shapes and devices."""
+        check_tensor(op, "hidden", hidden, ("N", "H"), FLOATS)
+        N, H = hidden.shape
+        check_tensor(op, "weight", weight, ("V", H), FLOATS, hidden.device)
+        V = weight.shape[0]
+        if V < 1 or H < 1:
+            raise ValueError(f"{op}: weight must have shape (V, H) with V, H >= 1, got {tuple(weight.shape)}")
+        check_tensor(op, "labels", labels, (N,), INTEGERS, hidden.device)
+        if bias is not None:
+            check_tensor(op, "bias", bias, (V,), FLOATS, hidden.device)
+        if low_rank is None:
+            low_rank = None, None
+        elif not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
+            given = f"{len(low_rank)} elements" if isinstance(low_rank, (tuple, list)) else type(low_rank).__name__
+            raise ValueError(f"{op}: low_rank must be a pair (down, up), got {given}")
+        else:
+            check_tensor(op, "low_rank[0]", low_rank[0], (N, "r"), FLOATS, hidden.device)
+            check_tensor(op, "low_rank[1]", low_rank[1], (V, low_rank[0].shape[1]), FLOATS, hidden.device)
+        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}; cast one, or enable autocast")
+        return cls(hidden, weight, bias, *low_rank)
+
+    def check_values(self, op: str, labels: Tensor, ignore_index: int) -> None:
+        """ValueError for labels out of range where looking is free; where checking is on, for what is not finite."""
+        if free_to_look(labels) or checking():
+            check_labels(op, labels, self.weight.shape[0], ignore_index)
+        if checking():
+            check_finite(op, **dict(zip(("hidden", "weight", "bias", "low_rank[0]", "low_rank[1]"), self, strict=True)))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(N, H, V)"""
+        return *self.hidden.shape, self.weight.shape[0]
+
+    @property
+    def gradients(self) -> tuple[bool, bool]:
+        """Whether gradients are asked for: of hidden or down; of weight, bias or up."""
+        asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in self]
+        return asked[0] or asked[3], asked[1] or asked[2] or asked[4]
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """What the GEMMs take: autocast's dtype inside autocast, which leaves fp64 alone, else the dtype of hidden."""
+        device, dtype = self.hidden.device.type, self.hidden.dtype
+        cast = torch.is_autocast_enabled(device) and dtype != torch.float64
+        return torch.get_autocast_dtype(device) if cast else dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """The knobs of one call, checked. What depends on the number of tokens is asked of `sizes`, not kept."""
+
+    transform: Transform
+    ignore_index: int
+    outputs: tuple[str, ...]  # statistics that are computed, in the order of STATS
+    impl: str  # that runs, never "auto"
+    plan: str = "-"  # its name; "-" where logits are given, which need none
+    tile_mib: int | None = None
+    dtype: str = "-"  # of the GEMMs
+
+    @classmethod
+    def of_logits(cls, op: str, logits: Tensor, outputs: Iterable[str], transform: Transform, ignore_index, impl):
+        outputs, ignore_index = check_outputs(op, outputs), check_ignore_index(op, ignore_index)
+        return cls(transform, ignore_index, outputs, choose_impl(op, impl, logits.device, logits.dtype))
+
+    @classmethod
+    def of_head(cls, op: str, head: Head, outputs: Iterable[str], transform: Transform, ignore_index, tile_mib, impl):
+        """The plan is what the head runs for itself: the loss, which knows more, may replace it."""
+        outputs, ignore_index = check_outputs(op, outputs), check_ignore_index(op, ignore_index)
+        tile_mib, hidden = _checked_tile_mib(op, tile_mib), head.hidden
+        hidden_grad, head_grad = head.gradients
+        plan = "recompute" if head_grad else "frozen" if hidden_grad else "score"
+        dtype = str(head.gemm_dtype).removeprefix("torch.")
+        return cls(
+            transform, ignore_index, outputs, choose_impl(op, impl, hidden.device, hidden.dtype), plan, tile_mib, dtype
+        )
+
+    def flat(self) -> tuple[list[float], list[int], str]:
+        """(floats, ints, text): what a registered op takes."""
+        scale, softcap, temperature = self.transform
+        floats = [scale, 0.0 if softcap is None else softcap, temperature]
+        text = " ".join((self.impl, self.plan, self.dtype, *self.outputs))
+        return floats, [self.ignore_index, 0 if self.tile_mib is None else self.tile_mib], text
+
+    @classmethod
+    def unflat(cls, floats: list[float], ints: list[int], text: str) -> "Call":
+        scale, softcap, temperature = floats
+        ignore_index, tile_mib = ints
+        impl, plan, dtype, *outputs = text.split()
+        transform = Transform(scale, softcap or None, temperature)
+        return cls(transform, ignore_index, tuple(outputs), impl, plan, tile_mib or None, dtype)
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def sizes(self, weight: Tensor, N: int, impl: str | None = None) -> HeadPlan:
+        """The plan of N tokens, for the tiles' sizes. impl: whose, the call's where None."""
+        V, H = weight.shape
+        return plan_head(
+            N,
+            H,
+            V,
+            self.gemm_dtype,
+            hidden_grad=self.plan != "score",
+            head_grad=self.plan == "recompute",
+            separable=False,
+            tile_mib=self.tile_mib,
+            device_type=plan_device(impl or self.impl, weight.device),
+            device_memory=device_memory(weight.device),
+        )
+
+
+def _checked_tile_mib(op: str, tile_mib: int | None) -> int | None:
+    """The budget for a tile in MiB; DPO_FAST_TILE_MIB stands in for None where it is set."""
+    source = "tile_mib"
+    if tile_mib is None and os.environ.get("DPO_FAST_TILE_MIB"):
+        source, tile_mib = "DPO_FAST_TILE_MIB", os.environ["DPO_FAST_TILE_MIB"]
+        tile_mib = int(tile_mib) if tile_mib.isdecimal() else tile_mib
+    if tile_mib is None:
+        return None
+    if not isinstance(tile_mib, numbers.Integral) or isinstance(tile_mib, bool) or tile_mib < 1:
+        raise ValueError(f"{op}: {source} must be an int of at least 1 or None, got {tile_mib!r}")
+    return int(tile_mib)
