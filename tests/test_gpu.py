@@ -14,7 +14,7 @@ from dpo_fast.forward import reasons_against_packed_rows
 from dpo_fast.layout import shared_prefix_batch
 from dpo_fast.ops import dispatch
 from dpo_fast.ops import plan as plans
-from dpo_fast.ops.head import aligned, mm_into
+from dpo_fast.ops.gemm import aligned, mm_into
 from dpo_fast.testing import (
     EPS,
     assert_within_bound,

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .call import Call, Head, Transform
 from .checks import refuse_statistics, without_derivative
-from .dispatch import free_to_look
-from .head import (
+from .gemm import (
     aligned,
     blocks_of_columns,
     column_of,
@@ -24,62 +23,10 @@ from .head import (
     logits_buffer,
     logits_into,
     logits_view,
-    make_tile,
     mm_into,
     times_right,
 )
-
-
-def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the tokens that are scored, None for all. On CPU, where counting them costs no sync, an ignored token
-    costs nothing; elsewhere its row is computed from zeros (`Factors.rows`)."""
-    if not free_to_look(labels) or not (labels == ignore_index).any():
-        return None
-    return (labels != ignore_index).nonzero().squeeze(1)
-
-
-def usable_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Labels that are safe to use as addresses, and where they were ignored or out of range: None on CPU, where
-    `scored_rows` and `check_labels` have left neither."""
-    if free_to_look(labels):
-        return labels.long().contiguous(), None, None
-    return mask_labels(labels, ignore_index, vocab)
-
-
-def mask_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    ignored = labels == ignore_index
-    invalid = ~ignored & ((labels < 0) | (labels >= vocab))
-    return labels.long().clamp(0, vocab - 1).contiguous(), ignored, invalid
-
-
-class Factors:
-    """The head's factors in the dtypes of their GEMMs: (hidden, weight), and (down, up) for a low-rank update."""
-
-    def __init__(self, head: Head, dtype: torch.dtype):
-        hidden, weight, self.bias, down, up = head
-        self.lefts = [hidden] if down is None else [hidden, down]
-        self.dtypes = [dtype] if down is None else [dtype, _low_rank_dtype(hidden, down, up, dtype)]
-        # One conversion of the whole head on an accelerator, as autocast itself does; on CPU 16-bit weights are
-        # converted slice by slice (head.py), never as a whole.
-        rights = [weight] if up is None else [weight, up]
-        self.rights = [right.to(dtype) for right, dtype in zip(rights, self.dtypes, strict=True)]
-
-    def rows(self, index, ignored: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """The factors of some tokens, a slice or an index tensor; zeros where a token is `ignored`: its hidden state
-        may hold anything, and 0 times infinity is NaN, in its own gradient and in all of the weight's."""
-        lefts = [left[index].to(dtype) for left, dtype in zip(self.lefts, self.dtypes, strict=True)]
-        if ignored is not None:
-            lefts = [left.masked_fill(ignored.unsqueeze(1), 0) for left in lefts]
-        return list(zip(lefts, self.rights, strict=True))
-
-
-def _low_rank_dtype(hidden, down, up, dtype: torch.dtype) -> torch.dtype:
-    """That of the product down up^T: autocast's where that was asked for, else the wider one of its factors, as PEFT
-    keeps an adapter in fp32 on a 16-bit head. It has few columns, so fp32 costs little; it ends in fp32 anyway."""
-    if dtype != hidden.dtype:
-        return dtype
-    wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), dtype)
-    return torch.float32 if wide == torch.float64 and dtype != torch.float64 else wide
+from .tile import Factors, make_tile, scored_rows, usable_labels
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
@@ -106,35 +53,29 @@ def head_forward(
     N = hidden.shape[0] if rows is None else rows.numel()
     if N == 0:
         return results
-    plan, impl, names, sizes = call.plan, call.impl, call.outputs, call.sizes(weight, N)
-    tile = None
+    sizes = call.sizes(weight, N)
     with torch.autocast(hidden.device.type, enabled=False):
-        factors = Factors(head, call.gemm_dtype)
-        if plan == "score" and impl == "triton" and down is None and os.environ.get("DPO_FAST_FUSED_SCORE") == "1":
-            _score_without_tile(factors.rows(slice(None))[0], bias, labels, call, results)
+        if (
+            down is None
+            and call.plan == "score"
+            and call.impl == "triton"
+            and os.environ.get("DPO_FAST_FUSED_SCORE") == "1"
+        ):
+            _score_without_tile(Factors(head, call.gemm_dtype).rows(slice(None))[0], bias, labels, call, results)
             return results
+        tile = make_tile(call, head, min(N, sizes.chunk_rows), sizes.chunk_columns)
         for start in range(0, N, sizes.chunk_rows):
             part = slice(start, min(start + sizes.chunk_rows, N))
             index = part if rows is None else rows[part]
-            label, ignored, invalid = usable_labels(labels[index], call.ignore_index, weight.shape[0])
-            chunk = factors.rows(index, ignored)
-            tile = tile or make_tile(impl, min(N, sizes.chunk_rows), sizes.chunk_columns, chunk[0][0])
-            out = tile.fold(chunk, bias, label, call, gradient=plan == "frozen")
-            if ignored is not None:
-                for name in ("logps", "row_max"):  # the latter makes the gradients NaN, too
-                    out[name].masked_fill_(invalid, torch.nan)
-                for name in ("logps", *names):
-                    out[name].masked_fill_(ignored, 0)
+            out = tile.fold(index, labels, gradient=call.plan == "frozen")
             logps[index] = out["logps"]
             partition[0, index], partition[1, index] = out["row_max"], out["log_sum"]
-            for k, name in enumerate(names):
+            for k, name in enumerate(call.outputs):
                 extras[k, index] = out[name]
-            if plan == "frozen":
-                coefficient = logps.new_ones((label.numel(), 1))
-                if ignored is not None:
-                    coefficient.masked_fill_(ignored[:, None], 0).masked_fill_(invalid[:, None], torch.nan)
-                for k, direction in enumerate(directions[: len(chunk)]):
-                    direction[index] = tile.d_left(k, coefficient)
+            if call.plan == "frozen":
+                coefficient = tile.scored(torch.ones_like(out["logps"]))
+                for k in range(len(tile.chunk)):
+                    directions[k][index] = tile.d_left(k, coefficient)
     return results
 
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from .call import Call, Head
 from .checks import edge_of, without_derivative
 from .dispatch import free_to_look
-from .head import make_tile
-from .head_op import Factors, scored_rows, usable_labels
 from .sequence import sequence_sums
+from .tile import make_tile, scored_rows
 
 _OP = "linear_preference_loss"
 
@@ -174,30 +173,22 @@ class _Run:
     def __init__(
         self, head: Head, gradients, tokens: Tokens, call: Call, rows: int, pair_losses: PairLosses, values, own: dict
     ):
-        self.factors = Factors(head, call.gemm_dtype)
-        self.bias, self.vocab = head.bias, head.weight.shape[0]
         self.tokens, self.call, self.rows, self.pair_losses, self.values = tokens, call, rows, pair_losses, values
         self.own = own  # leaf -> gradient
         d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
         self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
         self.chunks = list(chunks_of_pairs(tokens.sizes, rows))
         most = min(rows, max(part.stop - part.start for _, part in self.chunks))
-        self.tile = make_tile(call.impl, most, self.vocab, self.factors.rows(slice(0, 0))[0][0])
+        self.tile = make_tile(call, head, most, head.weight.shape[0])
 
     def index(self, part: slice) -> "Tensor | slice":
         return part if self.tokens.order is None else self.tokens.order[part]
 
-    def score(self, index) -> tuple[list, Tensor | None]:
-        """Fill the tile with the tokens at `index` and note their values; returns their factors and who is ignored."""
-        labels, ignored, invalid = usable_labels(self.tokens.labels[index], self.call.ignore_index, self.vocab)
-        chunk = self.factors.rows(index, ignored)
-        out = self.tile.fold(chunk, self.bias, labels, self.call)
-        if ignored is not None:
-            out["logps"].masked_fill_(invalid, torch.nan)
+    def score(self, index) -> None:
+        """Fill the tile with the tokens at `index` and note their values."""
+        out = self.tile.fold(index, self.tokens.labels)
         for row, name in enumerate(("logps", *self.call.outputs)):
-            value = out[name] if ignored is None else out[name].masked_fill(ignored, 0)
-            self.values[row, index] = value
-        return chunk, ignored
+            self.values[row, index] = out[name]
 
     def losses_and_slopes(self, pairs: slice, index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses (p,), d mean loss / d sequence log-prob (2p,), the tokens' local sequence ids and weights (n,)."""
@@ -226,20 +217,18 @@ class _Run:
         index = self.index(part)
         if part.start == part.stop:
             return self.losses_and_slopes(pairs, index)[0]
-        chunk, ignored = self.score(index)
+        self.score(index)
         losses, slopes, local, weights = self.losses_and_slopes(pairs, index)
         # A pair beyond a hinge's margin owes nothing; looking is free on CPU only
         if free_to_look(slopes) and not slopes.any():
             return losses
         coefficient = slopes[local] if weights is None else slopes[local] * weights
-        self.add_gradients(index, chunk, ignored, coefficient, self.d_rights, self.d_bias)
+        self.add_gradients(index, coefficient, self.d_rights, self.d_bias)
         return losses
 
-    def add_gradients(self, index, chunk, ignored, coefficient: Tensor, d_rights, d_bias) -> None:
-        if ignored is not None:
-            coefficient = coefficient.masked_fill(ignored, 0)
-        coefficient = coefficient.unsqueeze(1)
-        for k, (left, _) in enumerate(chunk):
+    def add_gradients(self, index, coefficient: Tensor, d_rights, d_bias) -> None:
+        coefficient = self.tile.scored(coefficient)
+        for k, (left, _) in enumerate(self.tile.chunk):
             if self.d_lefts[k] is not None:
                 self.d_lefts[k][index] = self.tile.d_left(k, coefficient)
             if d_rights[k] is not None:
@@ -255,11 +244,11 @@ class _Run:
             d_bias = None if self.d_bias is None else torch.zeros_like(self.d_bias)
             for first in range(start, start + size, rows):
                 index = self.index(slice(first, min(first + rows, start + size)))
-                chunk, ignored = self.score(index)
+                self.score(index)
                 weights = self.tokens.weights
-                unit = self.values.new_ones(chunk[0][0].shape[0])
+                unit = torch.ones_like(self.values[0, index])
                 unit = unit if weights is None else unit * weights[index]  # in fp64 for fp64 tensors
-                self.add_gradients(index, chunk, ignored, unit, d_rights, d_bias)
+                self.add_gradients(index, unit, d_rights, d_bias)
             totals.append([*d_rights, d_bias])
             start += size
         index = self.index(part)
