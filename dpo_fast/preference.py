@@ -1,25 +1,20 @@
 """Level 3: hidden states of P pairs to their preference loss, no logits, in the fewest GEMMs the mathematics allows."""
 
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .logps import PairLogps, pair_logps
-from .objective import Objective, ld_dpo_token_weights, wpo_weights
+from .logps import PairLogps
+from .objective import Objective
 from .ops.call import Call, Head, Transform
-from .ops.checks import check_finite, check_tensor, checking
-from .ops.dispatch import choose_impl, device_memory, free_to_look, plan_device
+from .ops.dispatch import choose_impl, device_memory, plan_device
 from .ops.linear import head_stats
 from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
 from .ops.plan import HeadPlan, plan_head, reference_plan
-from .ops.sequence import sequence_sums
 from .ops.stats import STATS, TokenStats, check_outputs
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .terms import PairTerms, check_lengths
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ def linear_preference_loss(
     transform = Transform.make(op, logit_softcap, temperature, logit_scale)
     call = Call.of_head(op, head, outputs, transform, ignore_index, tile_mib, impl)
     scored = labels != call.ignore_index
-    context = _Context.make(
+    terms = PairTerms.make(
         op,
         objective,
         scored,
@@ -128,14 +123,14 @@ def linear_preference_loss(
         torch.promote_types(hidden.dtype, torch.float32),
         call.impl,
     )
-    _check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
+    check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
 
     hidden_grad, head_grad = head.gradients
     compiling = torch.compiler.is_compiling()
     separable = head_grad and not objective.couples_pairs and call.impl != "reference" and not compiling
     tokens = None
     if separable:
-        tokens = group_tokens(labels, sequence_ids, num_pairs, context.weights, call.ignore_index, sequence_lengths)
+        tokens = group_tokens(labels, sequence_ids, num_pairs, terms.weights, call.ignore_index, sequence_lengths)
     needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
     if call.impl == "reference":
         plan = reference_plan(*head.sizes, **needs)
@@ -151,16 +146,16 @@ def linear_preference_loss(
             device_memory=None if compiling else device_memory(hidden.device),
         )
     if plan.name not in ("pairwise", "pending"):
-        return context.output(head_stats(op, head, labels, call), sequence_ids, asked, plan)
+        return _output(terms, head_stats(op, head, labels, call), sequence_ids, asked, plan)
 
     head.check_values(op, labels, call.ignore_index)
     own: dict[Tensor, Tensor] = {}
     value, losses, logps, extras = PairwiseLossFunction.apply(
-        *head, tokens, replace(call, plan=plan.name), plan.chunk_rows, context.losses, own
+        *head, tokens, replace(call, plan=plan.name), plan.chunk_rows, terms.losses, own
     )
     if own:
         value = OwnLeaves.apply(value, list(own.values()), *own)
-    return context.output(TokenStats.of(logps, extras, outputs), sequence_ids, asked, plan, value, losses)
+    return _output(terms, TokenStats.of(logps, extras, outputs), sequence_ids, asked, plan, value, losses)
 
 
 def preference_from_stats(
@@ -181,7 +176,7 @@ def preference_from_stats(
     op = "preference_from_stats"
     impl = choose_impl(op, impl, stats.logps.device, stats.logps.dtype)
     scored = torch.ones_like(sequence_ids, dtype=torch.bool)
-    context = _Context.make(
+    terms = PairTerms.make(
         op,
         loss,
         scored,
@@ -194,145 +189,13 @@ def preference_from_stats(
         stats.logps.dtype,
         impl,
     )
-    return context.output(stats, sequence_ids, check_outputs(op, outputs), None)
+    return _output(terms, stats, sequence_ids, check_outputs(op, outputs), None)
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What turns scored tokens of some pairs into their `PairLogps`: the same for a chunk and for the whole batch."""
-
-    objective: Objective
-    scored: Tensor  # (N,) bool
-    counts: Tensor  # (2P,) scored tokens
-    weights: Tensor | None  # (N,) token weights
-    reference_tokens: Tensor | None  # (N,)
-    reference: Tensor | None  # (2P,)
-    mean_length: Tensor  # (), of chosen completions
-    impl: str
-
-    @classmethod
-    def make(
-        cls,
-        op,
-        objective,
-        scored,
-        sequence_ids,
-        num_pairs,
-        reference_logps,
-        reference_tokens,
-        ld_alpha,
-        mean_length,
-        dtype,
-        impl,
-    ) -> "_Context":
-        """Check what is about pairs, and count the `scored` (N,) tokens of each sequence. dtype: of log-probs."""
-        objective.check_ld_alpha(ld_alpha)
-        _check_pairs(op, scored, sequence_ids, num_pairs)
-        reference = _reference(op, objective, scored, num_pairs, reference_logps, reference_tokens)
-        counts = torch.zeros(2 * num_pairs, dtype=torch.int64, device=scored.device).index_add_(
-            0, sequence_ids, scored.to(torch.int64)
-        )
-        weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored, dtype)
-        reference_tokens = None if reference_tokens is None else reference_tokens.detach()
-        wide = torch.float32 if scored.device.type == "mps" else torch.float64
-        if mean_length is None:
-            mean_length = counts[:num_pairs].to(wide).mean()
-        elif isinstance(mean_length, Tensor):
-            check_tensor(op, "mean_chosen_length", mean_length, (), _FLOATS, scored.device)
-        elif isinstance(mean_length, numbers.Real) and 0 <= mean_length < math.inf:
-            mean_length = torch.full((), mean_length, dtype=wide, device=scored.device)
-        else:
-            raise ValueError(f"{op}: mean_chosen_length must be a number of tokens or None, got {mean_length!r}")
-        return cls(objective, scored, counts, weights, reference_tokens, reference, mean_length, impl)
-
-    def output(self, stats: TokenStats, sequence_ids, asked, plan, loss=None, losses=None) -> PreferenceOutput:
-        """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
-        P = self.counts.shape[0] // 2
-        sums = sequence_sums(stats.logps, sequence_ids, 2 * P, self.weights, self.impl)
-        values = {"logps": stats.logps, "log_sum_sq_probs": stats.log_sum_sq_probs}
-        pairs = self.pairs(sums, values, sequence_ids, slice(None), slice(0, P))
-        if loss is None:
-            losses = self.objective(pairs)
-            loss = losses.mean()
-        return PreferenceOutput(loss, losses, pairs, stats.only(asked), *self.objective.rewards(pairs), plan)
-
-    def losses(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> Tensor:
-        return self.objective(self.pairs(sums, values, ids, index, pairs))
-
-    def pairs(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> PairLogps:
-        """sums: (2p,) of the pairs' sequences; values: token values by name, (n,); ids: (n,) in [0, 2p); index: where
-        these tokens are among all N."""
-        P = self.counts.shape[0] // 2
-
-        def select(x: Tensor) -> Tensor:
-            return torch.cat([x[:P][pairs], x[P:][pairs]])
-
-        def total(x, weights):  # Dynamo before torch 2.9 does not trace annotations that are unions
-            return sequence_sums(x, ids, sums.shape[0], weights, self.impl)
-
-        logps, counts = values["logps"].detach(), select(self.counts)
-        # A wider reference would make everything after it wider than the policy is, in some of the plans
-        reference = None if self.reference is None else select(self.reference).to(sums.dtype)
-        exact = None
-        if self.reference_tokens is not None:
-            weights = None if self.weights is None else self.weights[index]
-            # Not told from logps == 0, which a certain token has, too
-            theirs = torch.where(self.scored[index], self.reference_tokens[index].to(logps.dtype), 0)
-            reference = total(theirs, weights)
-            exact = tuple(total(logps - theirs, weights).tensor_split(2))
-        pair_weights = None
-        if self.objective.use_weighting:
-            pair_weights = wpo_weights(total(logps - values["log_sum_sq_probs"], None), counts)
-        return pair_logps(sums, reference, counts, pair_weights, exact, self.mean_length.to(sums.dtype))
-
-
-def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:
-    if not isinstance(num_pairs, int) or num_pairs < 1:
-        raise ValueError(f"{op}: num_pairs must be a positive int, got {num_pairs!r}")
-    check_tensor(op, "sequence_ids", ids, (scored.shape[0],), (torch.int64,), scored.device)
-    if free_to_look(ids) and ids.numel() and not torch.compiler.is_compiling():
-        low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= 2 * num_pairs:
-            raise ValueError(
-                f"{op}: sequence_ids must be in [0, {2 * num_pairs}) for num_pairs={num_pairs}, got {low} to {high}"
-            )
-
-
-def _check_lengths(op: str, ids: Tensor, num_pairs: int, lengths) -> None:
-    if lengths is None:
-        return
-    N, lengths = ids.shape[0], list(lengths)
-    if len(lengths) != 2 * num_pairs or sum(lengths) != N:
-        raise ValueError(
-            f"{op}: sequence_lengths must be {2 * num_pairs} counts that sum to N={N}, "
-            f"got {len(lengths)} that sum to {sum(lengths)}"
-        )
-    if (free_to_look(ids) or checking()) and not torch.compiler.is_compiling():
-        counts = torch.bincount(ids, minlength=2 * num_pairs).tolist()
-        if counts != lengths:
-            raise ValueError(f"{op}: sequence_lengths must be the counts in sequence_ids, {counts}, got {lengths}")
-
-
-def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, sums, tokens) -> Tensor | None:
-    """The (2P,) reference log-probs, checked; None where tokens stand in for them or there are none."""
-    if sums is not None and tokens is not None:
-        raise ValueError(f"{op}: give reference_logps or reference_token_logps, not both")
-    if isinstance(sums, (tuple, list)):
-        if len(sums) != 2:
-            raise ValueError(f"{op}: reference_logps must be one tensor or a pair of them, got {len(sums)} elements")
-        for index, half in enumerate(sums):
-            check_tensor(op, f"reference_logps[{index}]", half, (num_pairs,), _FLOATS, scored.device)
-        sums = torch.cat([_at_least_fp32(half) for half in sums])  # autocast has no cat of fp16 on CPU
-    if tokens is not None:
-        check_tensor(op, "reference_token_logps", tokens, tuple(scored.shape), _FLOATS, scored.device)
-    elif sums is not None:
-        check_tensor(op, "reference_logps", sums, (2 * num_pairs,), _FLOATS, scored.device)
-    elif objective.must_have_reference:
-        raise ValueError(f"{op}: loss {', '.join(objective.names)} needs reference_logps, got None")
-    if checking():
-        check_finite(op, reference_logps=sums, reference_token_logps=tokens)
-    return None if sums is None else _at_least_fp32(sums)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+def _output(terms: PairTerms, stats, sequence_ids, asked, plan, loss=None, losses=None) -> PreferenceOutput:
+    """The result for the whole batch; the loss is composed here where the head's op has not computed it."""
+    pairs = terms.whole(stats, sequence_ids)
+    if loss is None:
+        losses = terms.objective(pairs)
+        loss = losses.mean()
+    return PreferenceOutput(loss, losses, pairs, stats.only(asked), *terms.objective.rewards(pairs), plan)
