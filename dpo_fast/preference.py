@@ -125,7 +125,7 @@ def linear_preference_loss(
     )
     check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
 
-    hidden_grad, head_grad = head.gradients
+    hidden_grad, head_grad = head.gradients()
     compiling = torch.compiler.is_compiling()
     separable = head_grad and not objective.couples_pairs and call.impl != "reference" and not compiling
     tokens = None
@@ -133,10 +133,10 @@ def linear_preference_loss(
         tokens = group_tokens(labels, sequence_ids, num_pairs, terms.weights, call.ignore_index, sequence_lengths)
     needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
     if call.impl == "reference":
-        plan = reference_plan(*head.sizes, **needs)
+        plan = reference_plan(*head.sizes(), **needs)
     else:
         plan = plan_head(
-            *head.sizes,
+            *head.sizes(),
             call.gemm_dtype,
             **needs,
             separable=separable,

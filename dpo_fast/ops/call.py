@@ -79,7 +79,9 @@ class Transform(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The tensors that logits are made of: hidden weight^T + down up^T + bias."""
+    """The tensors that logits are made of: hidden weight^T + down up^T + bias.
+
+    Methods, no properties: those of a named tuple Dynamo does not trace in torch 2.8."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
@@ -118,18 +120,15 @@ class Head(NamedTuple):
         if checking():
             check_finite(op, **dict(zip(("hidden", "weight", "bias", "low_rank[0]", "low_rank[1]"), self, strict=True)))
 
-    @property
     def sizes(self) -> tuple[int, int, int]:
         """(N, H, V)"""
         return *self.hidden.shape, self.weight.shape[0]
 
-    @property
     def gradients(self) -> tuple[bool, bool]:
         """Whether gradients are asked for: of hidden or down; of weight, bias or up."""
         asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in self]
         return asked[0] or asked[3], asked[1] or asked[2] or asked[4]
 
-    @property
     def gemm_dtype(self) -> torch.dtype:
         """What the GEMMs take: autocast's dtype inside autocast, which leaves fp64 alone, else the dtype of hidden."""
         device, dtype = self.hidden.device.type, self.hidden.dtype
@@ -159,9 +158,9 @@ class Call:
         """The plan is what the head runs for itself: the loss, which knows more, may replace it."""
         outputs, ignore_index = check_outputs(op, outputs), check_ignore_index(op, ignore_index)
         tile_mib, hidden = _checked_tile_mib(op, tile_mib), head.hidden
-        hidden_grad, head_grad = head.gradients
+        hidden_grad, head_grad = head.gradients()
         plan = "recompute" if head_grad else "frozen" if hidden_grad else "score"
-        dtype = str(head.gemm_dtype).removeprefix("torch.")
+        dtype = str(head.gemm_dtype()).removeprefix("torch.")
         return cls(
             transform, ignore_index, outputs, choose_impl(op, impl, hidden.device, hidden.dtype), plan, tile_mib, dtype
         )
