@@ -41,7 +41,10 @@ def _package_but(*names: str) -> tuple[str, ...]:
 CODE = {
     "level1": (
         *(f"kernels/{name}.py" for name in ("token_logps", "numerics", "tuned")),
-        *(f"dpo_fast/ops/{name}.py" for name in ("logits", "logits_torch", "dispatch", "checks", "stats", "reference")),
+        *(
+            f"dpo_fast/ops/{name}.py"
+            for name in ("call", "plan", "logits", "logits_torch", "dispatch", "checks", "stats", "reference")
+        ),
         "benchmarks/level1.py",
         _MEASURE,
     ),

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import dpo_fast
 from dpo_fast import TokenStats, preference
 from dpo_fast.forward import HeadTransform, score_hidden
+from dpo_fast.ops import call as calls
 from dpo_fast.ops import linear, plan
 from dpo_fast.ops.reference import logits_token_stats_reference, transformed_reference
 from dpo_fast.testing import assert_within_budget, fp32_linear, head_bounds, make_generator
@@ -150,7 +151,7 @@ class Head:
             )
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(linear, "plan_head", small))
+            stack.enter_context(mock.patch.object(calls, "plan_head", small))
             if mode != "compiled":
                 stack.enter_context(mock.patch.object(preference, "plan_head", small))
             stack.enter_context(mock.patch.dict("os.environ", DPO_FAST_FUSED_SCORE=str(int(self.fused))))
