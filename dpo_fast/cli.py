@@ -189,7 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     else:
         arguments = parser.parse_args(argv)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        status = COMMANDS[arguments.command].run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads it, as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as error:
         if (error.name or "dpo_fast").split(".")[0] == "dpo_fast":
             raise

@@ -196,6 +196,12 @@ def test_a_share_of_the_data_is_held_out(files, capsys):
     assert "0.6931" in (out / "side.html").read_text()
 
 
+def test_a_pipe_that_is_closed_is_no_traceback():
+    command = f"{sys.executable} -m dpo_fast.cli train --help | head -1"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.startswith("usage: dpo-fast train") and "Traceback" not in run.stderr, run.stderr
+
+
 def test_a_model_that_has_hardly_moved_is_said(files, capsys):
     options = ["--samples", "0", "--max_steps", "2", "--learning_rate", "1e-9", "--output_dir", files / "still"]
     assert run("train", files / "config.yaml", *options) == 0

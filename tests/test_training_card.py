@@ -58,7 +58,7 @@ def test_full_models_have_a_card_and_other_peoples_stay(tmp_path):
 
 
 @pytest.mark.thorough
-def test_an_adapters_card_keeps_pefts(tmp_path):
+def test_an_adapters_card_keeps_the_head_of_pefts(tmp_path):
     peft = pytest.importorskip("peft")
     trainer = trainer_in(tmp_path, peft_config=peft.LoraConfig(r=2))
     trainer.train()
@@ -66,6 +66,7 @@ def test_an_adapters_card_keeps_pefts(tmp_path):
         trainer.save_model()
     text = (tmp_path / "README.md").read_text()
     assert "library_name: peft" in text and text.count(card.BEGIN) == 1 and "the model without its adapter" in text
+    assert "More Information Needed" not in text and f"# {tmp_path.name}" in text
 
 
 @pytest.mark.thorough

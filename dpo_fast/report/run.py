@@ -105,7 +105,8 @@ def _training(built: Page, record: dict) -> None:
     sigmoid = names == "sigmoid" and not settings.get("label_smoothing")
     built.prose(
         f"The loss is {names}{'' if beta is None else f' with β = {beta:g}'}. Rewards are β times the log of policy "
-        f"over reference. Before the first update both are 0{', and the loss is ln 2 = 0.6931' if sigmoid else ''}."
+        f"over reference. Before the first update both are 0{', the loss is ln 2 = 0.6931' if sigmoid else ''}, and no "
+        "pair is ranked right, as none is ahead."
         if settings.get("loss_type") or sigmoid
         else "Rewards are β times the log of policy over reference."
     )

@@ -10,6 +10,7 @@ from dpo_fast.report.record import versions
 from dpo_fast.report.run import SHOWN
 
 BEGIN, END = "<!-- dpo_fast: what follows is written at each save -->", "<!-- dpo_fast: end -->"
+PEFTS_TEMPLATE = "# Model Card for Model ID"  # 190 lines that nobody has filled in, just saved
 CITATION = """```bibtex
 @inproceedings{rafailov2023direct,
   title = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
@@ -36,7 +37,7 @@ def is_ours(text: str | None) -> bool:
 def write(folder: Path, base: str, rows: list[tuple[str, str]], log: list[dict]) -> Path:
     """Write our section into the folder's README.md, at its end where it has none yet. base: the model's name or path.
 
-    What is there without our section (PEFT's card, just saved) is kept.
+    What is there without our section is kept, but for PEFT's template, of which only the head stays.
     """
     section = "\n".join([BEGIN, "", *_section(base, rows, log), "", END])
     there = read(folder)
@@ -44,6 +45,8 @@ def write(folder: Path, base: str, rows: list[tuple[str, str]], log: list[dict])
         text = f"{_head(base)}\n# {folder.resolve().name}\n\n{section}\n"
     elif BEGIN in there and END in there:
         text = there[: there.index(BEGIN)] + section + there[there.index(END) + len(END) :]
+    elif PEFTS_TEMPLATE in there:
+        text = f"{there[: there.index(PEFTS_TEMPLATE)].rstrip()}\n\n# {folder.resolve().name}\n\n{section}\n"
     else:
         text = f"{there.rstrip()}\n\n{section}\n"
     return write_text(folder / "README.md", text)
