@@ -5,9 +5,8 @@ is named after the one that the model came with, "dpo_fast_over_sdpa" for instan
 arguments it is that implementation, mask included, so `generate` and plain calls are unchanged. A layout travels as the
 keyword argument `pair_layout` of the model's forward, through the layers, to the attention function.
 
-    eager     CPU and anything else: two calls a pair, prefix + chosen (plainly causal) and rejected against its prefix
-              and itself; no mask over the row
-    varlen    CUDA: one variable-length flash attention call; the rejected branch's keys are its prefix's once more
+    eager     CPU and anything else: a call per sequence, its own tokens against the whole of it; no mask over the row
+    varlen    CUDA: one variable-length flash attention call; the keys of what is shared are copied for each sequence
     flex      CUDA: FlexAttention with a block mask (block_mask.py), where flash attention cannot run: a soft-cap, fp32,
               values narrower than queries
 """
@@ -358,17 +357,19 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
-    # Splits, whose gradient is one cat: that of a slice is a row of zeros, and a row has three slices or more a pair
-    whole = [sum(pair) for pair in layout.pairs]
-    outputs = []
-    for (p, c, r), *row in zip(layout.pairs, *(x.split(whole, 2) for x in (query, key, value)), strict=True):
-        (query_run, query_branch), (keys, key_branch), (values, value_branch) = (x.split([p + c, r], 2) for x in row)
-        if p:
-            key_branch = torch.cat([keys[:, :, :p], key_branch], 2)
-            value_branch = torch.cat([values[:, :, :p], value_branch], 2)
-        for q, k, v in ((query_run, keys, values), (query_branch, key_branch, value_branch)):
-            if q.shape[2]:
-                outputs.append(_causal(q, k, v, layout, scaling, window, softcap, sinks))
+    # One split, whose gradient is one cat: that of a slice of the row is a row of zeros
+    own = [n - k for n, k in zip(layout.lengths, layout.shared, strict=True)]
+    queries, keys, values = (x.split(own, 2) for x in (query, key, value))
+
+    def whole(x: tuple[Tensor, ...], sequence: int) -> Tensor:
+        shared = [x[piece][:, :, :taken] for piece, taken in layout.paths[sequence]]
+        return torch.cat([*shared, x[sequence]], 2) if shared else x[sequence]
+
+    outputs = [
+        _causal(queries[s], whole(keys, s), whole(values, s), layout, scaling, window, softcap, sinks)
+        for s in range(len(own))
+        if own[s]
+    ]
     if not outputs:
         return value.new_zeros((1, 0, query.shape[1], value.shape[-1]))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
@@ -423,13 +424,13 @@ def _options(attend) -> frozenset[str]:
 
 
 def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
-    """Flash attention aligns causality bottom-right, which is what a branch behind its prefix needs."""
+    """Flash attention aligns causality bottom-right, which is what own tokens behind shared ones need."""
     attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
     known, options = _options(attend), {}
     rows, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()  # the kernel reads whole heads; keys and values are copied anyway
-    keys, values = (x.index_select(0, layout.key_index) for x in (keys, values))
+    keys, values = (x.index_select(0, layout.index) for x in (keys, values))
     if "scale" in known:  # torch 2.10 has neither this nor windows
         options["scale"] = scaling
     if "window_size" in known:

@@ -1,8 +1,7 @@
-"""FlexAttention's block mask of a packed row (layout.py), made from its segments: no tensor has S x S entries.
+"""FlexAttention's block mask of a packed row (layout.py), made from its runs: no tensor has T x T entries.
 
-A query sees two runs of keys: from the beginning of its own sequence in the row to itself, and, in a rejected branch,
-its prefix. So a block of queries and a block of keys meet where the ends of those runs say so. All of it is computed on
-the layout's device, and nothing waits for the host.
+A query sees the keys of its own sequence up to itself: a few runs of the row. So a block of queries and a block of keys
+meet where the ends of those runs say so. All of it is computed on the layout's device, and nothing waits for the host.
 """
 
 import torch
@@ -13,48 +12,49 @@ from .layout import SharedPrefixLayout
 BLOCK = 128  # FlexAttention's own default; its kernels' tiles divide it
 
 
-def visible_keys(layout: SharedPrefixLayout, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """first, shared, shared_end, each (S,) int32: query q sees the keys first..q and shared..shared_end - 1.
-
-    The second run is the prefix of a rejected branch, empty elsewhere. The first never begins before the second ends.
-    """
+def visible_keys(layout: SharedPrefixLayout, window: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Runs (begin, end), each (T,) int32, that share no key and do not meet: query q sees begin[q] <= k < end[q]."""
     rows = torch.arange(layout.length, dtype=torch.int32, device=layout.positions.device)
-    first = layout.query_ends.index_select(0, 2 * layout.pair_ids + (layout.branches == 2))
-    shared = layout.query_ends.index_select(0, 2 * layout.pair_ids)
-    shared_end = shared + layout.positions - (rows - first)  # the tokens before it that are not in its own run
-    if window is not None:
-        first = torch.maximum(first, rows - (window - 1))
-        shared = torch.minimum(shared_end, shared + (layout.positions - (window - 1)).clamp_(min=0))
-    return first, shared, shared_end
+    counts = layout.query_ends.diff()
+    owner = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=layout.length)
+    visible = []
+    for level, run in enumerate(layout.runs):
+        begin, end, position = run.index_select(1, owner)
+        if level == 0:
+            end = rows + 1  # its own tokens: up to itself
+        if window is not None:
+            begin = torch.minimum(end, begin + (layout.positions - (window - 1) - position).clamp_(min=0))
+        visible.append((begin, end))
+    return visible
 
 
 def block_mask(layout: SharedPrefixLayout, window: int | None, block: int = BLOCK):
-    """The `BlockMask` of a row: what `create_block_mask` returns, without its S x S mask. window: see attention.py."""
+    """The `BlockMask` of a row: what `create_block_mask` returns, without its T x T mask. window: see attention.py."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    first, shared, shared_end = visible_keys(layout, window)
+    positions, until = layout.positions, layout.until
+    # Only tensors are captured, so that all windows, and none, share a compiled kernel
+    widest = positions.new_full((), layout.length if window is None else window)
 
     def sees(_batch, _head, q, k):
-        # Only tensors are captured, so all windows share a compiled kernel; what depends on q alone is loaded once
-        return ((k >= first[q]) & (k <= q)) | ((k >= shared[q]) & (k < shared_end[q]))
+        return (k <= q) & (q < until[k]) & (positions[q] - positions[k] < widest)
 
-    partial, full = meeting_blocks(first, shared, shared_end, block)
+    partial, full = meeting_blocks(visible_keys(layout, window), block)
     return BlockMask.from_kv_blocks(
         *_ordered(partial), *_ordered(full), BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(layout.length,) * 2
     )
 
 
-def meeting_blocks(first: Tensor, shared: Tensor, shared_end: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def meeting_blocks(visible: list[tuple[Tensor, Tensor]], block: int) -> tuple[Tensor, Tensor]:
     """partial, full: (blocks, blocks) bool, where some entries of a block are visible, and where all are."""
-    S = len(first)
-    rows = torch.arange(S, dtype=torch.int32, device=first.device)
-    blocks = -(-S // block)
+    T = len(visible[0][0])
+    rows = torch.arange(T, dtype=torch.int32, device=visible[0][0].device)
+    one, blocks = torch.ones_like(rows), -(-T // block)
     line = rows // block * (blocks + 1)
 
-    def count(*runs: tuple[Tensor, Tensor]) -> Tensor:
+    def count(runs) -> Tensor:
         """(query blocks, key blocks) int32: over the queries, how many of their runs of key blocks hold a block."""
-        marks = torch.zeros(blocks * (blocks + 1), dtype=torch.int32, device=first.device)
-        one = torch.ones_like(rows)
+        marks = torch.zeros(blocks * (blocks + 1), dtype=torch.int32, device=rows.device)
         for begin, end in runs:
             marks.index_add_(0, line + begin, one)
             marks.index_add_(0, line + torch.maximum(begin, end), one, alpha=-1)
@@ -63,13 +63,8 @@ def meeting_blocks(first: Tensor, shared: Tensor, shared_end: Tensor, block: int
     def up(x: Tensor) -> Tensor:
         return (x + (block - 1)) // block
 
-    touched_end = torch.where(shared < shared_end, up(shared_end), 0)
-    touched = count((first // block, rows // block + 1), (shared // block, touched_end)) > 0
-    # Runs that meet are one: a block may be full by both
-    one_run = (shared < shared_end) & (shared_end == first)
-    begin = torch.where(one_run, shared, first)
-    end = torch.where(one_run, 0, shared_end)
-    full = count((up(begin), (rows + 1) // block), (up(shared), end // block)) == block
+    touched = count((begin // block, torch.where(begin < end, up(end), 0)) for begin, end in visible) > 0
+    full = count((up(begin), end // block) for begin, end in visible) == block  # runs do not meet: one fills a block
     return touched & ~full, full
 
 

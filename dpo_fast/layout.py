@@ -1,15 +1,22 @@
-"""Stage 1, the shared-prefix layout: P pairs as one packed row, each prompt once, no padding.
+"""Stage 1, the shared-prefix layout: sequences in one packed row, what they begin with in common once, no padding.
 
     p0 p0 p0 c0 c0 r0 r0 r0  p1 p1 c1 r1 r1 ...      prefix, chosen branch, rejected branch, next pair
      0  1  2  3  4  3  4  5   0  1  2  2  3 ...      positions: both branches continue from their prefix
 
-The prefix is the longest common prefix of the two whole sequences: the prompt, and what the completions begin with in
-common, if anything. Prompts that truncation has cut differently share nothing: such a pair is two sequences in a row.
-Attention (attention.py): a prefix attends to itself, a branch to its prefix and itself, causally; nothing else.
+A layout is two integers per sequence: its length, and how many of its first tokens it shares with the sequence before
+it. The row holds the others. Sequences in depth-first order describe any tree of prefixes in this way:
+
+    a pair                              (p + c, 0) (p + r, p)
+    several completions of a prompt     (p + a, 0) (p + b, p) (p + c, p)
+    a system prompt over two prompts    (s + p + a, 0) (s + p + b, s + p) (s + q + c, s) (s + q + d, s + q)
+
+Of a pair, what is shared is the longest common prefix of the two whole sequences: the prompt, and what the completions
+begin with in common, if anything. Prompts that truncation has cut differently share nothing: two sequences in a row.
+Attention (attention.py): a token attends to the tokens before it in a sequence that both belong to; nothing else.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,44 +34,99 @@ class CalledModules:
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """Where each pair lies in the packed row. `pairs` is host-side: nothing on the CPU path waits for a device."""
+    """Where S sequences lie in a packed row of T tokens. Tuples are host-side: nothing on the CPU path waits for a
+    device. A sequence's own tokens are those that it does not share with the sequence before it: a run of the row."""
 
-    pairs: tuple[tuple[int, int, int], ...]  # (prefix, chosen branch, rejected branch) lengths
-    # For variable-length attention, in the order of the row: a pair's first sequence is prefix + chosen branch, its
-    # second the rejected branch, whose keys are the prefix's once more and its own
-    query_ends: Tensor  # (2P + 1,) int32 cumulative query lengths: prefix + chosen, rejected, ...
-    key_ends: Tensor  # (2P + 1,) int32 cumulative key lengths: prefix + chosen, prefix + rejected, ...
-    key_index: Tensor  # (S + sum of prefixes,) int64 positions in the row of those keys
-    # For block masks: which branch of which pair a position belongs to
-    pair_ids: Tensor  # (S,) int32
-    branches: Tensor  # (S,) int32: 0 prefix, 1 chosen, 2 rejected
-    positions: Tensor  # (S,) int32 position within the sequence
+    lengths: tuple[int, ...]  # tokens of each sequence, in the order of the row
+    shared: tuple[int, ...]  # of these, how many first ones it shares with the sequence before it
+    ids: tuple[int, ...]  # which of the batch's sequences each is
+    paths: tuple[tuple[tuple[int, int], ...], ...]  # what each shares: (s, n), the first n own tokens of sequence s
+    index: Tensor  # (sum of lengths,) int64 where in the row each sequence's tokens are, one sequence after the other
+    positions: Tensor  # (T,) int32 position within the sequence
+    until: Tensor  # (T,) int32 where in the row the sequences that contain this token end
+    query_ends: Tensor  # (S + 1,) int32 cumulative numbers of own tokens
+    key_ends: Tensor  # (S + 1,) int32 cumulative lengths
+    runs: (
+        Tensor  # (R, 3, S) int32: a sequence is at most R runs of the row, its own tokens' first: begin, end, position
+    )
     cache: dict = field(default_factory=dict, compare=False, repr=False)  # what every layer needs again
     called: CalledModules = field(default_factory=CalledModules, compare=False, repr=False)
 
+    @classmethod
+    def make(
+        cls, lengths: Sequence[int], shared: Sequence[int], ids: Sequence[int] | None = None
+    ) -> "SharedPrefixLayout":
+        """ids: None: the batch's sequences in their order. ValueError where one shares more than two sequences have."""
+        lengths, shared = tuple(lengths), tuple(shared)
+        if len(lengths) != len(shared) or any(
+            not 0 <= k <= min(n, before) for n, k, before in zip(lengths, shared, (0, *lengths[:-1]), strict=True)
+        ):
+            raise ValueError(
+                "a sequence shares between 0 and all tokens with the one before it, and the first none; "
+                f"got lengths {lengths}, shared {shared}"
+            )
+        own = [n - k for n, k in zip(lengths, shared, strict=True)]
+        starts = [0, *torch.tensor(own, dtype=torch.int64).cumsum(0).tolist()]
+        until = torch.empty(starts[-1], dtype=torch.int32)
+        paths, pieces, runs, path = [], [], [], []
+        for s, (n, k) in enumerate(zip(lengths, shared, strict=True)):
+            paths.append(tuple(_first_tokens(path, k)))
+            path = [*paths[-1], (s, n - k)]
+            whole = [(starts[piece], starts[piece] + taken) for piece, taken in path]
+            for begin, end in whole:
+                until[begin:end] = starts[s + 1]
+            pieces += whole
+            runs.append(_joined(whole))
+        width = max(map(len, runs), default=1)
+        filled = [[*of_one, *[(0, 0, 0)] * (width - len(of_one))] for of_one in runs]
+
+        def aranges(bounds, dtype) -> Tensor:
+            return torch.cat([torch.arange(0, dtype=dtype), *(torch.arange(a, b, dtype=dtype) for a, b in bounds)])
+
+        def ends(counts) -> Tensor:
+            return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+        return cls(
+            lengths,
+            shared,
+            tuple(range(len(lengths)) if ids is None else ids),
+            tuple(paths),
+            index=aranges(pieces, torch.int64),
+            positions=aranges(zip(shared, lengths, strict=True), torch.int32),
+            until=until,
+            query_ends=ends(own),
+            key_ends=ends(lengths),
+            runs=torch.tensor(filled, dtype=torch.int32).view(-1, width, 3).permute(1, 2, 0).contiguous(),
+        )
+
     @property
     def length(self) -> int:
-        """S, tokens in the row."""
+        """T, tokens in the row."""
         return len(self.positions)
 
     @property
     def longest(self) -> tuple[int, int]:
         """Longest query run and longest key run of variable-length attention."""
         if "longest" not in self.cache:  # every layer asks
-            queries = max(max(p + c, r) for p, c, r in self.pairs)
-            self.cache["longest"] = queries, max(max(p + c, p + r) for p, c, r in self.pairs)
+            own = (n - k for n, k in zip(self.lengths, self.shared, strict=True))
+            self.cache["longest"] = max(own, default=0), max(self.lengths, default=0)
         return self.cache["longest"]
+
+    def sequences_per_token(self) -> Tensor:
+        """(T,) fp32: how many sequences contain each token of the row."""
+        once = torch.ones(self.index.shape, device=self.index.device)
+        return once.new_zeros(self.length).index_add_(0, self.index, once)
 
     def _map(self, function) -> "SharedPrefixLayout":
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return SharedPrefixLayout(self.pairs, **tensors, called=self.called)
+        return replace(self, **tensors, cache={})
 
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def on(self, device: torch.device) -> "SharedPrefixLayout":
         """The same on `device`, made once: layers of a model may be spread over several."""
-        if self.key_index.device == device:
+        if self.index.device == device:
             return self
         if device not in self.cache:
             self.cache[device] = self.to(device)
@@ -74,37 +136,73 @@ class SharedPrefixLayout:
         return self._map(Tensor.pin_memory)
 
 
-def make_layout(pairs: Sequence[tuple[int, int, int]]) -> SharedPrefixLayout:
-    """The layout of pairs with these (prefix, chosen branch, rejected branch) lengths."""
-    queries, keys, key_index, pair_ids, branches, positions = [0], [0], [], [], [], []
-    start = 0
-    for index, (p, c, r) in enumerate(pairs):
-        first, second = range(start, start + p + c), range(start + p + c, start + p + c + r)
-        queries += [queries[-1] + p + c, queries[-1] + p + c + r]
-        keys += [keys[-1] + p + c, keys[-1] + p + c + p + r]
-        key_index += [*first, *range(start, start + p), *second]
-        pair_ids += [index] * (p + c + r)
-        branches += [0] * p + [1] * c + [2] * r
-        positions += [*range(p + c), *range(p, p + r)]
-        start += p + c + r
+def _first_tokens(path: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Of the pieces of a sequence, what its first `count` tokens are."""
+    first = []
+    for piece, taken in path:
+        taken = min(taken, count)
+        if not taken:
+            break
+        first.append((piece, taken))
+        count -= taken
+    return first
 
-    def tensor(values, dtype=torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype)
 
-    return SharedPrefixLayout(
-        pairs=tuple(pairs),
-        query_ends=tensor(queries),
-        key_ends=tensor(keys),
-        key_index=tensor(key_index, torch.int64),
-        pair_ids=tensor(pair_ids),
-        branches=tensor(branches),
-        positions=tensor(positions),
-    )
+def _joined(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(begin, end, position of its first token) of a sequence's runs, the last one first; pieces that meet are one."""
+    runs, position = [], 0
+    for begin, end in pieces:
+        if runs and runs[0][1] == begin:
+            runs[0] = (runs[0][0], end, runs[0][2])
+        else:
+            runs.insert(0, (begin, end, position))
+        position += end - begin
+    return runs
+
+
+def make_layout(pairs: Iterable[tuple[int, int, int]]) -> SharedPrefixLayout:
+    """The layout of pairs with these (prefix, chosen branch, rejected branch) lengths; pair i is sequences i, P + i."""
+    pairs = list(pairs)
+    lengths = [n for p, c, r in pairs for n in (p + c, p + r)]
+    shared = [n for p, _, _ in pairs for n in (0, p)]
+    return SharedPrefixLayout.make(lengths, shared, _interleaved(len(pairs)))
+
+
+def _interleaved(pairs: int) -> list[int]:
+    return [s for i in range(pairs) for s in (i, pairs + i)]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def shared_with_before(groups: Iterable[Sequence[Sequence[int]]], across: bool = False) -> list[int]:
+    """How many first tokens each sequence shares with the one before it; with one of another group only if `across`,
+    or a beginning-of-text token would join all groups of a row."""
+    shared, before = [], ()
+    for group in groups:
+        before = before if across else ()
+        for sequence in group:
+            shared.append(common_prefix(before, sequence))
+            before = sequence
+    return shared
+
+
+def row_length(groups: Sequence[Sequence[Sequence[int]]], across: bool = False) -> int:
+    """Tokens that `pack` lays in the row."""
+    return sum(len(sequence) for group in groups for sequence in group) - sum(shared_with_before(groups, across))
+
+
+def pack(
+    groups: Sequence[Sequence[Sequence[int]]], ids: Sequence[int] | None = None, across: bool = False
+) -> tuple[Tensor, SharedPrefixLayout]:
+    """Groups of token sequences as one row, (1, T) int64, and its layout. A group's sequences share what they begin
+    with, if neighbours do: sorted sequences share most. across: groups share, too. ids: see `SharedPrefixLayout`."""
+    sequences, shared = [sequence for group in groups for sequence in group], shared_with_before(groups, across)
+    row = [token for sequence, k in zip(sequences, shared, strict=True) for token in sequence[k:]]
+    layout = SharedPrefixLayout.make([len(sequence) for sequence in sequences], shared, ids)
+    return torch.tensor([row], dtype=torch.int64), layout
 
 
 def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
@@ -115,33 +213,25 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
     pairs = list(pairs)
     if not pairs:
         raise ValueError("shared_prefix_batch: got no pairs, expected at least one")
-    row, lengths, targets, sequence_ids, predictors = [], [], [], [], []
+    groups = [([*p.chosen_prompt, *p.chosen], [*p.rejected_prompt, *p.rejected]) for p in pairs]
+    prompts = [len(prompt) for p in pairs for prompt in (p.chosen_prompt, p.rejected_prompt)]
+    row, layout = pack(groups, _interleaved(len(pairs)))
+    targets, predictors, sequence_ids, start = [], [], [], 0
     counts = [0] * (2 * len(pairs))
-    for index, pair in enumerate(pairs):
-        sequences = [*pair.chosen_prompt, *pair.chosen], [*pair.rejected_prompt, *pair.rejected]
-        prefix, start = common_prefix(*sequences), len(row)
-        chosen, rejected = (ids[prefix:] for ids in sequences)
-        row += [*sequences[0], *rejected]
-        lengths.append((prefix, len(chosen), len(rejected)))
-        prompts, offsets = (pair.chosen_prompt, pair.rejected_prompt), (0, len(chosen))
-        for branch, (ids, prompt, offset) in enumerate(zip(sequences, prompts, offsets, strict=True)):
-            sequence, first = branch * len(pairs) + index, max(len(prompt), 1)
-            targets += ids[first:]
-            predictors += [start + at + (offset if at >= prefix else 0) for at in range(first - 1, len(ids) - 1)]
-            counts[sequence] = max(len(ids) - first, 0)
-            sequence_ids += [sequence] * counts[sequence]
-    layout = make_layout(lengths)
-
-    def tensor(values) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64)
-
+    for sequence, tokens, prompt in zip(layout.ids, (s for group in groups for s in group), prompts, strict=True):
+        first = max(prompt, 1)  # the first token has nothing to predict it
+        counts[sequence] = max(len(tokens) - first, 0)
+        targets += tokens[first:]
+        predictors.append(layout.index[start + first - 1 : start + first - 1 + counts[sequence]])
+        sequence_ids += [sequence] * counts[sequence]
+        start += len(tokens)
     return PreferenceBatch(
-        input_ids=tensor([row]),
+        input_ids=row,
         position_ids=layout.positions.long().unsqueeze(0),
-        targets=tensor(targets),
-        sequence_ids=tensor(sequence_ids),
-        predictors=tensor(predictors),
-        lengths=tensor(counts),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+        predictors=torch.cat(predictors),
+        lengths=torch.tensor(counts, dtype=torch.int64),
         host_lengths=tuple(counts),
         reference_logps=reference_logps(pairs),
         layout=layout,
@@ -149,27 +239,27 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
 
 
 def separate_rows(batch: PreferenceBatch) -> PreferenceBatch:
-    """A packed batch as padded rows, [chosen 0..P-1, rejected 0..P-1], for a model that cannot run the packed one.
+    """A packed batch as padded rows, one per sequence in the order of their ids, for a model that cannot run the
+    packed one.
 
     What is scored stays as it is, in its order. Made on the batch's device; nothing waits for it.
     """
-    layout, P = batch.layout, batch.num_pairs
-    width = max(1, *(max(p + c, p + r) for p, c, r in layout.pairs))
-    index, lengths, start = [[] for _ in range(2 * P)], [0] * (2 * P), 0
-    for i, (p, c, r) in enumerate(layout.pairs):
-        rejected = [*range(start, start + p), *range(start + p + c, start + p + c + r)]
-        for row, tokens in ((i, [*range(start, start + p + c)]), (P + i, rejected)):
-            index[row], lengths[row] = tokens + [start] * (width - len(tokens)), len(tokens)
-        start += p + c + r
-    device = batch.input_ids.device
+    layout, device = batch.layout, batch.input_ids.device
+    width = max(1, *layout.lengths)
+    rows = sorted(range(len(layout.ids)), key=layout.ids.__getitem__)
+    starts = [0, *torch.tensor(layout.lengths).cumsum(0).tolist()]
 
     def send(values: list) -> Tensor:
         host = torch.tensor(values, dtype=torch.int64)
         return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
-    inside = torch.arange(width, device=device) < send(lengths)[:, None]
-    ids = batch.input_ids[0][send(index)] if layout.length else batch.input_ids.new_zeros((2 * P, width))
-    columns = layout.positions.to(device).index_select(0, batch.predictors.to(device))
+    columns = torch.arange(width, device=device)
+    inside = columns < send([layout.lengths[s] for s in rows])[:, None]
+    index = layout.on(device).index
+    # A padding column reads any token, the row's end is not passed; an empty row has none to read
+    places = (send([starts[s] for s in rows])[:, None] + columns).clamp_(max=max(len(index) - 1, 0))
+    ids = batch.input_ids[0][index[places]] if layout.length else batch.input_ids.new_zeros(inside.shape)
+    columns = layout.on(device).positions.index_select(0, batch.predictors.to(device))
     return PreferenceBatch(
         batch,
         input_ids=ids.masked_fill(~inside, 0),

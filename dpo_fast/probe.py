@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import attention
 from .batch import TokenPair
 from .hooks import mode
-from .layout import common_prefix, shared_prefix_batch
+from .layout import shared_prefix_batch
 
 LARGEST_WINDOW = 64  # a row longer than larger ones would cost too much: there the keyword counts, see _lost_windows
 # Whatever a model does with keywords or masks that it does not expect
@@ -134,7 +134,7 @@ def _pack(model, backbone, device, own: Tensor, plain: Tensor) -> tuple[Verdict,
     missing = notes.windows.keys() - batch.layout.called.modules
     if missing:
         return Verdict((f"{name} does not hand the layout to {len(missing)} of its layers",)), budget
-    packed = torch.cat([row[torch.tensor(where, device=row.device)] for where in _places(pairs)])
+    packed = row[batch.layout.index.to(row.device)]
     found = _difference(packed, own)
     if not found <= budget:
         wrong = f"{name}'s packed rows differ from separate ones by {found:.2g} of a hidden state, "
@@ -152,17 +152,6 @@ def _padded_pass(backbone: nn.Module, sequences: list[list[int]], device: torch.
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=device)
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
     return backbone(input_ids=ids, attention_mask=mask, use_cache=False)[0][mask.bool()]
-
-
-def _places(pairs: list[TokenPair]) -> list[list[int]]:
-    """Where the tokens of each of `_sequences` lie in the packed row."""
-    places, start = [], 0
-    for chosen, rejected in zip(*[iter(_sequences(pairs))] * 2, strict=True):
-        prefix, branch = common_prefix(chosen, rejected), start + len(chosen)
-        end = branch + len(rejected) - prefix
-        places += [[*range(start, branch)], [*range(start, start + prefix), *range(branch, end)]]
-        start = end
-    return places
 
 
 def _difference(result: Tensor, own: Tensor) -> float:

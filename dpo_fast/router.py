@@ -47,4 +47,4 @@ def token_weights(batch: PreferenceBatch) -> Tensor:
     """(B, T): how often each token is there in padded rows; a prefix stands for both rows' tokens, padding for none."""
     if batch.layout is None:
         return batch.attention_mask
-    return (batch.layout.branches == 0).float().add(1).unsqueeze(0)
+    return batch.layout.sequences_per_token().unsqueeze(0)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, packing
-from .batch import TokenPair
 from .copies import ATTACHED, compute_with_own_weights
 from .drift import AdapterWatch
 from .forward import (
@@ -41,7 +40,7 @@ from .forward import (
     score_hidden,
 )
 from .hooks import NEFTUNE
-from .layout import shared_prefix_batch
+from .layout import pack
 from .ops.stats import STATS
 from .prepared import check_ranks, prepare_anew
 from .reference import is_peft_model
@@ -540,25 +539,26 @@ def _pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> _Rows | 
             return ["the rows are not sequences padded on the right"]
         sequences.append(ids[:length])
     P = len(rows) // 2
-    batch = shared_prefix_batch([TokenPair([], sequences[i], [], sequences[P + i]) for i in range(P)])
-    # Every token but the first of each row, in the batch's order, of which the labels say which ones are scored
-    tokens = [(row, t) for i in range(P) for row in (i, P + i) for t in range(1, len(sequences[row]))]
-    scored = [k for k, (row, t) in enumerate(tokens) if rows[row][2][t] != -100]
-    tokens = [tokens[k] for k in scored]
+    order = [row for i in range(P) for row in (i, P + i)]
+    input_ids, layout = pack([(sequences[i], sequences[P + i]) for i in range(P)], order)
+    starts = dict(zip(order, layout.key_ends.tolist(), strict=False))
+    # A row's first token has nothing to predict it
+    tokens = [(row, t) for row in order for t in range(1, len(sequences[row])) if rows[row][2][t] != -100]
+    predictors = layout.index[torch.tensor([starts[row] + t - 1 for row, t in tokens], dtype=torch.int64)]
 
     def send(x):
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    layout = send(batch.layout)
+    sent = send(layout)
     return _Rows(
         inputs={
-            "input_ids": send(batch.input_ids),
-            "position_ids": send(batch.position_ids),
-            **attention.model_inputs(layout, device),
+            "input_ids": send(input_ids),
+            "position_ids": send(layout.positions.long().unsqueeze(0)),
+            **attention.model_inputs(sent, device),
         },
         shape=torch.Size((len(rows), width - 1)),
-        predictors=send(batch.predictors[torch.tensor(scored, dtype=torch.int64)]),
+        predictors=send(predictors),
         targets=send(torch.tensor([rows[row][2][t] for row, t in tokens], dtype=torch.int64)),
         places=send(torch.tensor([row * (width - 1) + t - 1 for row, t in tokens], dtype=torch.int64)),
-        token_weights=(layout.branches == 0).float().add(1).unsqueeze(0),  # a prefix stands for both rows' tokens
+        token_weights=sent.sequences_per_token().unsqueeze(0),
     )

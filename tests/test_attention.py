@@ -6,13 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from trees import TREES, pairs_as_trees, sees
 
 from dpo_fast import attention
 from dpo_fast.attention import shared_prefix_attention
 from dpo_fast.block_mask import block_mask
-from dpo_fast.layout import make_layout
+from dpo_fast.layout import SharedPrefixLayout, make_layout
 
 PAIRS = [(5, 3, 4), (0, 2, 3), (7, 0, 2), (1, 1, 1)]
+ROWS = {"pairs": pairs_as_trees(PAIRS), "trees": TREES["all in one row"]}
 KINDS = {
     "plain": {},
     "window": dict(window=3),
@@ -22,24 +24,21 @@ KINDS = {
 }
 
 
-def make(kv_heads=2, dtype=torch.float64, requires_grad=True):
+def make(kv_heads=2, dtype=torch.float64, requires_grad=True, row="pairs"):
     generator = torch.Generator().manual_seed(0)
-    layout = make_layout(PAIRS)
+    layout = SharedPrefixLayout.make(*ROWS[row])
     shapes = [(1, heads, layout.length, 8) for heads in (4, kv_heads, kv_heads)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     return layout, [x.requires_grad_(requires_grad) for x in tensors]
 
 
 def oracle(query, key, value, layout, scaling, window=None, softcap=None, sinks=None):
-    """Each query by itself: which keys it sees follows from pair, branch and position."""
-    pair, branch, position = layout.pair_ids, layout.branches, layout.positions
+    """Each query by itself: which keys it sees follows from the sequences."""
+    seen = sees(layout, window)
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     out = torch.empty_like(query)
     for q in range(layout.length):
-        sees = (pair == pair[q]) & ((branch == branch[q]) | (branch == 0)) & (position <= position[q])
-        if window is not None:
-            sees &= position > position[q] - window
-        keys = sees.nonzero().squeeze(1)
+        keys = seen[q].nonzero().squeeze(1)
         scores = (query[:, :, q : q + 1] * key[:, :, keys]).sum(-1) * scaling  # (1, heads, keys)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -51,8 +50,9 @@ def oracle(query, key, value, layout, scaling, window=None, softcap=None, sinks=
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_eager(kind, kv_heads):
-    layout, inputs = make(kv_heads)
+@pytest.mark.parametrize("row", ROWS)
+def test_eager(row, kind, kv_heads):
+    layout, inputs = make(kv_heads, row=row)
     out = shared_prefix_attention(*inputs, layout, scaling=0.3, **KINDS[kind])
     expected = oracle(*inputs, layout, 0.3, **KINDS[kind])
     tolerance = dict(rtol=1e-6, atol=1e-7) if "softcap" in KINDS[kind] or "sinks" in KINDS[kind] else {}
@@ -64,19 +64,21 @@ def test_eager(kind, kv_heads):
 
 
 @pytest.mark.parametrize("kind", ["plain", "window", "soft-cap"])
-def test_flex_forward(kind):
+@pytest.mark.parametrize("row", ROWS)
+def test_flex_forward(row, kind):
     """It has no backward on CPU; that is left to a GPU."""
-    layout, inputs = make(dtype=torch.float32, requires_grad=False)
+    layout, inputs = make(dtype=torch.float32, requires_grad=False, row=row)
     out = shared_prefix_attention(*inputs, layout, scaling=0.3, implementation="flex", **KINDS[kind])
     torch.testing.assert_close(out, oracle(*inputs, layout, 0.3, **KINDS[kind]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "window"])
-def test_varlen_arguments(kind, monkeypatch):
+@pytest.mark.parametrize("row", ROWS)
+def test_varlen_arguments(row, kind, monkeypatch):
     """What torch's kernel is handed, computed by the book: bottom-right causal runs of queries and keys."""
 
     def by_the_book(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, **more):
-        out = torch.empty_like(query)
+        runs = []
         groups = query.shape[1] // key.shape[1]
         assert more == {"enable_gqa": groups > 1}
         for (q0, q1), (k0, k1) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
@@ -87,13 +89,17 @@ def test_varlen_arguments(kind, monkeypatch):
             left, right = window_size
             hidden = (back < -right) | ((back > left) if left >= 0 else False)
             scores = (query[q0:q1].transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
-            out[q0:q1] = (scores.softmax(-1) @ v).transpose(0, 1)
-        return out
+            runs.append((scores.softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(runs)
 
     monkeypatch.setattr(attention, "_varlen_attn", lambda: by_the_book)
-    layout, inputs = make(requires_grad=False)
+    layout, inputs = make(row=row)
     out = shared_prefix_attention(*inputs, layout, scaling=0.3, implementation="varlen", **KINDS[kind])
-    torch.testing.assert_close(out, oracle(*inputs, layout, 0.3, **KINDS[kind]))
+    expected = oracle(*inputs, layout, 0.3, **KINDS[kind])
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    found, true = (torch.autograd.grad((x * cotangent).sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(found, true)
 
 
 def test_torchs_varlen_attention_is_called_as_it_is_declared():

@@ -1,4 +1,4 @@
-"""FlexAttention's block masks from segments against `create_block_mask` over every entry of the dense mask."""
+"""FlexAttention's block masks from a row's runs against `create_block_mask` over every entry of the dense mask."""
 
 import random
 
@@ -7,9 +7,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trees import TREES, pairs_as_trees, sees
 
 from dpo_fast.block_mask import block_mask
-from dpo_fast.layout import make_layout
+from dpo_fast.layout import SharedPrefixLayout, make_layout
 
 TENSORS = ["kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"]
 TENSORS += ["q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"]
@@ -35,21 +36,16 @@ def random_pairs(seed):
 PAIRS |= {f"random {seed}": random_pairs(seed) for seed in range(12)}
 
 
-def dense(layout, window):
-    """(S, S) bool, from pair, branch and position of both tokens."""
-    pair, branch, position = layout.pair_ids, layout.branches, layout.positions
-    rows = torch.arange(layout.length)
-    mask = (pair[:, None] == pair) & ((branch == 0) | (branch[:, None] == branch)) & (rows <= rows[:, None])
-    return mask if window is None else mask & (position[:, None] - position < window)
+ROWS = {name: pairs_as_trees(pairs) for name, pairs in PAIRS.items()} | TREES
 
 
-@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)
-def test_equals_create_block_mask(pairs):
-    layout = make_layout(pairs)
+@pytest.mark.parametrize("lengths, shared", ROWS.values(), ids=ROWS)
+def test_equals_create_block_mask(lengths, shared):
+    layout = SharedPrefixLayout.make(lengths, shared)
     S = layout.length
     rows = torch.arange(S)
     for window in (None, 1, 2, 7, 16, 500):
-        mask = dense(layout, window)
+        mask = sees(layout, window)
         for block in (4, 8, 16):
             found = block_mask(layout, window, block)
             assert torch.equal(found.mask_mod(0, 0, rows[:, None], rows), mask)
@@ -63,7 +59,7 @@ def test_equals_create_block_mask(pairs):
 
 def test_default_blocks():
     layout = make_layout([(300, 200, 100), (0, 50, 70), (513, 1, 0)])
-    mask = dense(layout, None)
+    mask = sees(layout)
     size = dict(Q_LEN=layout.length, KV_LEN=layout.length, device="cpu")
     true = create_block_mask(lambda b, h, q, k: mask[q, k], None, None, **size)
     found = block_mask(layout, None)

@@ -75,7 +75,8 @@ def test_rows_positions_and_lengths():
     batch = shared_prefix_batch([pair([1, 2, 3], [4, 5], [6, 7, 8]), pair([9], [8, 1], [8, 6])])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 1, 6]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 2]]
-    assert batch.layout.pairs == ((3, 2, 3), (2, 1, 1))
+    assert batch.layout.lengths == (5, 6, 3, 3) and batch.layout.shared == (0, 3, 0, 2)
+    assert batch.layout.ids == (0, 2, 1, 3)
     assert batch.predictors.tolist() == [2, 3, 2, 5, 6, 8, 9, 8, 9]
     assert batch.sequence_ids.tolist() == [0, 0, 2, 2, 2, 1, 1, 3, 3]
 
@@ -84,21 +85,21 @@ def test_keys_of_variable_length_attention():
     layout = make_layout([(3, 2, 1), (0, 1, 2)])
     assert layout.query_ends.tolist() == [0, 5, 6, 7, 9]
     assert layout.key_ends.tolist() == [0, 5, 9, 10, 12]
-    assert layout.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8]
+    assert layout.index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8]
     assert layout.longest == (5, 5) and layout.length == 9
 
 
 def test_moves_between_devices_with_its_batch():
     batch = shared_prefix_batch([pair([1], [2], [3])])
     moved = batch.to("meta")
-    assert moved.layout.key_index.device.type == "meta" and moved.layout.pairs == batch.layout.pairs
+    assert moved.layout.index.device.type == "meta" and moved.layout.lengths == batch.layout.lengths
 
 
 def test_layers_on_other_devices_share_one_copy():
     layout = make_layout([(3, 2, 1)])
     elsewhere = layout.on(torch.device("meta"))
     assert layout.on(torch.device("cpu")) is layout and elsewhere is layout.on(torch.device("meta"))
-    assert elsewhere.key_index.device.type == "meta" and elsewhere.pairs == layout.pairs
+    assert elsewhere.index.device.type == "meta" and elsewhere.shared == layout.shared
 
 
 def test_precomputed_reference_and_errors():

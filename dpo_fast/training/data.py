@@ -27,7 +27,7 @@ import transformers
 
 import dpo_fast
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
-from dpo_fast.layout import common_prefix, shared_prefix_batch
+from dpo_fast.layout import row_length, shared_prefix_batch
 
 from . import rows
 from .rows import ASKING, NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
@@ -340,8 +340,7 @@ def _versions() -> tuple[str, ...]:
 
 def row_tokens(pair: TokenPair) -> int:
     """Tokens that a pair adds to a shared-prefix row: what samplers go by."""
-    chosen, rejected = [*pair.chosen_prompt, *pair.chosen], [*pair.rejected_prompt, *pair.rejected]
-    return len(chosen) + len(rejected) - common_prefix(chosen, rejected)
+    return row_length([([*pair.chosen_prompt, *pair.chosen], [*pair.rejected_prompt, *pair.rejected])])
 
 
 class _ReportOnce:
