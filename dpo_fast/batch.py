@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .comparisons import pairs_of
+
 
 @dataclass(frozen=True)
 class TokenPair:
@@ -49,6 +51,7 @@ class PreferenceBatch(dict):
       lengths (2P,) int64 number of scored tokens, and host_lengths, the same as a tuple of ints: no device is asked;
       reference_logps (2P,) fp32 or None, when precomputed
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
+    comparisons, where pairs are not those of 2P sequences: (P, 2) int64, chosen and rejected of S sequences
     """
 
     def __getattr__(self, name: str):
@@ -65,7 +68,19 @@ class PreferenceBatch(dict):
 
     @property
     def num_pairs(self) -> int:
-        return self["lengths"].shape[0] // 2
+        return len(self["comparisons"]) if "comparisons" in self else len(self["lengths"]) // 2
+
+    @property
+    def comparisons_or_pairs(self) -> Tensor:
+        """(P, 2) int64 on the device of `lengths`: the sequences of each pair, chosen and rejected."""
+        device = self["lengths"].device
+        return self["comparisons"].to(device) if "comparisons" in self else pairs_of(self.num_pairs, device)
+
+    @property
+    def num_chosen_tokens(self) -> int:
+        """Scored tokens of the chosen sequences, once for each pair."""
+        pairs = self["comparisons"] if "comparisons" in self else pairs_of(self.num_pairs, "cpu")
+        return sum(self["host_lengths"][chosen] for chosen, _ in pairs.tolist())
 
     def to(self, device, non_blocking: bool = False) -> "PreferenceBatch":
         """A copy with every tensor on `device`."""

@@ -282,6 +282,8 @@ def score_batch(
     common = dict(
         sequence_ids=batch.sequence_ids.to(hidden.device),
         num_pairs=batch.num_pairs,
+        comparisons=batch.get("comparisons"),
+        num_sequences=len(batch.lengths),
         loss=objective,
         outputs=outputs,
         impl=state.impl,

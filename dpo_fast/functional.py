@@ -9,12 +9,13 @@
     step.loss.backward()
 
 `batch` is a `PreferenceBatch` of P pairs and N scored tokens, see `batch.py`. The order of sequences is
-[chosen 0..P-1, rejected 0..P-1].
+[chosen 0..P-1, rejected 0..P-1], or what its `comparisons` say.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .batch import PreferenceBatch
@@ -94,13 +95,13 @@ def step_metrics(
     losses, pairs, tokens, sequence_ids = step.losses.detach(), step.pairs, step.tokens, batch.sequence_ids
     if first is not None:
         losses, pairs = losses[:first], pairs.first(first)
-        keep = sequence_ids % batch.num_pairs < first
+        keep = torch.isin(sequence_ids, batch.comparisons_or_pairs[:first].flatten())
         tokens, sequence_ids = TokenScores(*(x if x is None else x[keep] for x in tokens)), sequence_ids[keep]
     pairs_counted = losses.new_full((), losses.numel())
     metrics = {
         "loss": (losses.sum(), pairs_counted),
         **pair_metrics(pairs, objective),
-        **token_metrics(tokens, sequence_ids, batch.num_pairs),
+        **token_metrics(tokens, sequence_ids, batch.num_pairs, batch.get("comparisons")),
     }
     if step.aux_loss is not None:
         metrics["aux_loss"] = step.aux_loss.detach() * losses.numel(), pairs_counted

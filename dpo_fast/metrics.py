@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .comparisons import pairs_of
 from .logps import PairLogps
 from .objective import Objective
 from .ops.stats import TokenStats
@@ -57,11 +58,16 @@ def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metr
     }
 
 
-def token_metrics(stats: TokenStats, sequence_ids: Tensor, num_pairs: int) -> Metrics:
+def token_metrics(
+    stats: TokenStats, sequence_ids: Tensor, num_pairs: int, comparisons: Tensor | None = None
+) -> Metrics:
     """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
-    top-1 accuracy of chosen."""
-    chosen = sequence_ids < num_pairs
-    everything, rejected = torch.ones_like(chosen), ~chosen
+    top-1 accuracy of chosen. comparisons: (P, 2), None: of pairs. A token counts as chosen once for each comparison
+    in which its sequence is the chosen one."""
+    if comparisons is None:
+        comparisons = pairs_of(num_pairs, sequence_ids.device)
+    everything = torch.ones_like(sequence_ids)
+    chosen, rejected = ((sequence_ids[:, None] == column).sum(1) for column in comparisons.unbind(1))
     found = {
         "entropy": (stats.entropy, everything),
         "logits/chosen": (stats.mean_logits, chosen),
@@ -69,7 +75,7 @@ def token_metrics(stats: TokenStats, sequence_ids: Tensor, num_pairs: int) -> Me
         "mean_token_accuracy": (stats.is_top1, chosen),
     }
     return {
-        name: (torch.where(who, value.detach(), 0).sum(), who.sum())  # not a product: inf * 0 is NaN
+        name: (torch.where(who > 0, value.detach() * who, 0).sum(), who.sum())  # not a product alone: inf * 0 is NaN
         for name, (value, who) in found.items()
         if value is not None
     }

@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from .comparisons import pairs_of
 from .logps import PairLogps
 from .losses import LOSSES, LossParams, lengths
 
@@ -225,22 +226,26 @@ def ld_dpo_token_weights(
     alpha: float,
     scored: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    comparisons: Tensor | None = None,
 ) -> Tensor:
     """(N,) of `dtype`: 1 up to the shorter completion's length, alpha beyond it: LD-DPO, arXiv:2409.06411.
 
-    sequence_ids: (N,) in [0, 2P), tokens of a sequence in order, sequences in any; sequence_lengths: (2P,) their
-    numbers of scored tokens; scored: (N,) bool, which tokens count, all where None."""
+    sequence_ids: (N,) in [0, S), tokens of a sequence in order, sequences in any; sequence_lengths: (S,) their
+    numbers of scored tokens; scored: (N,) bool, which tokens count, all where None; comparisons: (C, 2) int64, each
+    sequence in at most one, S / 2 pairs where None."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {alpha}")
-    num_pairs = sequence_lengths.shape[0] // 2
+    if comparisons is None:
+        comparisons = pairs_of(sequence_lengths.shape[0] // 2, sequence_lengths.device)
     order = sequence_ids.argsort(stable=True)
     counts = torch.ones_like(sequence_ids) if scored is None else scored[order].to(sequence_ids.dtype)
     starts = sequence_lengths.cumsum(0) - sequence_lengths
     position = torch.empty_like(sequence_ids)  # number of scored tokens before this one in its sequence
     position[order] = counts.cumsum(0) - counts - starts[sequence_ids[order]]
-    shared = torch.minimum(sequence_lengths[:num_pairs], sequence_lengths[num_pairs:])
+    shared = sequence_lengths.clone()
+    shared[comparisons] = sequence_lengths[comparisons].amin(1, keepdim=True).expand(-1, 2)
     weights = torch.ones_like(sequence_ids, dtype=dtype)
-    return weights.masked_fill_(position >= shared[sequence_ids % num_pairs], alpha)
+    return weights.masked_fill_(position >= shared[sequence_ids], alpha)
 
 
 def wpo_weights(log_weights: Tensor, sequence_lengths: Tensor) -> Tensor:

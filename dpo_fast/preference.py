@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .comparisons import Comparisons
 from .logps import PairLogps
 from .objective import Objective
 from .ops.call import Call, Head, Transform
@@ -48,6 +49,8 @@ def linear_preference_loss(
     sequence_ids: Tensor,
     num_pairs: int,
     *,
+    comparisons: Tensor | Sequence[Sequence[int]] | None = None,
+    num_sequences: int | None = None,
     bias: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     reference_logps: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -74,11 +77,15 @@ def linear_preference_loss(
     hidden (N, H), weight (V, H), labels (N,), bias, low_rank, the logits' transform, tile_mib: as `linear_token_logps`.
     sequence_ids: (N,) int64 in [0, 2P): pair i's chosen sequence is i, its rejected one P + i. Tokens may come in any
       order. A sequence's log-prob is the sum over its tokens that are not ignored.
+    comparisons: (P, 2) integers, where pairs are of other sequences: a chosen and a rejected one of S = `num_sequences`
+      (None: as many as they name), of which each may be in several, or in none. Given on the host, or read there.
+      Results (P,) are in their order; sequence_ids are in [0, S), and reference_logps and sequence_lengths of S.
     reference_logps: (2P,) sums under the reference, or a pair of (P,); or reference_token_logps: (N,) token log-probs,
       from which log-ratios are summed token by token, which keeps digits that two long sums lose. None where no loss
       needs a reference.
     loss, loss_weights, beta, label_smoothing, params: an `Objective`, or what makes one (names, functions ...).
-    ld_alpha: LD-DPO's weight of tokens beyond the shorter completion. use_weighting: WPO's weights of pairs.
+    ld_alpha: LD-DPO's weight of tokens beyond the shorter completion; not where a sequence is in several comparisons.
+    use_weighting: WPO's weights of pairs.
     sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves
       the synchronisation that counting costs.
     mean_chosen_length: chosen tokens a pair, on average over all that is averaged in the end, where that is more than
@@ -110,12 +117,13 @@ def linear_preference_loss(
     transform = Transform.make(op, logit_softcap, temperature, logit_scale)
     call = Call.of_head(op, head, outputs, transform, ignore_index, tile_mib, impl)
     scored = labels != call.ignore_index
+    who = Comparisons.make(op, num_pairs, comparisons, num_sequences, hidden.device)
     terms = PairTerms.make(
         op,
         objective,
         scored,
         sequence_ids,
-        num_pairs,
+        who,
         reference_logps,
         reference_token_logps,
         ld_alpha,
@@ -123,14 +131,14 @@ def linear_preference_loss(
         torch.promote_types(hidden.dtype, torch.float32),
         call.impl,
     )
-    check_lengths(op, sequence_ids, num_pairs, sequence_lengths)
+    check_lengths(op, sequence_ids, who.num_sequences, sequence_lengths)
 
     hidden_grad, head_grad = head.gradients()
     compiling = torch.compiler.is_compiling()
     separable = head_grad and not objective.couples_pairs and call.impl != "reference" and not compiling
     tokens = None
     if separable:
-        tokens = group_tokens(labels, sequence_ids, num_pairs, terms.weights, call.ignore_index, sequence_lengths)
+        tokens = group_tokens(labels, sequence_ids, who, terms.weights, call.ignore_index, sequence_lengths)
     needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
     if call.impl == "reference":
         plan = reference_plan(*head.sizes(), **needs)
@@ -140,7 +148,8 @@ def linear_preference_loss(
             call.gemm_dtype,
             **needs,
             separable=separable,
-            pair_lengths=tokens.pair_lengths if separable else None,
+            pair_lengths=[sum(size) for size in tokens.sizes] if separable else None,
+            sequences=max(map(len, tokens.sizes)) if separable else 2,
             tile_mib=call.tile_mib,
             device_type=plan_device(call.impl, hidden.device),
             device_memory=None if compiling else device_memory(hidden.device),
@@ -164,6 +173,8 @@ def preference_from_stats(
     num_pairs: int,
     *,
     loss: Objective,
+    comparisons: Tensor | Sequence[Sequence[int]] | None = None,
+    num_sequences: int | None = None,
     reference_logps: Tensor | None = None,
     reference_token_logps: Tensor | None = None,
     ld_alpha: float | None = None,
@@ -181,7 +192,7 @@ def preference_from_stats(
         loss,
         scored,
         sequence_ids,
-        num_pairs,
+        Comparisons.make(op, num_pairs, comparisons, num_sequences, scored.device),
         reference_logps,
         reference_token_logps,
         ld_alpha,

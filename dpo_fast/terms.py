@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .logps import PairLogps, pair_logps
+from .comparisons import Compared, Comparisons
+from .logps import PairLogps
 from .objective import Objective, ld_dpo_token_weights, wpo_weights
 from .ops.checks import check_finite, check_tensor, checking
 from .ops.dispatch import free_to_look
@@ -22,11 +23,12 @@ class PairTerms:
     """What turns scored tokens of some pairs into their `PairLogps`: the same for a chunk and for the whole batch."""
 
     objective: Objective
+    comparisons: Comparisons
     scored: Tensor  # (N,) bool
-    counts: Tensor  # (2P,) scored tokens
+    counts: Tensor  # (S,) scored tokens
     weights: Tensor | None  # (N,) token weights
     reference_tokens: Tensor | None  # (N,)
-    reference: Tensor | None  # (2P,)
+    reference: Tensor | None  # (S,)
     mean_length: Tensor  # (), of chosen completions
     impl: str
 
@@ -37,7 +39,7 @@ class PairTerms:
         objective,
         scored,
         sequence_ids,
-        num_pairs,
+        comparisons,
         reference_logps,
         reference_tokens,
         ld_alpha,
@@ -47,102 +49,108 @@ class PairTerms:
     ) -> "PairTerms":
         """Check what is about pairs, and count the `scored` (N,) tokens of each sequence. dtype: of log-probs."""
         objective.check_ld_alpha(ld_alpha)
-        _check_pairs(op, scored, sequence_ids, num_pairs)
-        reference = _reference(op, objective, scored, num_pairs, reference_logps, reference_tokens)
-        counts = torch.zeros(2 * num_pairs, dtype=torch.int64, device=scored.device).index_add_(
+        _check_ids(op, scored, sequence_ids, comparisons)
+        if ld_alpha is not None and comparisons.overlap:
+            raise ValueError(
+                f"{op}: ld_alpha weighs tokens by the length of the other completion; of which a sequence in several "
+                "comparisons has several"
+            )
+        reference = _reference(op, objective, scored, comparisons, reference_logps, reference_tokens)
+        counts = torch.zeros(comparisons.num_sequences, dtype=torch.int64, device=scored.device).index_add_(
             0, sequence_ids, scored.to(torch.int64)
         )
-        weights = None if ld_alpha is None else ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored, dtype)
+        weights = None
+        if ld_alpha is not None:
+            weights = ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored, dtype, comparisons.index)
         reference_tokens = None if reference_tokens is None else reference_tokens.detach()
         wide = torch.float32 if scored.device.type == "mps" else torch.float64
         if mean_length is None:
-            mean_length = counts[:num_pairs].to(wide).mean()
+            mean_length = counts[comparisons.index[:, 0]].to(wide).mean()
         elif isinstance(mean_length, Tensor):
             check_tensor(op, "mean_chosen_length", mean_length, (), _FLOATS, scored.device)
         elif isinstance(mean_length, numbers.Real) and 0 <= mean_length < math.inf:
             mean_length = torch.full((), mean_length, dtype=wide, device=scored.device)
         else:
             raise ValueError(f"{op}: mean_chosen_length must be a number of tokens or None, got {mean_length!r}")
-        return cls(objective, scored, counts, weights, reference_tokens, reference, mean_length, impl)
+        return cls(objective, comparisons, scored, counts, weights, reference_tokens, reference, mean_length, impl)
 
     def whole(self, stats: TokenStats, sequence_ids: Tensor) -> PairLogps:
         """Of the whole batch, whose tokens are in the caller's order."""
-        P = self.counts.shape[0] // 2
-        sums = sequence_sums(stats.logps, sequence_ids, 2 * P, self.weights, self.impl)
+        sums = sequence_sums(stats.logps, sequence_ids, self.comparisons.num_sequences, self.weights, self.impl)
         values = {"logps": stats.logps, "log_sum_sq_probs": stats.log_sum_sq_probs}
-        return self.pairs(sums, values, sequence_ids, slice(None), slice(0, P))
+        return self.pairs(sums, values, sequence_ids, slice(None), self.comparisons.whole)
 
-    def losses(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> Tensor:
-        return self.objective(self.pairs(sums, values, ids, index, pairs))
+    def losses(self, sums: Tensor, values: dict, ids: Tensor, index, compared: Compared) -> Tensor:
+        return self.objective(self.pairs(sums, values, ids, index, compared))
 
-    def pairs(self, sums: Tensor, values: dict, ids: Tensor, index, pairs: slice) -> PairLogps:
-        """sums: (2p,) of the pairs' sequences; values: token values by name, (n,); ids: (n,) in [0, 2p); index: where
+    def pairs(self, sums: Tensor, values: dict, ids: Tensor, index, compared: Compared) -> PairLogps:
+        """sums: (s,) of the sequences at hand; values: token values by name, (n,); ids: (n,) in [0, s); index: where
         these tokens are among all N."""
-        P = self.counts.shape[0] // 2
-
-        def select(x: Tensor) -> Tensor:
-            return torch.cat([x[:P][pairs], x[P:][pairs]])
 
         def total(x, weights):  # Dynamo before torch 2.9 does not trace annotations that are unions
             return sequence_sums(x, ids, sums.shape[0], weights, self.impl)
 
-        logps, counts = values["logps"].detach(), select(self.counts)
+        logps, counts = values["logps"].detach(), compared.of(self.counts)
         # A wider reference would make everything after it wider than the policy is, in some of the plans
-        reference = None if self.reference is None else select(self.reference).to(sums.dtype)
+        reference = (None, None) if self.reference is None else compared.of(self.reference.to(sums.dtype))
         exact = None
         if self.reference_tokens is not None:
             weights = None if self.weights is None else self.weights[index]
             # Not told from logps == 0, which a certain token has, too
             theirs = torch.where(self.scored[index], self.reference_tokens[index].to(logps.dtype), 0)
-            reference = total(theirs, weights)
-            exact = tuple(total(logps - theirs, weights).tensor_split(2))
+            reference = compared.here(total(theirs, weights))
+            exact = compared.here(total(logps - theirs, weights))
         pair_weights = None
         if self.objective.use_weighting:
-            pair_weights = wpo_weights(total(logps - values["log_sum_sq_probs"], None), counts)
-        return pair_logps(sums, reference, counts, pair_weights, exact, self.mean_length.to(sums.dtype))
+            log_weights = compared.here(total(logps - values["log_sum_sq_probs"], None))
+            pair_weights = wpo_weights(torch.cat(log_weights), torch.cat(counts))
+        return PairLogps(
+            *compared.here(sums), *reference, *counts, pair_weights, exact, self.mean_length.to(sums.dtype)
+        )
 
 
-def _check_pairs(op: str, scored: Tensor, ids, num_pairs) -> None:
-    if not isinstance(num_pairs, int) or num_pairs < 1:
-        raise ValueError(f"{op}: num_pairs must be a positive int, got {num_pairs!r}")
+def _check_ids(op: str, scored: Tensor, ids, comparisons: Comparisons) -> None:
     check_tensor(op, "sequence_ids", ids, (scored.shape[0],), (torch.int64,), scored.device)
     if free_to_look(ids) and ids.numel() and not torch.compiler.is_compiling():
         low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= 2 * num_pairs:
+        if low < 0 or high >= comparisons.num_sequences:
             raise ValueError(
-                f"{op}: sequence_ids must be in [0, {2 * num_pairs}) for num_pairs={num_pairs}, got {low} to {high}"
+                f"{op}: sequence_ids must be in [0, {comparisons.num_sequences}) "
+                f"for num_pairs={len(comparisons.index)}, got {low} to {high}"
             )
 
 
-def check_lengths(op: str, ids: Tensor, num_pairs: int, lengths) -> None:
+def check_lengths(op: str, ids: Tensor, num_sequences: int, lengths) -> None:
     if lengths is None:
         return
     N, lengths = ids.shape[0], list(lengths)
-    if len(lengths) != 2 * num_pairs or sum(lengths) != N:
+    if len(lengths) != num_sequences or sum(lengths) != N:
         raise ValueError(
-            f"{op}: sequence_lengths must be {2 * num_pairs} counts that sum to N={N}, "
+            f"{op}: sequence_lengths must be {num_sequences} counts that sum to N={N}, "
             f"got {len(lengths)} that sum to {sum(lengths)}"
         )
     if (free_to_look(ids) or checking()) and not torch.compiler.is_compiling():
-        counts = torch.bincount(ids, minlength=2 * num_pairs).tolist()
+        counts = torch.bincount(ids, minlength=num_sequences).tolist()
         if counts != lengths:
             raise ValueError(f"{op}: sequence_lengths must be the counts in sequence_ids, {counts}, got {lengths}")
 
 
-def _reference(op: str, objective: Objective, scored: Tensor, num_pairs: int, sums, tokens) -> Tensor | None:
-    """The (2P,) reference log-probs, checked; None where tokens stand in for them or there are none."""
+def _reference(op: str, objective: Objective, scored: Tensor, comparisons: Comparisons, sums, tokens) -> Tensor | None:
+    """The (S,) reference log-probs, checked; None where tokens stand in for them or there are none."""
     if sums is not None and tokens is not None:
         raise ValueError(f"{op}: give reference_logps or reference_token_logps, not both")
     if isinstance(sums, (tuple, list)):
-        if len(sums) != 2:
-            raise ValueError(f"{op}: reference_logps must be one tensor or a pair of them, got {len(sums)} elements")
+        if len(sums) != 2 or comparisons.host is not None:
+            raise ValueError(
+                f"{op}: reference_logps must be one tensor, or for pairs a pair of them, got {len(sums)} elements"
+            )
         for index, half in enumerate(sums):
-            check_tensor(op, f"reference_logps[{index}]", half, (num_pairs,), _FLOATS, scored.device)
+            check_tensor(op, f"reference_logps[{index}]", half, (len(comparisons.index),), _FLOATS, scored.device)
         sums = torch.cat([_at_least_fp32(half) for half in sums])  # autocast has no cat of fp16 on CPU
     if tokens is not None:
         check_tensor(op, "reference_token_logps", tokens, tuple(scored.shape), _FLOATS, scored.device)
     elif sums is not None:
-        check_tensor(op, "reference_logps", sums, (2 * num_pairs,), _FLOATS, scored.device)
+        check_tensor(op, "reference_logps", sums, (comparisons.num_sequences,), _FLOATS, scored.device)
     elif objective.must_have_reference:
         raise ValueError(f"{op}: loss {', '.join(objective.names)} needs reference_logps, got None")
     if checking():

@@ -92,11 +92,11 @@ def logits_case(dtype, option, impl="auto"):
     hidden, weight, *_, labels, ids, order, ref = inputs(dtype)
     knobs = {k: v for k, v in option.items() if k in ("temperature", "outputs")}
     if "logit_softcap" in option:
-        knobs["softcap"] = option["logit_softcap"]
+        knobs["logit_softcap"] = option["logit_softcap"]
     logits = (hidden @ weight.T).detach().requires_grad_()
     stats = dpo_fast.logits_token_stats(logits, labels, impl=impl, **knobs)
     (gradient,) = torch.autograd.grad(stats.logps.sum(), logits)
-    return [x.detach().clone() for x in (*[s for s in stats if s is not None], gradient)]
+    return [x.detach().clone() for x in (*[s for s in vars(stats).values() if s is not None], gradient)]
 
 
 def curves(trl: bool, layout: str, **config):
@@ -145,7 +145,9 @@ def curves(trl: bool, layout: str, **config):
         )
         data = Dataset.from_list(rows)
         if trl:
-            from dpo_fast.trl import DPOConfig, DPOTrainer
+            from trl import DPOConfig
+
+            from dpo_fast.trl import DPOTrainer
 
             trainer = DPOTrainer(
                 model, args=DPOConfig(**same), train_dataset=data, processing_class=tokenizer, layout=layout

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dpo_fast"
 
 # who may import whom inside the package; training, trl, report, cli and the demo may import everything
-OPS = {"ops"}
+OPS = {"ops", "comparisons"}
 STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics", "heads"}
 STAGE |= {"block_mask", "hooks", "packing", "probe", "preference", "reference", "functional"}
 STAGE |= {"copies", "router", "drift", "terms"}
-ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "kernels"}, "testing": {"ops"}}
+ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "comparisons", "kernels"}, "comparisons": set(), "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
 MAY_BE_HEAVY = {"training", "trl", "report", "cli", "demo", "data", "env", "selftest"}
 

@@ -9,9 +9,10 @@ from preference_bounds import bounds_of, check_within_bounds
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast import LOSSES, Objective, linear_preference_loss
+from dpo_fast.comparisons import Comparisons
 from dpo_fast.logps import pair_logps
 from dpo_fast.ops import plan as plans
-from dpo_fast.ops.pairwise import chunks_of_pairs, group_tokens
+from dpo_fast.ops.pairwise import chunks_of_groups, group_tokens
 from dpo_fast.ops.plan import plan_head
 from dpo_fast.testing import assert_within_bound, assert_within_budget, fp32_linear, head_bounds, make_generator
 
@@ -568,11 +569,12 @@ def test_autocast():
 
 def test_grouping_and_chunks():
     ids = torch.tensor([3, 0, 1, 1, 2, 0])  # pairs (0, 2) and (1, 3)
-    tokens = group_tokens(torch.zeros(6, dtype=torch.int64), ids, 2, None, -100)
+    pairs = Comparisons.make("op", 2, None, None, "cpu")
+    tokens = group_tokens(torch.zeros(6, dtype=torch.int64), ids, pairs, None, -100)
     assert tokens.sizes == ((2, 1), (2, 1)) and ids[tokens.order].tolist() == [0, 0, 2, 1, 1, 3]
-    assert group_tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2, 3]), 2, None, -100).order is None
+    assert group_tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2, 3]), pairs, None, -100).order is None
     sizes = [(2, 1), (0, 0), (3, 3), (9, 9), (1, 1)]
-    found = [(p.start, p.stop, t.start, t.stop) for p, t in chunks_of_pairs(sizes, 9)]
+    found = [(p.start, p.stop, t.start, t.stop) for p, t in chunks_of_groups(sizes, 9)]
     assert found == [(0, 3, 0, 9), (3, 4, 9, 27), (4, 5, 27, 29)]
 
 

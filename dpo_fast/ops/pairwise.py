@@ -1,20 +1,22 @@
 """Level 3's core: hidden states to the loss of P pairs and every gradient, in the forward, with three GEMMs.
 
-The tile of a chunk of whole pairs is scored; the pairs' losses give g = d loss / d sequence log-prob on the spot; the
+The tile of a chunk of whole groups is scored; their losses give g = d loss / d sequence log-prob on the spot; the
 same tile then yields d_hidden and its share of d_weight. What a loss is, this file does not know: it is handed a
 function of sequence log-probs.
 
-    pairwise  chunks of whole pairs
+    pairwise  chunks of whole groups: a pair, or more sequences that comparisons connect
     pending   a pair longer than a tile: D^T (w hidden) of each of its two sequences is summed over its chunks without
               g, which is applied once, when both are scored
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..comparisons import Compared, Comparisons, Groups
 from .call import Call, Head
 from .checks import edge_of, without_derivative
 from .dispatch import free_to_look
@@ -26,64 +28,70 @@ _OP = "linear_preference_loss"
 
 @dataclass(frozen=True)
 class Tokens:
-    """N tokens and where they belong, sorted by pair and within a pair by sequence.
+    """N tokens and where they belong, sorted by group and within a group by sequence.
 
     order: (N,) int64 positions in the caller's order, or None where that is sorted already.
-    sizes: host-side token counts, (chosen, rejected) of each pair.
+    sizes: host-side token counts, of each group's sequences.
     """
 
     labels: Tensor  # (N,) int64, in the caller's order as everything else here
-    sequence_ids: Tensor  # (N,) int64, pair i's sequences are i and P + i
+    ranks: Tensor  # (N,) int64, of their sequences
     weights: Tensor | None  # (N,) fp32 token weights: sequence log-prob = sum of weight x token log-prob
     order: Tensor | None
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    groups: Groups
+    comparisons: Comparisons
 
-    @property
-    def pair_lengths(self) -> list[int]:
-        return [sum(size) for size in self.sizes]
+    def compared(self, groups: slice) -> tuple[Tensor, Compared]:
+        """(c,) the comparisons of some groups, and their sequences' places among these groups'."""
+        ends = self.groups.comparison_ends
+        which = self.groups.order[ends[groups.start] : ends[groups.stop]]
+        sequences = self.comparisons.index[which]
+        return which, Compared(sequences, self.groups.rank[sequences] - self.groups.sequence_ends[groups.start])
 
 
-# (sequence log-probs (2p,), token values by name (n,), local sequence ids (n,), token index, pairs) -> losses (p,)
-PairLosses = Callable[[Tensor, dict[str, Tensor], Tensor, "Tensor | slice", slice], Tensor]
+# (sequence log-probs (s,), token values by name (n,), local sequence ids (n,), token index, compared) -> losses (c,)
+PairLosses = Callable[[Tensor, dict[str, Tensor], Tensor, "Tensor | slice", Compared], Tensor]
 
 
 def group_tokens(
     labels: Tensor,
     sequence_ids: Tensor,
-    num_pairs: int,
+    comparisons: Comparisons,
     weights: Tensor | None,
     ignore_index: int,
     lengths: Sequence[int] | None = None,
 ) -> Tokens:
-    """Sort tokens by pair. Counting them reads the ids on the host: free on CPU, one synchronisation elsewhere, none
-    where `lengths`, the token count of each of the 2P sequences (ignored tokens included), is given."""
-    key = (sequence_ids % num_pairs) * 2 + sequence_ids // num_pairs
+    """Sort tokens by group. Counting them reads the ids on the host: free on CPU, one synchronisation elsewhere, none
+    where `lengths`, the token count of each of the S sequences (ignored tokens included), is given."""
+    groups = comparisons.groups()
+    ranks = key = groups.rank[sequence_ids]
     rows = scored_rows(labels, ignore_index)
     if rows is not None:
         key = key[rows]
-    counts = list(lengths) if lengths is not None and rows is None else None
-    if counts is None:
-        flat = torch.bincount(key, minlength=2 * num_pairs).tolist()
-        counts = flat[0::2] + flat[1::2]
-    sizes = tuple(zip(counts[:num_pairs], counts[num_pairs:], strict=True))
+    if lengths is not None and rows is None:
+        counts = [lengths[s] for s in groups.sequences]
+    else:
+        counts = torch.bincount(key, minlength=comparisons.num_sequences).tolist()
+    sizes = tuple(tuple(counts[a:b]) for a, b in itertools.pairwise(groups.sequence_ends))
     in_order = free_to_look(key) and bool((key.diff() >= 0).all())
     order = rows if in_order else key.argsort(stable=True) if rows is None else rows[key.argsort(stable=True)]
-    return Tokens(labels, sequence_ids, weights, order, sizes)
+    return Tokens(labels, ranks, weights, order, sizes, groups, comparisons)
 
 
-def chunks_of_pairs(sizes: Sequence[tuple[int, int]], rows: int) -> Iterator[tuple[slice, slice]]:
-    """Consecutive pairs whose tokens fit `rows`, as (pairs, tokens); a longer pair comes alone."""
+def chunks_of_groups(sizes: Sequence[tuple[int, ...]], rows: int) -> Iterator[tuple[slice, slice]]:
+    """Consecutive groups whose tokens fit `rows`, as (groups, tokens); a longer group comes alone."""
     first = start = taken = 0
-    for pair, size in enumerate(map(sum, sizes)):
-        if pair > first and taken + size > rows:
-            yield slice(first, pair), slice(start, start + taken)
-            first, start, taken = pair, start + taken, 0
+    for group, size in enumerate(map(sum, sizes)):
+        if group > first and taken + size > rows:
+            yield slice(first, group), slice(start, start + taken)
+            first, start, taken = group, start + taken, 0
         taken += size
     yield slice(first, len(sizes)), slice(start, start + taken)
 
 
 class PairwiseLossFunction(torch.autograd.Function):
-    """(hidden, weight, bias, down, up) -> loss (), losses (P,), token log-probs (N,), statistics (len(stats), N).
+    """(hidden, weight, bias, down, up) -> loss (), losses (C,), token log-probs (N,), statistics (len(stats), N).
 
     Only the loss, the mean of the losses, has a gradient: a backward by way of the others raises. The gradients are
     computed in the forward, in fp32, and handed over by the first backward, which scales and rounds them once; a second
@@ -93,7 +101,7 @@ class PairwiseLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, call: Call, rows: int, pair_losses, own: dict):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        N, P = hidden.shape[0], len(tokens.sizes)
+        N, C = hidden.shape[0], len(tokens.comparisons.index)
         inputs = Head(hidden, weight, bias, down, up)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         gradients = [
@@ -102,11 +110,15 @@ class PairwiseLossFunction(torch.autograd.Function):
         ]
         values = hidden.new_zeros((1 + len(call.outputs), N), dtype=wide)
         run = _Run(inputs, gradients, tokens, call, rows, pair_losses, values, own)
-        losses = hidden.new_zeros((P,), dtype=wide)
+        losses = hidden.new_zeros((C,), dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            for pairs, part in run.chunks:
+            for groups, part in run.chunks:
+                which, compared = tokens.compared(groups)
+                if not len(which):  # nothing compares them: they are scored
+                    run.score_alone(part)
+                    continue
                 long = part.stop - part.start > rows
-                losses[pairs] = (run.long_pair if long else run.chunk)(pairs, part)
+                losses[which] = (run.long_pair if long else run.chunk)(groups, compared, part)
         ctx.gradients, ctx.edge = gradients, edge_of(*inputs)
         loss = (losses.double() if wide == torch.float64 or hidden.device.type != "mps" else losses).mean().to(wide)
         ctx.set_materialize_grads(False)
@@ -177,7 +189,7 @@ class _Run:
         self.own = own  # leaf -> gradient
         d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
         self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
-        self.chunks = list(chunks_of_pairs(tokens.sizes, rows))
+        self.chunks = list(chunks_of_groups(tokens.sizes, rows))
         most = min(rows, max(part.stop - part.start for _, part in self.chunks))
         self.tile = make_tile(call, head, most, head.weight.shape[0])
 
@@ -190,35 +202,42 @@ class _Run:
         for row, name in enumerate(("logps", *self.call.outputs)):
             self.values[row, index] = out[name]
 
-    def losses_and_slopes(self, pairs: slice, index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses (p,), d mean loss / d sequence log-prob (2p,), the tokens' local sequence ids and weights (n,)."""
-        P, p = len(self.tokens.sizes), pairs.stop - pairs.start
-        ids = self.tokens.sequence_ids[index]
-        local = ids % P - pairs.start + p * (ids // P)
+    def score_alone(self, part: slice) -> None:
+        for first in range(part.start, part.stop, self.rows):
+            self.score(self.index(slice(first, min(first + self.rows, part.stop))))
+
+    def losses_and_slopes(self, groups: slice, compared: Compared, index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses (c,), d mean loss / d sequence log-prob (s,), the tokens' local sequence ids and weights (n,)."""
+        ends = self.tokens.groups.sequence_ends
+        local = self.tokens.ranks[index] - ends[groups.start]
         values = dict(zip(("logps", *self.call.outputs), self.values[:, index].unbind(0), strict=True))
         weights = None if self.tokens.weights is None else self.tokens.weights[index]
-        sums = sequence_sums(values["logps"], local, 2 * p, weights, self.call.impl)
+        sums = sequence_sums(values["logps"], local, ends[groups.stop] - ends[groups.start], weights, self.call.impl)
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
-            losses = self.pair_losses(leaf, values, local, index, pairs)
+            losses = self.pair_losses(leaf, values, local, index, compared)
             if not losses.requires_grad:
                 raise RuntimeError("linear_preference_loss: the loss does not depend on pairs.chosen or pairs.rejected")
             own = [x for x in leaves_of(losses) if x is not leaf]
             # What `own` has a graph in common with, the next chunk needs, too
             slopes, *theirs = torch.autograd.grad(
-                losses.sum() / P, [leaf, *own], allow_unused=True, retain_graph=bool(own), materialize_grads=True
+                losses.sum() / len(self.tokens.comparisons.index),
+                [leaf, *own],
+                allow_unused=True,
+                retain_graph=bool(own),
+                materialize_grads=True,
             )
         for x, d in zip(own, theirs, strict=True):
             self.own[x] = self.own[x] + d if x in self.own else d
         return losses.detach(), slopes, local, weights
 
-    def chunk(self, pairs: slice, part: slice) -> Tensor:
-        """Whole pairs that fit the tile."""
+    def chunk(self, groups: slice, compared: Compared, part: slice) -> Tensor:
+        """Whole groups that fit the tile."""
         index = self.index(part)
         if part.start == part.stop:
-            return self.losses_and_slopes(pairs, index)[0]
+            return self.losses_and_slopes(groups, compared, index)[0]
         self.score(index)
-        losses, slopes, local, weights = self.losses_and_slopes(pairs, index)
+        losses, slopes, local, weights = self.losses_and_slopes(groups, compared, index)
         # A pair beyond a hinge's margin owes nothing; looking is free on CPU only
         if free_to_look(slopes) and not slopes.any():
             return losses
@@ -236,10 +255,10 @@ class _Run:
         if d_bias is not None:
             self.tile.add_d_right(coefficient.new_ones(coefficient.shape), coefficient, d_bias.unsqueeze(1))
 
-    def long_pair(self, pairs: slice, part: slice) -> Tensor:
+    def long_pair(self, groups: slice, compared: Compared, part: slice) -> Tensor:
         """One pair over several tiles: unit coefficients first, g at its end."""
         rows, start, totals = self.rows, part.start, []
-        for size in self.tokens.sizes[pairs.start]:
+        for size in self.tokens.sizes[groups.start]:
             d_rights = [None if d is None else torch.zeros_like(d) for d in self.d_rights]
             d_bias = None if self.d_bias is None else torch.zeros_like(self.d_bias)
             for first in range(start, start + size, rows):
@@ -252,7 +271,7 @@ class _Run:
             totals.append([*d_rights, d_bias])
             start += size
         index = self.index(part)
-        losses, slopes, local, _ = self.losses_and_slopes(pairs, index)
+        losses, slopes, local, _ = self.losses_and_slopes(groups, compared, index)
         for d_left in self.d_lefts:
             if d_left is not None:
                 d_left[index] = d_left[index] * slopes[local].unsqueeze(1)

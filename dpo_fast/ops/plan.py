@@ -68,6 +68,7 @@ def plan_head(
     head_grad: bool = True,
     separable: bool = True,
     pair_lengths: Sequence[int] | None = None,
+    sequences: int = 2,
     tile_mib: int | None = None,
     device_type: str = "cuda",
     device_memory: int | None = None,
@@ -76,6 +77,7 @@ def plan_head(
 
     dtype: of hidden and weight; hidden_grad, head_grad: what needs gradients; separable: whether the loss is a sum over
     pairs, with coefficients known once a pair is scored; pair_lengths: tokens of each pair, None: any fits a tile.
+    sequences: of the largest group, where comparisons connect more than pairs; pair_lengths are then of the groups.
     tile_mib: the budget for a tile in MiB, with the 16-bit copy that 16-bit GEMMs take; None: 256 MiB on CPU, 2,048
     rows elsewhere, or fewer where `device_memory` (bytes, None: plenty) is short.
     device_type: "cuda" stands for any device with Triton, its interpreter on CPU tensors included.
@@ -105,7 +107,7 @@ def plan_head(
     budget_rows = rows_within(V)
     most = _CPU_WHOLE_ROWS if on_cpu else TILE_ROWS if tile_mib is None else budget_rows
     rows = max(1, min(N, min(budget_rows, most) if on_cpu else round_down(min(budget_rows, most))))
-    name, reason = _choose(hidden_grad, head_grad, separable, N, pair_lengths, budget_rows, on_cpu)
+    name, reason = _choose(hidden_grad, head_grad, separable, N, pair_lengths, sequences, budget_rows, on_cpu)
     if name == "pairwise" and pair_lengths:
         rows = max(rows, *pair_lengths)
     columns = slice_columns = V
@@ -144,7 +146,7 @@ def row_stride(columns: int) -> int:
     return -(-columns // STRIDE_MULTIPLE) * STRIDE_MULTIPLE
 
 
-def _choose(hidden_grad, head_grad, separable, N, pair_lengths, budget_rows, on_cpu) -> tuple[str, str]:
+def _choose(hidden_grad, head_grad, separable, N, pair_lengths, sequences, budget_rows, on_cpu) -> tuple[str, str]:
     if not (hidden_grad or head_grad):
         return "score", "no input needs a gradient"
     if not head_grad:
@@ -155,6 +157,8 @@ def _choose(hidden_grad, head_grad, separable, N, pair_lengths, budget_rows, on_
     if not long:
         return "pairwise", "the head trains and pairs are independent"
     why = f"the longest pair has {max(long)} tokens, a tile {budget_rows} rows"
+    if sequences > 2:  # pending holds a d_weight of each sequence of a group
+        return "recompute", f"{why}, and groups of up to {sequences} sequences"
     # Of each of a long pair's two sequences, pending zeroes a d_weight and adds it to the whole: 16 V H bytes, beside
     # its GEMMs. Another GEMM over all tokens takes 2 N V H FLOP. On CPU bytes win always.
     if on_cpu or 32 * len(long) * FLOPS_PER_BYTE < 2 * N:

@@ -268,7 +268,7 @@ class FastDPOTrainer(transformers.Trainer):
         """The micro-batches of an optimizer step, and how many pairs they hold on average over the ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = sum(batch.num_pairs for batch in batches)
-        tokens = sum(sum(batch.host_lengths[: batch.num_pairs]) for batch in batches)
+        tokens = sum(batch.num_chosen_tokens for batch in batches)
         self._counts["pairs"] += pairs
         self._counts["tokens"] += sum(batch.input_ids.numel() for batch in batches)
         self._counts["scored"] += sum(sum(batch.host_lengths) for batch in batches)
@@ -339,7 +339,7 @@ class FastDPOTrainer(transformers.Trainer):
                 return self.compute_loss(model, inputs).detach(), None, None
             loss, step = self.compute_loss(model, inputs, return_outputs=True)
         rewards = torch.stack(self.objective.rewards(step.pairs)).float()  # (2, P)
-        lengths = inputs.lengths.to(rewards).view(2, -1)
+        lengths = inputs.lengths.to(rewards)[inputs.comparisons_or_pairs.t()]
         count = facts.pairs_that_count(self.accelerator, inputs.num_pairs)
         self._of_pairs.append(torch.cat([rewards, lengths])[:, :count])
         return loss.detach(), None, None

@@ -1,0 +1,124 @@
+"""Who is compared with whom: C comparisons of S sequences. Of P pairs, pair i compares sequence i with P + i.
+
+Nothing outside this file knows that default. Sequences that comparisons connect, directly or by way of others, are a
+group: the losses of a group need no other sequence.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Compared(NamedTuple):
+    """Some of the comparisons."""
+
+    sequences: Tensor  # (c, 2) int64: which sequences, chosen and rejected
+    places: Tensor  # (c, 2) int64: where these are among the sequences at hand
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (S,), of all sequences -> (c,) of the chosen ones, (c,) of the rejected ones."""
+        return x[self.sequences[:, 0]], x[self.sequences[:, 1]]
+
+    def here(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of x (s,), of the sequences at hand."""
+        return x[self.places[:, 0]], x[self.places[:, 1]]
+
+
+class Groups(NamedTuple):
+    """Sequences and comparisons by group. A sequence's rank is its place in that order: groups are slices of ranks."""
+
+    rank: Tensor  # (S,) int64 of each sequence
+    order: Tensor  # (C,) int64 comparisons, by group
+    sequences: list[int]  # host: by rank
+    sequence_ends: list[int]  # host: cumulative numbers of sequences, from 0
+    comparison_ends: list[int]  # host: cumulative numbers of comparisons, from 0
+
+
+def pairs_of(num_pairs: int, device) -> Tensor:
+    """(P, 2) int64: pair i is sequences i and P + i."""
+    return torch.arange(2 * num_pairs, device=device).view(2, num_pairs).t()
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """C comparisons of S sequences, checked."""
+
+    index: Tensor  # (C, 2) int64: chosen, rejected
+    num_sequences: int
+    host: tuple[tuple[int, int], ...] | None = None  # the same; None for P pairs, of which nothing need be read
+
+    @classmethod
+    def make(cls, op: str, num_pairs: int, given, num_sequences: int | None, device) -> "Comparisons":
+        """given: (C, 2) integers, a tensor or nested sequences, C = num_pairs; None: P pairs of 2P sequences. A tensor
+        on an accelerator is read, which waits for it. ValueError for what is out of range."""
+        if not isinstance(num_pairs, int) or num_pairs < 1:
+            raise ValueError(f"{op}: num_pairs must be a positive int, got {num_pairs!r}")
+        if given is None:
+            if num_sequences not in (None, 2 * num_pairs):
+                raise ValueError(f"{op}: {num_pairs} pairs are of {2 * num_pairs} sequences, got {num_sequences}")
+            return cls(pairs_of(num_pairs, device), 2 * num_pairs)
+        index = torch.as_tensor(given)
+        if index.shape != (num_pairs, 2) or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{op}: comparisons must be integers of shape (num_pairs, 2) = ({num_pairs}, 2), "
+                f"got {index.dtype} of shape {tuple(index.shape)}"
+            )
+        host = tuple(map(tuple, index.tolist()))
+        S = max(map(max, host)) + 1 if num_sequences is None else num_sequences
+        wrong = [pair for pair in host if pair[0] == pair[1] or not 0 <= min(pair) <= max(pair) < S]
+        if wrong:
+            raise ValueError(f"{op}: comparisons are of two different sequences in [0, {S}), got {wrong[0]}")
+        return cls(index.to(device, torch.int64), S, host)
+
+    @property
+    def whole(self) -> Compared:
+        """All of them, where all sequences are at hand."""
+        return Compared(self.index, self.index)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether a sequence is in more than one comparison."""
+        return self.host is not None and len(set(itertools.chain(*self.host))) < 2 * len(self.host)
+
+    def groups(self) -> Groups:
+        """By union of what is compared, groups in the order of their first sequences; sequences that nothing compares
+        are groups of one."""
+        S, C, device = self.num_sequences, len(self.index), self.index.device
+        if self.host is None:
+            rank = torch.arange(S, device=device).view(C, 2).t().flatten()
+            sequences = [s for i in range(C) for s in (i, C + i)]
+            return Groups(rank, torch.arange(C, device=device), sequences, list(range(0, S + 1, 2)), list(range(C + 1)))
+        parent = list(range(S))
+
+        def root(s: int) -> int:
+            while parent[s] != s:
+                parent[s] = s = parent[parent[s]]
+            return s
+
+        for a, b in self.host:
+            low, high = sorted((root(a), root(b)))
+            parent[high] = low
+        roots = [root(s) for s in range(S)]
+        sequences = sorted(range(S), key=lambda s: (roots[s], s))
+        order = sorted(range(C), key=lambda c: (roots[self.host[c][0]], c))
+        rank = torch.empty(S, dtype=torch.int64)
+        rank[sequences] = torch.arange(S)
+        names = sorted(set(roots))
+        return Groups(
+            rank.to(device),
+            torch.tensor(order, dtype=torch.int64, device=device),
+            sequences,
+            _ends([roots[s] for s in sequences], names),
+            _ends([roots[self.host[c][0]] for c in order], names),
+        )
+
+
+def _ends(grouped: Sequence[int], names: Sequence[int]) -> list[int]:
+    counts = dict.fromkeys(names, 0)
+    for name in grouped:
+        counts[name] += 1
+    return [0, *itertools.accumulate(counts.values())]
