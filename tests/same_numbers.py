@@ -6,6 +6,7 @@
 For changes of structure, which owe the same numbers: seconds, on CPU, from public functions alone.
 """
 
+import copy
 import itertools
 import os
 import sys
@@ -150,7 +151,12 @@ def curves(trl: bool, layout: str, **config):
             from dpo_fast.trl import DPOTrainer
 
             trainer = DPOTrainer(
-                model, args=DPOConfig(**same), train_dataset=data, processing_class=tokenizer, layout=layout
+                model,
+                copy.deepcopy(model),
+                args=DPOConfig(**same),
+                train_dataset=data,
+                processing_class=tokenizer,
+                layout=layout,
             )
         else:
             from dpo_fast import FastDPOConfig, FastDPOTrainer
