@@ -16,7 +16,7 @@ GIVEN = "DPO_FAST_COMMIT"  # the commit, where a checkout travels without its re
 
 _MEASURE = "benchmarks/measure.py"
 _HEAD = ("kernels", "dpo_fast/ops", "dpo_fast/preference.py", "dpo_fast/objective.py", "dpo_fast/losses.py")
-_HEAD += ("dpo_fast/logps.py", "dpo_fast/terms.py", "benchmarks/head_providers.py", _MEASURE)
+_HEAD += ("dpo_fast/comparisons.py", "dpo_fast/logps.py", "dpo_fast/terms.py", "benchmarks/head_providers.py", _MEASURE)
 _NOT_IN_A_STEP = ("demo", "data", "report", "cli.py", "env.py", "selftest.py", "testing.py")
 _AROUND_A_STEP = (
     "launch",
@@ -57,7 +57,7 @@ CODE = {
     "demo": (*_package_but(*(name for name in _NOT_IN_A_STEP if name not in ("demo", "data"))), "benchmarks/demo.py"),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
     "attention": (
-        *(f"dpo_fast/{name}.py" for name in ("attention", "block_mask", "layout", "batch")),
+        *(f"dpo_fast/{name}.py" for name in ("attention", "block_mask", "layout", "batch", "comparisons")),
         "benchmarks/attention.py",
         _MEASURE,
     ),

@@ -45,7 +45,6 @@ _KNOBS = (
     "objective",
     "reference_logps",
     "reference_token_logps",
-    "ld_alpha",
     "mean_chosen_length",
     "aux_loss",
 )
@@ -265,7 +264,7 @@ def score_batch(
 ) -> TokenScores | PreferenceScores:
     """Backbone -> hidden states at the scored positions -> head (-> loss). Call `model(batch)`, which ends up here.
 
-    pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), ld_alpha, mean_chosen_length;
+    pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), mean_chosen_length;
     see `linear_preference_loss`. aux_loss, with an objective: return a mixture of experts' balancing loss as well.
     """
     state = attachment(model)

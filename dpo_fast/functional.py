@@ -52,10 +52,15 @@ def score(
     model: nn.Module, batch: PreferenceBatch, *, outputs: Sequence[str] = (), ld_alpha: float | None = None
 ) -> SequenceScores:
     """Log-probs of all sequences of a batch under an attached model; with `ld_alpha`, weighted as in LD-DPO."""
-    tokens = model(batch, outputs=tuple(outputs))
+    return sequence_scores(model(batch, outputs=tuple(outputs)), batch, ld_alpha)
+
+
+def sequence_scores(tokens: TokenScores, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
+    """The sums over a batch's sequences of what a model gave for its tokens."""
     weights = None
     if ld_alpha is not None:
-        weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha, dtype=tokens.logps.dtype)
+        more = dict(dtype=tokens.logps.dtype, comparisons=batch.comparisons_or_pairs)
+        weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha, **more)
     return SequenceScores(sequence_logps(tokens.logps, batch.sequence_ids, len(batch.lengths), weights=weights), tokens)
 
 
@@ -77,7 +82,7 @@ def preference_step(
     mean_chosen_length: over all micro-batches and ranks of an optimizer step, see `linear_preference_loss`.
     aux_loss: compute a mixture of experts' balancing loss, too; it is not added to the loss.
     """
-    knobs = {"ld_alpha": ld_alpha, "mean_chosen_length": mean_chosen_length}
+    objective, knobs = objective.with_ld_alpha(ld_alpha), {"mean_chosen_length": mean_chosen_length}
     if aux_loss:
         knobs["aux_loss"] = True
     if isinstance(reference, Tensor) or (reference is not None and reference.tokens is None):

@@ -10,7 +10,7 @@ recorded on the function by `@loss`. `objective.py` combines losses and checks t
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -25,29 +25,37 @@ _SQUARE_LIMIT = 1e18  # likewise for what is squared
 _LOGIT_LIMIT = 1e4  # a probability of 1 by far
 
 
-@dataclass(frozen=True)
-class LossParams:
-    """Every knob of every loss; names are TRL's where TRL has the same one."""
+def knob(default, help: str, **metadata):
+    """A field of a dataclass, with what a command line says of it."""
+    return field(default=default, metadata={"help": help, **metadata})
 
-    beta: float = 0.1  # strength of the pull towards the reference (tau in IPO, lambda in ORPO)
-    # probability that a label is flipped; read by sigmoid (then cDPO), robust, exo_pair, aot, aot_unpaired, simpo, cpo
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5  # target margin, in units of the reward
-    cpo_alpha: float = 1.0  # weight of the negative log-likelihood of the chosen completion
+
+@dataclass
+class LossParams:
+    """Every knob of every loss; names are TRL's where TRL has the same one. `FastDPOConfig` has these fields, too."""
+
+    beta: float = knob(0.1, "Strength of the pull towards the reference (tau in ipo, lambda in orpo).")
+    label_smoothing: float = knob(
+        0.0,
+        "Probability that a preference label is wrong (sigmoid, which is then cDPO, robust, exo_pair, aot, "
+        "aot_unpaired, simpo, cpo).",
+    )
+    f_divergence_type: str = knob("reverse_kl", "Divergence from the reference.", choices=list(F_DIVERGENCES))
+    f_alpha_divergence_coef: float = knob(0.5, "Alpha of alpha_divergence.")
+    discopop_tau: float = knob(0.05, "Temperature of discopop.")
+    simpo_gamma: float = knob(0.5, "Target margin of simpo, in units of the reward.")
+    cpo_alpha: float = knob(1.0, "Weight of the negative log-likelihood of the chosen completion in cpo.")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is not float:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type is not float:
                 continue
             # Compared, as torch.compile may leave a number open
             if not (isinstance(value, (float, numbers.Real)) and -math.inf < value < math.inf):
-                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+                raise ValueError(f"{option.name} must be a finite number, got {value!r}")
             if not isinstance(value, float):
-                object.__setattr__(self, field.name, float(value))  # NumPy's scalars
+                setattr(self, option.name, float(value))  # NumPy's scalars
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 1:

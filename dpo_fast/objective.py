@@ -3,6 +3,7 @@
 Also the two weightings that papers put on top of any loss: of tokens (LD-DPO) and of pairs (WPO).
 """
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +25,22 @@ class Objective:
 
     loss: a name from `LOSSES`, a function of `PairLogps` that returns (P,), or a sequence of these.
     weights: one number per loss, 1 where None (MPO, arXiv:2411.10442). use_weighting: `PairLogps.weights` will be set
-      (WPO). Further keywords are `LossParams`. A function counts as one of the whole batch and as in need of a
+      (WPO). ld_alpha: weight of the tokens beyond the shorter completion (LD-DPO), None: all count alike. Further
+      keywords are `LossParams`. A function counts as one of the whole batch and as in need of a
       reference and of lengths, unless its attributes `couples_pairs`, `needs_reference`, `needs_lengths` say otherwise.
       One with `function.couples_pairs = False` is called with some of the pairs at a time: a head that trains then
       costs a GEMM less. Tensors of the function's own that require gradients (a learned beta) get theirs.
     """
 
-    def __init__(self, loss="sigmoid", *, weights: Sequence[float] | None = None, use_weighting=False, **params):
+    def __init__(
+        self,
+        loss="sigmoid",
+        *,
+        weights: Sequence[float] | None = None,
+        use_weighting: bool = False,
+        ld_alpha: float | None = None,
+        **params,
+    ):
         unknown = [name for name in params if name not in _KNOBS]
         if unknown:
             raise TypeError(f"a loss has no knob {', '.join(unknown)}; knobs are {', '.join(_KNOBS)}")
@@ -44,7 +54,7 @@ class Objective:
             raise ValueError(f"loss weights must be {len(parts)} finite numbers, one per loss, got {weights!r}")
         self.loss_weights = list(weights)
         self.names = tuple(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
-        self.use_weighting = use_weighting
+        self.use_weighting, self.ld_alpha = use_weighting, ld_alpha
         self.couples_pairs = any(getattr(part, "couples_pairs", True) for part in self.parts)
         self.needs_reference = any(getattr(part, "needs_reference", True) for part in self.parts)
         self.needs_lengths = any(getattr(part, "needs_lengths", True) for part in self.parts)
@@ -77,9 +87,7 @@ class Objective:
             raise ValueError(f"label_smoothing must be in [0, 0.5) for loss 'robust', got {params.label_smoothing}")
         if self.use_weighting and any(getattr(part, "couples_pairs", False) for part in self.parts):
             raise ValueError(f"use_weighting weighs each pair, but loss {', '.join(self.names)} sorts across pairs")
-
-    def check_ld_alpha(self, alpha: float | None) -> None:
-        """Raise ValueError where LD-DPO's token weights are out of range or do not fit a loss."""
+        alpha = self.ld_alpha
         if alpha is None:
             return
         if not (_is_finite(alpha) and 0 <= alpha <= 1):
@@ -90,6 +98,23 @@ class Objective:
                 f"ld_alpha={alpha} does not fit loss {', '.join(unfit)}: it would weigh down the end of long chosen "
                 "completions in their likelihood; leave out one of the two"
             )
+
+    def with_ld_alpha(self, alpha: float | None) -> "Objective":
+        """The same with LD-DPO's token weights; itself where `alpha` is None. ValueError where it has others."""
+        if alpha is None or alpha == self.ld_alpha:
+            return self
+        if self.ld_alpha is not None:
+            raise ValueError(f"ld_alpha={alpha}, but the objective has ld_alpha={self.ld_alpha}; give it once")
+        weighing = copy.copy(self)
+        weighing.ld_alpha = alpha
+        weighing._check_combination()
+        return weighing
+
+    def token_weights(self, sequence_ids: Tensor, lengths: Tensor, **more) -> Tensor | None:
+        """(N,) factors on tokens' log-probs, None where all count alike; arguments: as `ld_dpo_token_weights`."""
+        if self.ld_alpha is None:
+            return None
+        return ld_dpo_token_weights(sequence_ids, lengths, self.ld_alpha, **more)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         total = None

@@ -105,12 +105,15 @@ def linear_preference_loss(
             loss,
             weights=loss_weights,
             use_weighting=use_weighting,
+            ld_alpha=ld_alpha,
             beta=beta,
             label_smoothing=label_smoothing,
             **params,
         )
     elif (loss_weights, use_weighting, beta, label_smoothing, params) != (None, False, 0.1, 0.0, {}):
         raise ValueError(f"{op}: loss is an Objective, which has its own knobs; give loss_weights, beta ... to it")
+    else:
+        objective = loss.with_ld_alpha(ld_alpha)
     asked = check_outputs(op, outputs)
     outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
     head = Head.make(op, hidden, weight, bias, low_rank, labels)
@@ -126,7 +129,6 @@ def linear_preference_loss(
         who,
         reference_logps,
         reference_token_logps,
-        ld_alpha,
         mean_chosen_length,
         torch.promote_types(hidden.dtype, torch.float32),
         call.impl,
@@ -177,7 +179,6 @@ def preference_from_stats(
     num_sequences: int | None = None,
     reference_logps: Tensor | None = None,
     reference_token_logps: Tensor | None = None,
-    ld_alpha: float | None = None,
     mean_chosen_length: Tensor | float | None = None,
     outputs: Sequence[str] = (),
     impl: str = "auto",
@@ -195,7 +196,6 @@ def preference_from_stats(
         Comparisons.make(op, num_pairs, comparisons, num_sequences, scored.device),
         reference_logps,
         reference_token_logps,
-        ld_alpha,
         mean_chosen_length,
         stats.logps.dtype,
         impl,

@@ -1,6 +1,7 @@
 """Where reference log-probs come from.
 
-Each class is called with (policy, batch, ld_alpha) and gives `SequenceScores` without gradients. `policy` is the model
+Each class is called with (policy, batch) and gives `SequenceScores` without gradients; what weighs tokens, the
+objective applies later. `policy` is the model
 as it is trained, wrappers included: a reference that is the policy with another adapter must run through them too.
 """
 
@@ -24,9 +25,9 @@ class FrozenModel:
 
     model: nn.Module
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
         with torch.no_grad():
-            return score(self.model, batch, ld_alpha=ld_alpha)
+            return score(self.model, batch)
 
 
 @dataclass
@@ -39,9 +40,9 @@ class InitialPolicy:
 
     weights: "Snapshot"
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
         with torch.no_grad(), evaluating(policy), self.weights.put_in():
-            return score(policy, batch, ld_alpha=ld_alpha)
+            return score(policy, batch)
 
 
 @dataclass
@@ -54,10 +55,10 @@ class AdapterOff:
     peft_model: nn.Module
     rest: "Snapshot | None" = None
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
         rest = contextlib.nullcontext() if self.rest is None else self.rest.put_in()
         with torch.no_grad(), evaluating(policy), keep_trainable(self.peft_model), rest, self._off():
-            return score(policy, batch, ld_alpha=ld_alpha)
+            return score(policy, batch)
 
     @contextlib.contextmanager
     def _off(self) -> Iterator[None]:
@@ -78,21 +79,21 @@ class FrozenAdapter:
     peft_model: nn.Module
     adapter: str
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
         active = self.peft_model.active_adapter
         with torch.no_grad(), evaluating(policy), keep_trainable(self.peft_model):
             self.peft_model.set_adapter(self.adapter)
             try:
-                return score(policy, batch, ld_alpha=ld_alpha)
+                return score(policy, batch)
             finally:
                 self.peft_model.set_adapter(active)
 
 
 @dataclass
 class Precomputed:
-    """Log-probs that the batch carries; `ld_alpha` is already in them."""
+    """Sums that the batch carries; `ld_alpha` is already in them."""
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
         if batch.reference_logps is None:
             raise ValueError(
                 "reference log-probs came with the data or were precomputed and the reference model is gone, but this "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .comparisons import Compared, Comparisons
 from .logps import PairLogps
-from .objective import Objective, ld_dpo_token_weights, wpo_weights
+from .objective import Objective, wpo_weights
 from .ops.checks import check_finite, check_tensor, checking
 from .ops.dispatch import free_to_look
 from .ops.sequence import sequence_sums
@@ -42,15 +42,13 @@ class PairTerms:
         comparisons,
         reference_logps,
         reference_tokens,
-        ld_alpha,
         mean_length,
         dtype,
         impl,
     ) -> "PairTerms":
         """Check what is about pairs, and count the `scored` (N,) tokens of each sequence. dtype: of log-probs."""
-        objective.check_ld_alpha(ld_alpha)
         _check_ids(op, scored, sequence_ids, comparisons)
-        if ld_alpha is not None and comparisons.overlap:
+        if objective.ld_alpha is not None and comparisons.overlap:
             raise ValueError(
                 f"{op}: ld_alpha weighs tokens by the length of the other completion; of which a sequence in several "
                 "comparisons has several"
@@ -59,9 +57,8 @@ class PairTerms:
         counts = torch.zeros(comparisons.num_sequences, dtype=torch.int64, device=scored.device).index_add_(
             0, sequence_ids, scored.to(torch.int64)
         )
-        weights = None
-        if ld_alpha is not None:
-            weights = ld_dpo_token_weights(sequence_ids, counts, ld_alpha, scored, dtype, comparisons.index)
+        more = dict(scored=scored, dtype=dtype, comparisons=comparisons.index)
+        weights = objective.token_weights(sequence_ids, counts, **more)
         reference_tokens = None if reference_tokens is None else reference_tokens.detach()
         wide = torch.float32 if scored.device.type == "mps" else torch.float64
         if mean_length is None:

@@ -41,10 +41,13 @@ from .forward import (
 )
 from .hooks import NEFTUNE
 from .layout import pack
-from .ops.stats import STATS
+from .objective import Objective
+from .ops.stats import STATS, TokenStats
+from .preference import preference_from_stats
 from .prepared import check_ranks, prepare_anew
 from .reference import is_peft_model
 from .report.callback import reporting
+from .report.pairs import PairEvaluation
 from .router import balancing_loss
 
 try:
@@ -89,7 +92,7 @@ check_seam()
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
-class DPOTrainer(dpo_trainer.DPOTrainer):
+class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
     """`trl.DPOTrainer`, faster: the same arguments, the same numbers, the same files.
 
     Beyond TRL's, adapters on the output head train (TRL refuses them) and `padding_free=True` is not ignored.
@@ -104,9 +107,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         layout = _layout_asked_for(layout)
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
-        if config is not None and not isinstance(config, dpo_trainer.DPOConfig):
-            raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
         if config is not None:
+            if not isinstance(config, dpo_trainer.DPOConfig):
+                raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
             check_ranks(config.world_size)
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
@@ -132,7 +135,6 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if not torch.accelerator.is_available():  # there is nothing to pin memory for, of which torch would warn
             self.args.dataloader_pin_memory = False
         self._installed, self._uses = installed, 0
-        self._of_pairs: list[Tensor] | None = None  # while `evaluate_pairs` collects them
         self.padding_free, self._layout = self.args.padding_free, layout
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
@@ -157,17 +159,6 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         with self._models_in_use():
             return super().predict(*args, **kwargs)
 
-    def evaluate_pairs(self, eval_dataset=None) -> tuple[dict[str, float], dict]:
-        """`evaluate`, and what it finds of the single pairs: see `dpo_fast.training.facts.of_pairs`."""
-        from .training import facts
-
-        self._of_pairs = []
-        try:
-            metrics = self.evaluate(eval_dataset)
-            return metrics, facts.of_pairs(self._of_pairs)
-        finally:
-            self._of_pairs = None
-
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As TRL's."""
         if self._of_pairs is None:
@@ -181,27 +172,22 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._of_pairs.append(self._rewards_and_lengths(inputs, *outputs[:2]))
+        self._note_pairs(self._rewards_and_lengths(inputs, *outputs[:2]))
         return found
 
     def _rewards_and_lengths(self, inputs: dict, policy, reference=None) -> Tensor:
         """(4, P): rewards of chosen and rejected, their scored tokens. policy, reference: what the models gave."""
-        from .training import facts
-
-        mask = inputs["completion_mask"][:, 1:]
-        lengths = mask.sum(1)
-        weights = mask.to(torch.float32)
-        if self.ld_alpha is not None:  # of the tokens beyond the other completion's length
-            shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
-            weights = weights.where(mask.cumsum(1) <= shorter.unsqueeze(1), self.ld_alpha * weights)
-
-        def sums(output):
-            return (output.log_probs[:, -mask.shape[1] :] * weights).sum(1)
-
+        scored = inputs["completion_mask"][:, 1:].bool()
         given = ("ref_chosen_logps", "ref_rejected_logps")
-        ref = torch.cat([inputs[name] for name in given]) if self.precompute_ref_logps else sums(reference)
-        rows = torch.cat([self.beta * (sums(policy) - ref), lengths.to(ref)]).view(4, -1)
-        return rows[:, : facts.pairs_that_count(self.accelerator, rows.shape[1])]
+        if self.precompute_ref_logps:
+            references = dict(reference_logps=torch.cat([inputs[name] for name in given]))
+        else:
+            references = dict(reference_token_logps=reference.log_probs[:, -scored.shape[1] :][scored])
+        stats = TokenStats(policy.log_probs[:, -scored.shape[1] :][scored])
+        objective = Objective(beta=self.beta, ld_alpha=self.ld_alpha)
+        out = preference_from_stats(stats, scored.nonzero()[:, 0], len(scored) // 2, loss=objective, **references)
+        found = out.chosen_rewards, out.rejected_rewards, out.pairs.chosen_lengths, out.pairs.rejected_lengths
+        return torch.stack([x.to(out.loss) for x in found])
 
     def compute_loss(self, *args, **kwargs):
         """As TRL's. By itself it leaves the models as they are in use: a backward may come."""

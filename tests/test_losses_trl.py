@@ -142,7 +142,7 @@ def test_trl_leaves_token_weights_out_of_sft():
     """So does the likelihood that it adds; one sum per sequence cannot do both, and the combination is refused."""
     assert torch.equal(trl_loss(["sft"], ld_alpha=0.3)[0], trl_loss(["sft"])[0])
     with pytest.raises(ValueError, match="ld_alpha=0.3 does not fit loss sft"):
-        Objective(["sigmoid", "sft"]).check_ld_alpha(0.3)
+        Objective(["sigmoid", "sft"], ld_alpha=0.3)
 
 
 def test_trl_runs_robust_outside_its_range():

@@ -110,13 +110,13 @@ def test_pair_weights():
 def test_token_weights_do_not_fit_likelihoods(name):
     if LOSSES[name].likelihood:
         with pytest.raises(ValueError, match=f"ld_alpha=0.5 does not fit loss {name}"):
-            Objective(["sigmoid", name]).check_ld_alpha(0.5)
-        objective(name).check_ld_alpha(1.0)
+            Objective(["sigmoid", name], ld_alpha=0.5)
+        objective(name, ld_alpha=1.0)
     else:
-        objective(name).check_ld_alpha(0.5)
-    objective(name).check_ld_alpha(None)
+        objective(name, ld_alpha=0.5)
+    assert objective(name).with_ld_alpha(None).ld_alpha is None
     with pytest.raises(ValueError, match=r"ld_alpha must be in \[0, 1\] or None, got -0.1"):
-        objective(name).check_ld_alpha(-0.1)
+        objective(name).with_ld_alpha(-0.1)
 
 
 BAD = {

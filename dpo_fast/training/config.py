@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpo_fast.functional import EXTRA_METRICS
-from dpo_fast.losses import F_DIVERGENCES, LOSSES
+from dpo_fast.losses import LOSSES, LossParams, knob
 from dpo_fast.objective import Objective
 from dpo_fast.ops.dispatch import IMPLS
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("dpo_fast")
 def _option(default, help: str, **metadata):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+    return knob(default, help, **metadata)
 
 
 def _mapping(name: str, value) -> dict | None:
@@ -59,8 +59,8 @@ def _names_what_is_unknown(config: type) -> type:
 
 @_names_what_is_unknown
 @dataclass
-class FastDPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what DPO needs on top.
+class FastDPOConfig(LossParams, TrainingArguments):
+    """`transformers.TrainingArguments` and what DPO needs on top; the losses' knobs are those of `LossParams`.
 
     Defaults that differ from transformers': learning_rate 1e-6, logging_steps 10, remove_unused_columns False (the
     trainer keeps only its own columns anyway), logging_nan_inf_filter False (it waits for the device in each
@@ -95,13 +95,6 @@ class FastDPOConfig(TrainingArguments):
     # the objective
     loss_type: list[str] = _option(["sigmoid"], f"One loss or several to add up: {', '.join(LOSSES)}.")
     loss_weights: list[float] | None = _option(None, "One weight per loss; 1 where not given.")
-    beta: float = _option(0.1, "Strength of the pull towards the reference.")
-    label_smoothing: float = _option(0.0, "Probability that a preference label is wrong (sigmoid, robust, exo_pair).")
-    f_divergence_type: str = _option("reverse_kl", "Divergence from the reference.", choices=list(F_DIVERGENCES))
-    f_alpha_divergence_coef: float = _option(0.5, "Alpha of alpha_divergence.")
-    discopop_tau: float = _option(0.05, "Temperature of discopop.")
-    simpo_gamma: float = _option(0.5, "Target margin of simpo.")
-    cpo_alpha: float = _option(1.0, "Weight of the negative log-likelihood in cpo.")
     ld_alpha: float | None = _option(None, "LD-DPO: weight of the tokens beyond the shorter completion's length.")
     use_weighting: bool = _option(False, "WPO: weigh each pair by how likely the policy is to produce it.")
     router_aux_loss_coef: float | None = _option(
@@ -157,7 +150,7 @@ class FastDPOConfig(TrainingArguments):
             setattr(self, name, _mapping(name, getattr(self, name)))
         self._check()
         self._choose_by_device()
-        super().__post_init__()
+        TrainingArguments.__post_init__(self)
 
     def _choose_by_device(self) -> None:
         """What is not set and depends on where training runs; the table above."""
@@ -174,7 +167,7 @@ class FastDPOConfig(TrainingArguments):
             setattr(self, name, accelerated)
 
     def _check(self) -> None:
-        self.objective().check_ld_alpha(self.ld_alpha)
+        self.objective()
         self.truncation()
         for name in (
             "tokens_per_batch",
@@ -211,13 +204,8 @@ class FastDPOConfig(TrainingArguments):
             self.loss_type,
             weights=self.loss_weights,
             use_weighting=self.use_weighting,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            f_divergence_type=self.f_divergence_type,
-            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
-            discopop_tau=self.discopop_tau,
-            simpo_gamma=self.simpo_gamma,
-            cpo_alpha=self.cpo_alpha,
+            ld_alpha=self.ld_alpha,
+            **{option.name: getattr(self, option.name) for option in fields(LossParams)},
         )
 
     def truncation(self) -> Truncation:

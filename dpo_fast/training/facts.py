@@ -5,12 +5,10 @@ from collections.abc import Callable, Mapping
 
 import datasets
 import torch
-from accelerate.utils import gather_object
 
 from dpo_fast import reference
 from dpo_fast.ops.dispatch import IMPLS, choose_impl, device_memory, plan_device, reasons_against
 from dpo_fast.ops.plan import plan_head
-from dpo_fast.report.record import KEPT_PAIRS
 
 from .data import TOKEN_COLUMNS, Truncation, row_tokens
 
@@ -56,23 +54,6 @@ def of_head(model: torch.nn.Module, objective, args, scored_tokens: float) -> li
         size = f"{round(scored_tokens):,} scored tokens, width {width:,}, vocabulary {vocabulary:,}"
         rows.append(("head, for a mean batch", plan.describe().rpartition(" (")[0], f"{plan.reason} ({size})"))
     return rows
-
-
-def pairs_that_count(accelerator, pairs: int) -> int | None:
-    """How many of a rank's pairs of an evaluation batch are not repeats (None: all): where the last pairs do not
-    suffice for all ranks, accelerate hands out the first ones again."""
-    data = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not data.end_of_dataloader or data.remainder <= 0:
-        return None
-    return min(pairs, max(0, data.remainder - accelerator.process_index * pairs))
-
-
-def of_pairs(found: list[torch.Tensor]) -> dict:
-    """(4, P) tensors of all ranks -> rewards and lengths of the first pairs, as lists, and how many pairs there are."""
-    rows = gather_object(torch.cat(found, dim=1).T.tolist() if found else [])
-    names = ("chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
-    columns = zip(*rows[:KEPT_PAIRS], strict=True) if rows else [()] * len(names)
-    return {"total": len(rows), **dict(zip(names, map(list, columns), strict=True))}
 
 
 def of_lengths(dataset, cut: Truncation, limits: str) -> dict | None:

@@ -152,14 +152,14 @@ def prepare_model(model: nn.Module, accelerator, config: FastDPOConfig) -> nn.Mo
 # --- the proof -----------------------------------------------------------------------------------------------------
 
 
-def check_start(model: nn.Module, batch: PreferenceBatch, found: SequenceScores, source, accelerator, ld_alpha) -> None:
+def check_start(model: nn.Module, batch: PreferenceBatch, found: SequenceScores, source, accelerator) -> None:
     """Raise RuntimeError unless the policy gives the reference's log-probs, as it must before its first update.
 
     source: what gave `found`. Runs the policy once more, in eval mode as the reference, and waits for the device. Every
     rank comes here at the same step, and all raise or none does.
     """
     with torch.no_grad(), reference.evaluating(model):
-        policy = score(model, batch, ld_alpha=ld_alpha)
+        policy = score(model, batch)
     # An adapter that starts as the identity multiplies by 1 and adds products with 0: roundings, as many as `attach`
     # grants a head. All else are the same operations on the same numbers, and only sums may have another order.
     roundings = 8 if isinstance(source, reference.AdapterOff) else 1

@@ -19,10 +19,11 @@ from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
 from dpo_fast.forward import attach, is_attached, release
-from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
+from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, sequence_scores, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.prepared import check_ranks, prepare_anew
 from dpo_fast.report.callback import reporting
+from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.router import router_coefficient
 
 from . import card, facts, models, references
@@ -44,7 +45,7 @@ NOT_TAKEN = {
 }
 
 
-class FastDPOTrainer(transformers.Trainer):
+class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     """Trains a causal language model on preference pairs.
 
     model: a Hugging Face causal LM, a PEFT model around one, or a path to load one from.
@@ -138,7 +139,6 @@ class FastDPOTrainer(transformers.Trainer):
             self._layout = models.choose_layout(args, args.device, *self._own_models())
             self.data_collator = dataclasses.replace(data_collator, layout=self._layout[0])
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
-        self._of_pairs: list[Tensor] | None = None  # while `evaluate_pairs` collects them
         self._counts = {"pairs": 0, "tokens": 0, "scored": 0}
         if args.precompute_ref_log_probs:
             self._precompute_reference()
@@ -187,7 +187,8 @@ class FastDPOTrainer(transformers.Trainer):
         found = []
         for batch in self.accelerator.prepare(loader):
             with self._autocast():
-                logps = self.reference(self.model, batch, self.args.ld_alpha).logps
+                tokens = self.reference(self.model, batch).tokens
+            logps = sequence_scores(tokens, batch, self.objective.ld_alpha).logps
             found.append(self.accelerator.gather_for_metrics(torch.stack(logps.tensor_split(2), dim=1)))
         dataset = dataset.remove_columns([column for column in REFERENCE_COLUMNS if column in dataset.column_names])
         columns = torch.cat(found).tolist()  # (pairs, 2)
@@ -231,7 +232,7 @@ class FastDPOTrainer(transformers.Trainer):
         if self.reference is None:
             return None
         with self._autocast():
-            return self.reference(model, batch, self.args.ld_alpha)
+            return self.reference(model, batch)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -303,7 +304,6 @@ class FastDPOTrainer(transformers.Trainer):
                 batch,
                 self.objective,
                 ref,
-                ld_alpha=self.args.ld_alpha,
                 mean_chosen_length=mean_chosen_length,
                 extra_metrics=self.args.extra_metrics,
                 aux_loss=self.router_aux_loss_coef != 0.0,
@@ -313,7 +313,7 @@ class FastDPOTrainer(transformers.Trainer):
             del metrics["loss"]  # Trainer logs its own
             self._sums["train"].add(metrics | term_metrics(step.pairs, self.objective))
         else:
-            count = facts.pairs_that_count(self.accelerator, batch.num_pairs)
+            count = self.pairs_that_count(batch.num_pairs)
             pairs = step.pairs if count is None else step.pairs.first(count)
             metrics = step_metrics(step, batch, self.objective, first=count)
             metrics |= loss_metrics(step.losses[:count], pairs, self.objective)
@@ -328,7 +328,7 @@ class FastDPOTrainer(transformers.Trainer):
         self._unproven = self._must_agree = False
         if self.state.global_step == 0 and ref is not None and ref.tokens is not None:
             with self._autocast():
-                references.check_start(model, batch, ref, self.reference, self.accelerator, self.args.ld_alpha)
+                references.check_start(model, batch, ref, self.reference, self.accelerator)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None): there are no logits to return."""
@@ -340,8 +340,7 @@ class FastDPOTrainer(transformers.Trainer):
             loss, step = self.compute_loss(model, inputs, return_outputs=True)
         rewards = torch.stack(self.objective.rewards(step.pairs)).float()  # (2, P)
         lengths = inputs.lengths.to(rewards)[inputs.comparisons_or_pairs.t()]
-        count = facts.pairs_that_count(self.accelerator, inputs.num_pairs)
-        self._of_pairs.append(torch.cat([rewards, lengths])[:, :count])
+        self._note_pairs(torch.cat([rewards, lengths]))
         return loss.detach(), None, None
 
     # --- loops -----------------------------------------------------------------------------------------------------
@@ -423,15 +422,6 @@ class FastDPOTrainer(transformers.Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
             eval_dataset = self._evaluable(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluate_pairs(self, eval_dataset=None) -> tuple[dict[str, float], dict]:
-        """`evaluate`, and what it finds of the single pairs: see `facts.of_pairs`. One sync at the end."""
-        self._of_pairs = []
-        try:
-            metrics = self.evaluate(eval_dataset)
-            return metrics, facts.of_pairs(self._of_pairs)
-        finally:
-            self._of_pairs = None
 
     def report_facts(self) -> dict:
         """What `dpo_fast.report` shows of this trainer, each choice with its reason."""
