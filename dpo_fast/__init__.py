@@ -14,6 +14,25 @@ transformers, TRL and peft are imported by the names that use them.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from .batch import PreferenceBatch as PreferenceBatch
+    from .forward import attach as attach
+    from .logps import PairLogps as PairLogps
+    from .losses import LOSSES as LOSSES
+    from .objective import Objective as Objective
+    from .objective import preference_loss as preference_loss
+    from .ops.linear import linear_token_logps as linear_token_logps
+    from .ops.linear import linear_token_stats as linear_token_stats
+    from .ops.logits import logits_token_logps as logits_token_logps
+    from .ops.logits import logits_token_stats as logits_token_stats
+    from .ops.sequence import sequence_logps as sequence_logps
+    from .ops.stats import TokenStats as TokenStats
+    from .preference import PreferenceOutput as PreferenceOutput
+    from .preference import linear_preference_loss as linear_preference_loss
+    from .training.config import FastDPOConfig as FastDPOConfig
+    from .training.trainer import FastDPOTrainer as FastDPOTrainer
 
 __version__ = "0.1.0"
 

@@ -30,19 +30,21 @@ def modules():
         yield file, name.parts[0].removesuffix(".py")
 
 
+def stem_of(file: Path, node: ast.ImportFrom) -> str:
+    """What is imported from, resolved against the file's package."""
+    package = ["dpo_fast", *file.relative_to(PACKAGE if file.is_relative_to(PACKAGE) else ROOT).parent.parts]
+    base = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
 def imports(file: Path) -> set[str]:
     """Dotted names imported anywhere in a file; relative ones resolved against its package."""
-    if file.is_relative_to(PACKAGE):
-        package = ["dpo_fast", *file.relative_to(PACKAGE).parent.parts]
-    else:
-        package = ["dpo_fast", *file.relative_to(ROOT).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = ".".join([*base, *([node.module] if node.module else [])])
+            stem = stem_of(file, node)
             found |= {f"{stem}.{alias.name}" for alias in node.names} if stem == "dpo_fast" else {stem}
     return found
 
@@ -63,6 +65,74 @@ def test_imports_follow_the_arrows(file, part):
         assert outside <= {"torch", "dpo_fast", *sys.stdlib_module_names}
     else:
         assert "kernels" not in outside, "the folder is imported as dpo_fast.kernels"
+
+
+# The floors of the house, from the ground: a module imports from lower floors alone, at its top or inside a function
+FLOORS = """
+0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks kernels.numerics
+   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared
+   report.charts report.files testing training training.aliases training.rows training.sampler
+   training.sources
+1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
+   ops.call ops.reference report report.png report.record report.svg training.written
+2  demo.language_model layout objective ops.gemm ops.logits_torch ops.sequence report.page report.pairs router
+   training.keys
+3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.data training.recipe
+4  attention ops.tile_triton report.callback report.compare training.card
+5  env ops.head_op ops.pairwise probe
+6  ops.linear packing selftest
+7  preference
+8  forward
+9  functional
+10 reference training.config
+11 drift training.facts training.models training.preflight
+12 training.references trl
+13 training.trainer
+14 training.launch
+15 training.outcome
+16 cli
+"""
+FLOOR: dict[str, int] = {}
+for word in FLOORS.split():
+    if word.isdecimal():
+        number = int(word)
+    else:
+        FLOOR[word] = number
+# module -> what it imports from above, inside a function, where an object is made of whichever kind is asked for
+FROM_ABOVE = {"ops.tile": {"ops.tile_triton"}, "report": {"report.callback"}}
+
+
+def dotted(file: Path) -> str:
+    """As in FLOORS: without dpo_fast, "dpo_fast" for the package itself."""
+    parts = file.relative_to(PACKAGE if file.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "dpo_fast"
+
+
+def test_imports_go_down_only():
+    files = {dotted(file): file for file, _ in modules()}
+    assert files.keys() == FLOOR.keys(), files.keys() ^ FLOOR.keys()
+    for name, file in files.items():
+        if name == "dpo_fast":  # its imports are for type checkers
+            continue
+        found = {x.removeprefix("dpo_fast.") for x in names_imported(file)}
+        up = {x for x in found & FLOOR.keys() if x != name and FLOOR[x] >= FLOOR[name]} - {"dpo_fast"}
+        assert up == FROM_ABOVE.get(name, set()), f"{name}, on floor {FLOOR[name]}, imports {up}"
+
+
+def names_imported(file: Path) -> set[str]:
+    """Dotted names, of what is imported and of where from."""
+    found = imports(file)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{stem_of(file, node)}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.asname: f"dpo_fast.{node.module}" for node in block.body for alias in node.names}
+    assert seen == dpo_fast._PUBLIC
 
 
 def run_python(code: str, cwd: Path = ROOT) -> str:
