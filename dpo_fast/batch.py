@@ -49,7 +49,8 @@ class PreferenceBatch(dict):
       predictors (N,) int64 index into the B*T flattened positions: where the hidden state that predicts the token is
     per sequence:
       lengths (2P,) int64 number of scored tokens, and host_lengths, the same as a tuple of ints: no device is asked;
-      reference_logps (2P,) fp32 or None, when precomputed
+      reference_logps (2P,) fp32 or None: sums that came with the data
+      reference_token_logps (N,) fp32, absent where the reference has not scored the data before
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
     comparisons, where pairs are not those of 2P sequences: (P, 2) int64, chosen and rejected of S sequences
     """

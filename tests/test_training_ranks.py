@@ -21,7 +21,8 @@ TIMES = ("runtime", "second", "preparation_time")
 
 
 def trainer_of(output_dir, ranks: int, kind: str):
-    """kind: full or lora; simpo: a loss without reference; drop-in: of dpo_fast.trl."""
+    """kind: full or lora; ahead: the reference scores the data before; simpo: a loss
+    without reference; drop-in: of dpo_fast.trl."""
     settings = dict(
         **QUIET,
         output_dir=str(output_dir),
@@ -49,6 +50,7 @@ def trainer_of(output_dir, ranks: int, kind: str):
         losses = ["simpo"] if "simpo" in kind else ["sigmoid", "sft"]
         metrics = ["entropy", "logits", "mean_token_accuracy"]
         trainer, args = FastDPOTrainer, FastDPOConfig(**settings, extra_metrics=metrics, loss_type=losses)
+        args.precompute_ref_log_probs = "ahead" in kind
     if "full" in kind:
         options["ref_model"] = tiny_model(seed=3)
     return trainer(
@@ -78,7 +80,7 @@ def run(output_dir, ranks: int, kind: str) -> dict:
 
 
 SLOW = pytest.mark.slow
-KINDS = ["full", pytest.param("lora", marks=SLOW), "lora early", pytest.param("simpo early", marks=SLOW)]
+KINDS = ["full", "full ahead", pytest.param("lora", marks=SLOW), "lora early", pytest.param("simpo early", marks=SLOW)]
 KINDS += ["lora early drop-in", pytest.param("lora early drop-in bf16", marks=SLOW)]
 KINDS += [pytest.param("simpo early bf16", marks=SLOW)]
 

@@ -1,5 +1,6 @@
 """`FastDPOTrainer`: what it trains, what it reports, and what it refuses."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -19,6 +20,7 @@ import datasets
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, preference_loss
 from dpo_fast.metrics import MetricSums
+from dpo_fast.training.data import REFERENCE_TOKEN_COLUMNS, Truncation
 from dpo_fast.training.trainer import NOT_TAKEN
 
 TOKENIZER = tiny_tokenizer()
@@ -403,16 +405,34 @@ def test_there_are_no_logits(build):
     assert trainer.predict(trainer.train_dataset).predictions is None
 
 
-def test_precomputed_reference(build):
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+@pytest.mark.parametrize("knobs", [{}, dict(ld_alpha=0.3), dict(use_weighting=True)], ids=str)
+def test_precomputed_reference(build, knobs, layout):
+    """Token by token, so that weights of tokens and exact log-ratios are those of a reference that runs along."""
     eval_rows = tiny_rows(4, seed=2)
-    plain = build(eval_dataset=eval_rows)
-    ahead = build(eval_dataset=eval_rows, args=dict(precompute_ref_log_probs=True))
+    plain = build(eval_dataset=eval_rows, args=dict(**knobs, layout=layout))
+    ahead = build(eval_dataset=eval_rows, args=dict(**knobs, layout=layout, precompute_ref_log_probs=True))
     plain.train()
     ahead.train()
-    assert losses(ahead) == pytest.approx(losses(plain), abs=1e-6)
+    # A token's log-prob differs by roundings, as its batch has other companions
+    assert losses(ahead) == pytest.approx(losses(plain), abs=2e-7)
+    if knobs.get("use_weighting") is None:
+        assert losses(ahead)[0] == pytest.approx(math.log(2), abs=1e-7)
     assert ahead.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
     with pytest.raises(ValueError, match="reference model is gone"):
         ahead.evaluate(tiny_rows(2))
+
+
+def test_precomputed_tokens_of_another_truncation_are_refused(build):
+    trainer = build(args=dict(precompute_ref_log_probs=True))
+    rows = list(trainer.train_dataset)
+    batch = trainer.data_collator(rows[:3])
+    for sequence, pair in enumerate(batch.comparisons_or_pairs.T.flatten().tolist()):
+        side, row = REFERENCE_TOKEN_COLUMNS[sequence // 3], rows[pair % 3]
+        assert batch.reference_token_logps[batch.sequence_ids == pair].tolist() == pytest.approx(row[side])
+    shorter = dataclasses.replace(trainer.data_collator, truncation=Truncation(max_completion_length=1))
+    with pytest.raises(ValueError, match="they were computed with another truncation"):
+        shorter(rows[:3])
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

@@ -133,8 +133,8 @@ class FastDPOConfig(LossParams, TrainingArguments):
     disable_dropout: bool = _option(True, "No dropout in the policy; the reference never has any.")
     precompute_ref_log_probs: bool = _option(
         False,
-        "Score the data with the reference before training, then free it. Recomputed at each start, never stale: "
-        "columns ref_chosen_logps and ref_rejected_logps of the data are replaced.",
+        "Score each token of the data with the reference before training, then free it. Recomputed at each start, "
+        "never stale: columns ref_chosen_logps and ref_rejected_logps of the data are replaced.",
     )
     precompute_ref_batch_size: int | None = _option(None, "Pairs per batch while precomputing; None: as in training.")
     impl: str = _option("auto", "Implementation of the kernels; see dpo-fast env.", choices=["auto", *IMPLS])

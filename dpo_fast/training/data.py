@@ -23,6 +23,7 @@ from pathlib import Path
 
 import datasets
 import tokenizers
+import torch
 import transformers
 
 import dpo_fast
@@ -38,6 +39,7 @@ logger = logging.getLogger("dpo_fast")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")  # ours, of what is scored
 _IMAGE_COLUMNS = {"image", "images"}
 _REASON, _NOTES = "_dropped_because", "_notes"  # columns that live only while a dataset is prepared
 _READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *REFERENCE_COLUMNS, "tools", "chat_template_kwargs"}
@@ -404,14 +406,36 @@ class PairCollator:
     def __call__(self, rows: list[Mapping]) -> PreferenceBatch:
         pairs = [self.truncation(row) for row in rows]
         if self.layout == "shared_prefix":
-            return shared_prefix_batch(pairs)
-        return padded_batch(pairs, self.pad_token_id, self.pad_to_multiple_of)
+            batch = shared_prefix_batch(pairs)
+        else:
+            batch = padded_batch(pairs, self.pad_token_id, self.pad_to_multiple_of)
+        if all(name in row for row in rows for name in REFERENCE_TOKEN_COLUMNS):
+            batch["reference_token_logps"] = _reference_tokens(rows, batch)
+        return batch
 
     def padded_length(self, row: Mapping) -> int:
         """Positions that a pair takes in a batch of its own in the padded layout."""
         pair = self.truncation(row)
         longest = max(len(pair.chosen_prompt) + len(pair.chosen), len(pair.rejected_prompt) + len(pair.rejected))
         return 2 * -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+
+def _reference_tokens(rows: Sequence[Mapping], batch: PreferenceBatch) -> torch.Tensor:
+    """(N,) fp32 from the columns, in the order of the batch's tokens."""
+    by_sequence = [row[name] for name in REFERENCE_TOKEN_COLUMNS for row in rows]
+    if [len(values) for values in by_sequence] != list(batch.host_lengths):
+        raise ValueError(
+            f"{' and '.join(REFERENCE_TOKEN_COLUMNS)} have {sum(map(len, by_sequence))} log-probs for "
+            f"{sum(batch.host_lengths)} scored tokens: they were computed with another truncation"
+        )
+    values = torch.tensor([value for one in by_sequence for value in one], dtype=torch.float32)
+    return torch.empty_like(values).index_copy_(0, batch.sequence_ids.argsort(stable=True), values)
+
+
+def tokens_by_pair(values: torch.Tensor, batch: PreferenceBatch) -> list[list[list[float]]]:
+    """(N,) values of a batch's tokens -> of each pair two lists, as in the columns."""
+    ordered = values[batch.sequence_ids.argsort(stable=True)].split(batch.host_lengths)
+    return [[ordered[sequence].tolist() for sequence in pair] for pair in batch.comparisons_or_pairs.tolist()]
 
 
 def format_example(pair: TokenPair, tokenizer, colour: bool = False) -> str:

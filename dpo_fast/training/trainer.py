@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
-from dpo_fast.forward import attach, is_attached, release
+from dpo_fast.forward import TokenScores, attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, sequence_scores, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.prepared import check_ranks, prepare_anew
@@ -28,7 +28,15 @@ from dpo_fast.router import router_coefficient
 
 from . import card, facts, models, references
 from .config import FastDPOConfig
-from .data import LENGTH_COLUMN, REFERENCE_COLUMNS, PairCollator, format_example, prepare_dataset
+from .data import (
+    LENGTH_COLUMN,
+    REFERENCE_COLUMNS,
+    REFERENCE_TOKEN_COLUMNS,
+    PairCollator,
+    format_example,
+    prepare_dataset,
+    tokens_by_pair,
+)
 from .sampler import TokenBudgetBatchSampler
 
 # Arguments of other trainers -> what to do instead
@@ -188,12 +196,12 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         for batch in self.accelerator.prepare(loader):
             with self._autocast():
                 tokens = self.reference(self.model, batch).tokens
-            logps = sequence_scores(tokens, batch, self.objective.ld_alpha).logps
-            found.append(self.accelerator.gather_for_metrics(torch.stack(logps.tensor_split(2), dim=1)))
-        dataset = dataset.remove_columns([column for column in REFERENCE_COLUMNS if column in dataset.column_names])
-        columns = torch.cat(found).tolist()  # (pairs, 2)
-        for index, column in enumerate(REFERENCE_COLUMNS):
-            dataset = dataset.add_column(column, [row[index] for row in columns])
+            pairs = tokens_by_pair(tokens.logps, batch)
+            found += self.accelerator.gather_for_metrics(pairs, use_gather_object=True)
+        replaced = {*REFERENCE_COLUMNS, *REFERENCE_TOKEN_COLUMNS} & set(dataset.column_names)
+        dataset = dataset.remove_columns(sorted(replaced))
+        for index, column in enumerate(REFERENCE_TOKEN_COLUMNS):
+            dataset = dataset.add_column(column, [pair[index] for pair in found])
         return dataset
 
     # --- reference -------------------------------------------------------------------------------------------------
@@ -227,6 +235,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
         self._attach()
+        if "reference_token_logps" in batch:
+            return sequence_scores(TokenScores(batch.reference_token_logps), batch, self.objective.ld_alpha)
         if batch.reference_logps is not None:
             return SequenceScores(batch.reference_logps)
         if self.reference is None:
@@ -326,7 +336,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def _prove_reference(self, model, batch: PreferenceBatch, ref: SequenceScores | None) -> None:
         """Once per trainer, before the first update of `train`: `references.check_start`."""
         self._unproven = self._must_agree = False
-        if self.state.global_step == 0 and ref is not None and ref.tokens is not None:
+        scored_before = "reference_token_logps" in batch
+        if self.state.global_step == 0 and ref is not None and ref.tokens is not None and not scored_before:
             with self._autocast():
                 references.check_start(model, batch, ref, self.reference, self.accelerator)
 
