@@ -10,10 +10,10 @@ from .comparisons import Comparisons
 from .logps import PairLogps
 from .objective import Objective
 from .ops.call import Call, Head, Transform
-from .ops.dispatch import choose_impl, device_memory, plan_device
+from .ops.dispatch import choose_impl
 from .ops.linear import head_stats
 from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
-from .ops.plan import HeadPlan, plan_head, reference_plan
+from .ops.plan import HeadPlan, reference_plan
 from .ops.stats import STATS, TokenStats, check_outputs
 from .terms import PairTerms, check_lengths
 
@@ -145,16 +145,13 @@ def linear_preference_loss(
     if call.impl == "reference":
         plan = reference_plan(*head.sizes(), **needs)
     else:
-        plan = plan_head(
-            *head.sizes(),
-            call.gemm_dtype,
+        plan = call.plan_of(
+            head.sizes(),
+            hidden.device,
             **needs,
             separable=separable,
             pair_lengths=[sum(size) for size in tokens.sizes] if separable else None,
             sequences=max(map(len, tokens.sizes)) if separable else 2,
-            tile_mib=call.tile_mib,
-            device_type=plan_device(call.impl, hidden.device),
-            device_memory=None if compiling else device_memory(hidden.device),
         )
     if plan.name not in ("pairwise", "pending"):
         return _output(terms, head_stats(op, head, labels, call), sequence_ids, asked, plan)

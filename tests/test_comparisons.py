@@ -46,7 +46,7 @@ def by_hand(hidden, weight, labels, ids, reference, comparisons, loss, **knobs):
 def test_losses_and_gradients(name, loss, tile, monkeypatch):
     comparisons = GRAPHS[name]
     if tile:
-        monkeypatch.setattr("dpo_fast.preference.plan_head", with_rows(8))
+        monkeypatch.setattr("dpo_fast.ops.call.plan_head", with_rows(8))
     found, true = [], []
     for results, run in ((found, linear_preference_loss), (true, by_hand)):
         hidden, weight, labels, ids, reference = make()
@@ -76,7 +76,7 @@ def with_rows(rows):
     """`plan_head` whose tiles have few rows: groups are longer than a tile, or share one."""
     import dataclasses
 
-    def plan(*sizes, sequences, pair_lengths, **knobs):
+    def plan(*sizes, sequences=2, pair_lengths=None, **knobs):
         found = plan_head(*sizes, sequences=sequences, pair_lengths=pair_lengths, **knobs)
         if found.name != "pairwise":
             return found

@@ -187,17 +187,19 @@ class Call:
     def sizes(self, weight: Tensor, N: int, impl: str | None = None) -> HeadPlan:
         """The plan of N tokens, for the tiles' sizes. impl: whose, the call's where None."""
         V, H = weight.shape
+        needs = dict(hidden_grad=self.plan != "score", head_grad=self.plan == "recompute", separable=False)
+        return self.plan_of((N, H, V), weight.device, impl, **needs)
+
+    def plan_of(self, sizes: tuple[int, int, int], device: torch.device, impl: str | None = None, **needs) -> HeadPlan:
+        """`plan_head` of (N, H, V) on a device, with this call's knobs. impl: whose, the call's where None."""
         return plan_head(
-            N,
-            H,
-            V,
+            *sizes,
             self.gemm_dtype,
-            hidden_grad=self.plan != "score",
-            head_grad=self.plan == "recompute",
-            separable=False,
+            **needs,
             tile_mib=self.tile_mib,
-            device_type=plan_device(impl or self.impl, weight.device),
-            device_memory=device_memory(weight.device),
+            device_type=plan_device(impl or self.impl, device),
+            # A compiled graph is not to depend on the memory that is free
+            device_memory=None if torch.compiler.is_compiling() else device_memory(device),
         )
 
 

@@ -41,12 +41,11 @@ def write(folder: Path, base: str, rows: list[tuple[str, str]], log: list[dict])
     """
     section = "\n".join([BEGIN, "", *_section(base, rows, log), "", END])
     there = read(folder)
-    if there is None:
-        text = f"{_head(base)}\n# {folder.resolve().name}\n\n{section}\n"
-    elif BEGIN in there and END in there:
+    if there is None or (PEFTS_TEMPLATE in there and not is_ours(there)):
+        head = _head(base) if there is None else there[: there.index(PEFTS_TEMPLATE)]
+        text = f"{head.rstrip()}\n\n# {folder.resolve().name}\n\n{section}\n"
+    elif is_ours(there):
         text = there[: there.index(BEGIN)] + section + there[there.index(END) + len(END) :]
-    elif PEFTS_TEMPLATE in there:
-        text = f"{there[: there.index(PEFTS_TEMPLATE)].rstrip()}\n\n# {folder.resolve().name}\n\n{section}\n"
     else:
         text = f"{there.rstrip()}\n\n{section}\n"
     return write_text(folder / "README.md", text)
