@@ -50,7 +50,7 @@ class PairTerms:
         _check_ids(op, scored, sequence_ids, comparisons)
         if objective.ld_alpha is not None and comparisons.overlap:
             raise ValueError(
-                f"{op}: ld_alpha weighs tokens by the length of the other completion; of which a sequence in several "
+                f"{op}: ld_alpha weighs tokens by the length of the other completion, of which a sequence in several "
                 "comparisons has several"
             )
         reference = _reference(op, objective, scored, comparisons, reference_logps, reference_tokens)

@@ -1,10 +1,16 @@
 """Comparisons that are not pairs: losses and gradients against fp64 sums, groups, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
+from tiny import tiny_model
 
-from dpo_fast import Objective, linear_preference_loss, linear_token_logps
+from dpo_fast import Objective, PreferenceBatch, attach, linear_preference_loss, linear_token_logps
+from dpo_fast.batch import TokenPair
 from dpo_fast.comparisons import Comparisons, pairs_of
+from dpo_fast.functional import preference_step, step_metrics
+from dpo_fast.layout import pack, shared_prefix_batch
 from dpo_fast.logps import PairLogps
 from dpo_fast.metrics import token_metrics
 from dpo_fast.objective import ld_dpo_token_weights
@@ -162,3 +168,35 @@ def test_means_over_tokens_count_a_sequence_per_comparison():
 def test_comparisons_out_of_range(given, sequences, message):
     with pytest.raises(ValueError, match=message):
         Comparisons.make("op", 1, given, sequences, "cpu")
+
+
+def test_a_batch_with_comparisons_through_a_model():
+    """Four completions of one prompt in one row, compared with each other, are as pairs that are laid out apart."""
+    model = attach(tiny_model())
+    prompt, answers = [3, 4, 5, 6], [[7, 8], [9], [10, 11, 12], [13, 7]]
+    comparisons = [(0, 1), (0, 2), (3, 2)]
+    row, layout = pack([[prompt + answer for answer in answers]])
+    lengths = torch.tensor([len(answer) for answer in answers])
+    starts = layout.key_ends.tolist()
+    batch = PreferenceBatch(
+        input_ids=row,
+        position_ids=layout.positions.long()[None],
+        targets=torch.tensor([token for answer in answers for token in answer]),
+        sequence_ids=torch.arange(4).repeat_interleave(lengths),
+        predictors=torch.cat([layout.index[a + 3 : b - 1] for a, b in itertools.pairwise(starts)]),
+        lengths=lengths,
+        host_lengths=tuple(lengths.tolist()),
+        reference_logps=None,
+        layout=layout,
+        comparisons=torch.tensor(comparisons),
+    )
+    assert batch.num_pairs == 3 and batch.num_chosen_tokens == 2 + 2 + 2
+    pairs = [TokenPair(prompt, answers[a], prompt, answers[b]) for a, b in comparisons]
+    apart, objective, found = shared_prefix_batch(pairs), Objective("ipo"), []
+    for one, reference in ((batch, -torch.arange(4.0)), (apart, -torch.tensor([0.0, 0, 3, 1, 2, 2]))):
+        step = preference_step(model, one, objective, reference)
+        gradients = torch.autograd.grad(step.loss, list(model.parameters()))
+        metrics = step_metrics(step, one, objective)
+        found.append([step.losses.detach(), *gradients, *(total / weight for total, weight in metrics.values())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
