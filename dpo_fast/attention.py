@@ -358,7 +358,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
     # One split, whose gradient is one cat: that of a slice of the row is a row of zeros
-    own = [n - k for n, k in zip(layout.lengths, layout.shared, strict=True)]
+    own = layout.own
     queries, keys, values = (x.split(own, 2) for x in (query, key, value))
 
     def whole(x: tuple[Tensor, ...], sequence: int) -> Tensor:

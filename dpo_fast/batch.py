@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .comparisons import pairs_of
+from .comparisons import Comparisons, pairs_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PreferenceBatch(dict):
       reference_logps (2P,) fp32 or None: sums that came with the data
       reference_token_logps (N,) fp32, absent where the reference has not scored the data before
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
-    comparisons, where pairs are not those of 2P sequences: (P, 2) int64, chosen and rejected of S sequences
+    comparisons, where pairs are not those of 2P sequences: P host-side tuples (chosen, rejected) of S sequences
     """
 
     def __getattr__(self, name: str):
@@ -71,17 +71,18 @@ class PreferenceBatch(dict):
     def num_pairs(self) -> int:
         return len(self["comparisons"]) if "comparisons" in self else len(self["lengths"]) // 2
 
-    @property
-    def comparisons_or_pairs(self) -> Tensor:
-        """(P, 2) int64 on the device of `lengths`: the sequences of each pair, chosen and rejected."""
-        device = self["lengths"].device
-        return self["comparisons"].to(device) if "comparisons" in self else pairs_of(self.num_pairs, device)
+    def compared(self) -> Comparisons:
+        """Who is compared with whom, on the device of `lengths`."""
+        lengths = self["lengths"]
+        return Comparisons.make(
+            "PreferenceBatch", self.num_pairs, self.get("comparisons"), len(lengths), lengths.device
+        )
 
     @property
     def num_chosen_tokens(self) -> int:
-        """Scored tokens of the chosen sequences, once for each pair."""
-        pairs = self["comparisons"] if "comparisons" in self else pairs_of(self.num_pairs, "cpu")
-        return sum(self["host_lengths"][chosen] for chosen, _ in pairs.tolist())
+        """Scored tokens of the chosen sequences, once for each pair; asks no device."""
+        pairs = self.get("comparisons") or pairs_of(self.num_pairs, "cpu").tolist()
+        return sum(self["host_lengths"][chosen] for chosen, _ in pairs)
 
     def to(self, device, non_blocking: bool = False) -> "PreferenceBatch":
         """A copy with every tensor on `device`."""

@@ -84,6 +84,13 @@ class Comparisons:
         """Whether a sequence is in more than one comparison."""
         return self.host is not None and len(set(itertools.chain(*self.host))) < 2 * len(self.host)
 
+    def times(self) -> Tensor:
+        """(2, S) int64: in how many comparisons each sequence is the chosen and the rejected one."""
+        counts, once = self.index.new_zeros((2, self.num_sequences)), torch.ones_like(self.index[:, 0])
+        for row, column in zip(counts, self.index.unbind(1), strict=True):
+            row.index_add_(0, column, once)
+        return counts
+
     def groups(self) -> Groups:
         """By union of what is compared, groups in the order of their first sequences; sequences that nothing compares
         are groups of one."""

@@ -59,7 +59,7 @@ def sequence_scores(tokens: TokenScores, batch: PreferenceBatch, ld_alpha: float
     """The sums over a batch's sequences of what a model gave for its tokens."""
     weights = None
     if ld_alpha is not None:
-        more = dict(dtype=tokens.logps.dtype, comparisons=batch.comparisons_or_pairs)
+        more = dict(dtype=tokens.logps.dtype, comparisons=batch.compared().index)
         weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha, **more)
     return SequenceScores(sequence_logps(tokens.logps, batch.sequence_ids, len(batch.lengths), weights=weights), tokens)
 
@@ -98,15 +98,16 @@ def step_metrics(
 ) -> Metrics:
     """Metrics of a step as sums on the device: nothing waits for them. `first`: of that many of its pairs only."""
     losses, pairs, tokens, sequence_ids = step.losses.detach(), step.pairs, step.tokens, batch.sequence_ids
+    compared = batch.compared()
     if first is not None:
         losses, pairs = losses[:first], pairs.first(first)
-        keep = torch.isin(sequence_ids, batch.comparisons_or_pairs[:first].flatten())
+        keep = torch.isin(sequence_ids, compared.index[:first].flatten())
         tokens, sequence_ids = TokenScores(*(x if x is None else x[keep] for x in tokens)), sequence_ids[keep]
     pairs_counted = losses.new_full((), losses.numel())
     metrics = {
         "loss": (losses.sum(), pairs_counted),
         **pair_metrics(pairs, objective),
-        **token_metrics(tokens, sequence_ids, batch.num_pairs, batch.get("comparisons")),
+        **token_metrics(tokens, sequence_ids, batch.num_pairs, compared),
     }
     if step.aux_loss is not None:
         metrics["aux_loss"] = step.aux_loss.detach() * losses.numel(), pairs_counted

@@ -105,11 +105,15 @@ class SharedPrefixLayout:
         return len(self.positions)
 
     @property
+    def own(self) -> list[int]:
+        """Tokens of each sequence that it does not share with the one before it: what it adds to the row."""
+        return [n - k for n, k in zip(self.lengths, self.shared, strict=True)]
+
+    @property
     def longest(self) -> tuple[int, int]:
         """Longest query run and longest key run of variable-length attention."""
         if "longest" not in self.cache:  # every layer asks
-            own = (n - k for n, k in zip(self.lengths, self.shared, strict=True))
-            self.cache["longest"] = max(own, default=0), max(self.lengths, default=0)
+            self.cache["longest"] = max(self.own, default=0), max(self.lengths, default=0)
         return self.cache["longest"]
 
     def sequences_per_token(self) -> Tensor:

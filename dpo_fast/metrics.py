@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .comparisons import pairs_of
+from .comparisons import Comparisons
 from .logps import PairLogps
 from .objective import Objective
 from .ops.stats import TokenStats
@@ -59,15 +59,15 @@ def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metr
 
 
 def token_metrics(
-    stats: TokenStats, sequence_ids: Tensor, num_pairs: int, comparisons: Tensor | None = None
+    stats: TokenStats, sequence_ids: Tensor, num_pairs: int, comparisons: Comparisons | None = None
 ) -> Metrics:
     """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
-    top-1 accuracy of chosen. comparisons: (P, 2), None: of pairs. A token counts as chosen once for each comparison
+    top-1 accuracy of chosen. comparisons: None: of pairs. A token counts as chosen once for each comparison
     in which its sequence is the chosen one."""
     if comparisons is None:
-        comparisons = pairs_of(num_pairs, sequence_ids.device)
+        comparisons = Comparisons.make("token_metrics", num_pairs, None, None, sequence_ids.device)
     everything = torch.ones_like(sequence_ids)
-    chosen, rejected = ((sequence_ids[:, None] == column).sum(1) for column in comparisons.unbind(1))
+    chosen, rejected = comparisons.times()[:, sequence_ids]
     found = {
         "entropy": (stats.entropy, everything),
         "logits/chosen": (stats.mean_logits, chosen),

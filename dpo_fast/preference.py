@@ -99,7 +99,6 @@ def linear_preference_loss(
     Raises TypeError for dtypes, ValueError for shapes, devices, ids and labels out of range, and what losses refuse.
     """
     op = "linear_preference_loss"
-    objective = loss
     if not isinstance(loss, Objective):
         objective = Objective(
             loss,

@@ -1,8 +1,8 @@
 """Where reference log-probs come from.
 
 Each class is called with (policy, batch) and gives `SequenceScores` without gradients; what weighs tokens, the
-objective applies later. `policy` is the model
-as it is trained, wrappers included: a reference that is the policy with another adapter must run through them too.
+objective applies later. `policy` is the model as it is trained, wrappers included: a reference that is the policy with
+another adapter must run through them too.
 """
 
 import contextlib

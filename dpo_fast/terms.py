@@ -51,7 +51,7 @@ class PairTerms:
         if objective.ld_alpha is not None and comparisons.overlap:
             raise ValueError(
                 f"{op}: ld_alpha weighs tokens by the length of the other completion, of which a sequence in several "
-                "comparisons has several"
+                "comparisons has several; leave ld_alpha out"
             )
         reference = _reference(op, objective, scored, comparisons, reference_logps, reference_tokens)
         counts = torch.zeros(comparisons.num_sequences, dtype=torch.int64, device=scored.device).index_add_(

@@ -6,7 +6,9 @@
 For changes of structure, which owe the same numbers: seconds, on CPU, from public functions alone.
 """
 
+import contextlib
 import copy
+import io
 import itertools
 import os
 import sys
@@ -74,8 +76,6 @@ def head_case(way, loss, dtype, option):
     hidden.requires_grad_(trains["hidden"]), weight.requires_grad_(trains["weight"])
     smoothing = 1e-3 if "exo_pair" in loss else 0.1 if "robust" in loss else 0.0
     knobs = dict(reference_logps=ref, loss=loss, label_smoothing=smoothing, **way, **option)
-    if "ld_alpha" in knobs:  # may have moved into the objective
-        knobs = with_ld_alpha(knobs)
     out = dpo_fast.linear_preference_loss(hidden, weight, labels, ids, P, **knobs)
     found = [out.loss, out.losses, out.chosen_logps, out.rejected_logps, out.chosen_rewards, out.stats.logps]
     found += [x for name in ("entropy", "is_top1") if (x := getattr(out.stats, name)) is not None]
@@ -83,10 +83,6 @@ def head_case(way, loss, dtype, option):
     if leaves:
         found += torch.autograd.grad(out.loss, leaves)
     return [x.detach().clone() for x in found]
-
-
-def with_ld_alpha(knobs):
-    return knobs
 
 
 def logits_case(dtype, option, impl="auto"):
@@ -196,7 +192,8 @@ def main(file, before=None):
     found = {}
     for name, run in everything():
         try:
-            found[name] = run()
+            with contextlib.redirect_stdout(io.StringIO()):  # trainers print their logs
+                found[name] = run()
         except ValueError:  # what a loss refuses is refused in both commits
             found[name] = []
     torch.save(found, file)

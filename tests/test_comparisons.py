@@ -149,7 +149,8 @@ def test_large_groups_longer_than_a_tile_do_not_pend():
 def test_means_over_tokens_count_a_sequence_per_comparison():
     stats = TokenStats(torch.zeros(4), mean_logits=torch.tensor([1.0, 2.0, 3.0, 10.0]))
     ids = torch.tensor([0, 1, 2, 3])
-    found = token_metrics(stats, ids, 3, torch.tensor([[0, 1], [0, 2], [1, 2]]))
+    three = Comparisons.make("op", 3, [(0, 1), (0, 2), (1, 2)], 4, "cpu")
+    found = token_metrics(stats, ids, 3, three)
     assert [x.item() for x in found["logits/chosen"]] == [1 + 1 + 2, 3]
     assert [x.item() for x in found["logits/rejected"]] == [2 + 3 + 3, 3]
 
@@ -188,7 +189,7 @@ def test_a_batch_with_comparisons_through_a_model():
         host_lengths=tuple(lengths.tolist()),
         reference_logps=None,
         layout=layout,
-        comparisons=torch.tensor(comparisons),
+        comparisons=tuple(comparisons),
     )
     assert batch.num_pairs == 3 and batch.num_chosen_tokens == 2 + 2 + 2
     pairs = [TokenPair(prompt, answers[a], prompt, answers[b]) for a, b in comparisons]

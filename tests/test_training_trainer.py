@@ -427,7 +427,7 @@ def test_precomputed_tokens_of_another_truncation_are_refused(build):
     trainer = build(args=dict(precompute_ref_log_probs=True))
     rows = list(trainer.train_dataset)
     batch = trainer.data_collator(rows[:3])
-    for sequence, pair in enumerate(batch.comparisons_or_pairs.T.flatten().tolist()):
+    for sequence, pair in enumerate(batch.compared().index.T.flatten().tolist()):
         side, row = REFERENCE_TOKEN_COLUMNS[sequence // 3], rows[pair % 3]
         assert batch.reference_token_logps[batch.sequence_ids == pair].tolist() == pytest.approx(row[side])
     shorter = dataclasses.replace(trainer.data_collator, truncation=Truncation(max_completion_length=1))

@@ -435,7 +435,7 @@ def _reference_tokens(rows: Sequence[Mapping], batch: PreferenceBatch) -> torch.
 def tokens_by_pair(values: torch.Tensor, batch: PreferenceBatch) -> list[list[list[float]]]:
     """(N,) values of a batch's tokens -> of each pair two lists, as in the columns."""
     ordered = values[batch.sequence_ids.argsort(stable=True)].split(batch.host_lengths)
-    return [[ordered[sequence].tolist() for sequence in pair] for pair in batch.comparisons_or_pairs.tolist()]
+    return [[ordered[sequence].tolist() for sequence in pair] for pair in batch.compared().index.tolist()]
 
 
 def format_example(pair: TokenPair, tokenizer, colour: bool = False) -> str:

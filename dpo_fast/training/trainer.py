@@ -350,7 +350,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
                 return self.compute_loss(model, inputs).detach(), None, None
             loss, step = self.compute_loss(model, inputs, return_outputs=True)
         rewards = torch.stack(self.objective.rewards(step.pairs)).float()  # (2, P)
-        lengths = inputs.lengths.to(rewards)[inputs.comparisons_or_pairs.t()]
+        lengths = inputs.lengths.to(rewards)[inputs.compared().index.t()]
         self._note_pairs(torch.cat([rewards, lengths]))
         return loss.detach(), None, None
 
