@@ -43,7 +43,7 @@ CODE = {
         *(f"kernels/{name}.py" for name in ("token_logps", "numerics", "tuned")),
         *(
             f"dpo_fast/ops/{name}.py"
-            for name in ("call", "plan", "logits", "logits_torch", "dispatch", "checks", "stats", "reference")
+            for name in ("call", "plan", "logits", "softmax", "impl_torch", "dispatch", "checks", "stats", "oracle")
         ),
         "benchmarks/level1.py",
         _MEASURE,

@@ -13,7 +13,7 @@ from .ops.call import Call, Head, Transform
 from .ops.dispatch import choose_impl
 from .ops.linear import head_stats
 from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
-from .ops.plan import HeadPlan, reference_plan
+from .ops.plan import HeadPlan, oracle_plan
 from .ops.stats import STATS, TokenStats, check_outputs
 from .terms import PairTerms, check_lengths
 
@@ -142,7 +142,7 @@ def linear_preference_loss(
         tokens = group_tokens(labels, sequence_ids, who, terms.weights, call.ignore_index, sequence_lengths)
     needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
     if call.impl == "reference":
-        plan = reference_plan(*head.sizes(), **needs)
+        plan = oracle_plan(*head.sizes(), **needs)
     else:
         plan = call.plan_of(
             head.sizes(),

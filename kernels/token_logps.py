@@ -149,21 +149,22 @@ def token_logps_bwd_kernel(
     softcap,
     inv_temperature,
     HAS_SOFTCAP: tl.constexpr,
+    USABLE: tl.constexpr,  # no label is ignored or out of range; it may lie left or right of these columns
     BLOCK_V: tl.constexpr,
 ):
-    """One program a row and block of columns: one read and one write."""
+    """One program per row and block of columns: one read and one write."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = cols < V
     outer_index, inner_index = row // inner, row % inner
     out_ptrs = d_logits_ptr + outer_index * d_stride_outer + inner_index * d_stride_inner
     out_ptrs += cols.to(tl.int64) * d_stride_v
-    label = tl.load(labels_ptr + row)
-    if label == ignore_index:
-        tl.store(out_ptrs, tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty), mask=inside)
-        return
-    valid = (label >= 0) & (label < V)
-    coefficient = tl.where(valid, tl.load(d_logps_ptr + row), float("nan"))
+    label, coefficient = tl.load(labels_ptr + row), tl.load(d_logps_ptr + row)
+    if not USABLE:
+        if label == ignore_index:
+            tl.store(out_ptrs, tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty), mask=inside)
+            return
+        coefficient = tl.where((label >= 0) & (label < V), coefficient, float("nan"))
     row_max, log_sum = tl.load(row_max_ptr + row), tl.load(log_sum_ptr + row)
     in_ptrs = logits_ptr + outer_index * stride_outer + inner_index * stride_inner + cols.to(tl.int64) * stride_v
     x = tl.load(in_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -219,9 +220,13 @@ def token_logps_bwd(
     logit_scale,
     softcap,
     temperature,
+    usable=False,
 ):
     """Launch the backward: d_logits = diag(d_logps) D, in its own dtype and strides; it may be `logits` itself. For the
-    head's fp32 tile it writes the D that GEMMs take: over the tile in fp32, into another tensor in 16 bits."""
+    head's fp32 tile it writes the D that GEMMs take: over the tile in fp32, into another tensor in 16 bits.
+
+    usable: no label is ignored or out of range. Labels count from the first column, and may then lie outside of them:
+    logits are some of the vocabulary's columns."""
     V = logits.shape[-1]
     _, inner, stride_outer, stride_inner = rows
     _, _, d_stride_outer, d_stride_inner = d_rows
@@ -246,6 +251,7 @@ def token_logps_bwd(
         softcap or 1.0,
         1.0 / temperature,
         HAS_SOFTCAP=softcap is not None,
+        USABLE=usable,
         **config,
     )
 

@@ -94,7 +94,7 @@ def backward(target: str, dtype: str, d_dtype: str, softcap: bool, V: int = 128_
         f"token_logps_bwd {label_of(f'{dtype} to {d_dtype}' if tile else dtype, V, softcap)}",
         token_logps.token_logps_bwd_kernel,
         {"logits_ptr": f"*{dtype}", "d_logits_ptr": f"*{d_dtype}", **ROWS},
-        {"HAS_SOFTCAP": softcap, "BLOCK_V": config["BLOCK_V"]},
+        {"HAS_SOFTCAP": softcap, "USABLE": tile, "BLOCK_V": config["BLOCK_V"]},
         ones=("stride_v", "d_stride_v"),
         num_warps=config["num_warps"],
         **level_1_knobs(V, aligned_rows=tile),

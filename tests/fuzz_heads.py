@@ -34,8 +34,8 @@ import dpo_fast
 from dpo_fast import TokenStats
 from dpo_fast.forward import HeadTransform, score_hidden
 from dpo_fast.ops import call as calls
-from dpo_fast.ops import linear, plan
-from dpo_fast.ops.reference import logits_token_stats_reference, transformed_reference
+from dpo_fast.ops import plan
+from dpo_fast.ops.oracle import oracle_logits, oracle_token_stats, oracle_transform
 from dpo_fast.testing import assert_within_budget, fp32_linear, head_bounds, make_generator
 
 
@@ -165,7 +165,7 @@ class Head:
         return head_bounds(**self.arguments(tensors), labels=labels, **knobs)
 
     def undecided(self, tensors, logits: Tensor, labels: Tensor, ignored: Tensor) -> Tensor:
-        z = transformed_reference(logits.detach(), **self.transform)
+        z = oracle_transform(logits.detach(), **self.transform)
         return undecided(z, labels, lambda labels: self.bounds(tensors, labels, ignored)["logps"])
 
     def check_gradients(self, inputs, times, true: dict, bounds: dict, ignored: Tensor) -> dict[str, Tensor]:
@@ -206,8 +206,8 @@ class Head:
         y = labels.long().masked_fill(ignored, 0)
         tensors = self.clean(inputs, ignored)
         exact = {k: x.double().requires_grad_(k in self.needs) for k, x in tensors.items()}
-        z = linear.reference_logits(**self.arguments(exact))
-        truth = scored(logits_token_stats_reference(z, y, ignore_index=-1, **self.transform), ignored)
+        z = oracle_logits(**self.arguments(exact))
+        truth = scored(oracle_token_stats(z, y, ignore_index=-1, **self.transform), ignored)
         c = c.double()
         true = gradients_of((truth.logps * c).sum(), exact, self.needs)
 
@@ -297,14 +297,14 @@ class Hooked(Head):
         y = labels.long().masked_fill(ignored, -1)
         tensors = self.clean(inputs, ignored)
         exact = {k: v.double().requires_grad_(k in self.needs) for k, v in tensors.items()}
-        z = after * linear.reference_logits(before * exact["hidden"], exact["weight"], exact.get("bias"), None)
-        truth = logits_token_stats_reference(z, y, ignore_index=-1, **self.transform)
+        z = after * oracle_logits(before * exact["hidden"], exact["weight"], exact.get("bias"), None)
+        truth = oracle_token_stats(z, y, ignore_index=-1, **self.transform)
         true = gradients_of((truth.logps * c.double()).sum(), exact, self.needs)
         knobs = dict(self.transform, logit_scale=after * self.logit_scale, ignore_index=-1)
         seen = dict(hidden=before * tensors["hidden"], weight=tensors["weight"], bias=tensors.get("bias"))
         limits = head_bounds(**seen, labels=y, coefficient=c.double(), **knobs)
         either = undecided(
-            transformed_reference(z.detach(), **self.transform),
+            oracle_transform(z.detach(), **self.transform),
             y.clamp(min=0),
             lambda labels: head_bounds(**seen, labels=labels.masked_fill(ignored, -1), **knobs)["logps"],
         )

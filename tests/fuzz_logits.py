@@ -27,7 +27,7 @@ from torch import Tensor
 
 import dpo_fast
 from dpo_fast import TokenStats
-from dpo_fast.ops.reference import logits_token_stats_reference, sequence_logps_reference, transformed_reference
+from dpo_fast.ops.oracle import oracle_sequence_logps, oracle_token_stats, oracle_transform
 from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import assert_within_budget, gamma, make_generator, token_bounds
 
@@ -161,7 +161,7 @@ class Logits:
         ignored = y == self.ignore_index
         z, y = logits.values.reshape(-1, self.vocab).masked_fill(ignored.unsqueeze(1), 0), y.masked_fill(ignored, 0)
         exact = z.double().requires_grad_()
-        truth = scored(logits_token_stats_reference(exact, y, ignore_index=-1, **transform), ignored)
+        truth = scored(oracle_token_stats(exact, y, ignore_index=-1, **transform), ignored)
         c = c.reshape(-1).double().masked_fill(truth.logps.isinf(), 0)
         (true,) = torch.autograd.grad((truth.logps.nan_to_num(neginf=0.0) * c).sum(), exact)
 
@@ -170,9 +170,7 @@ class Logits:
             return {name: x.masked_fill(ignored.view(-1, *[1] * (x.ndim - 1)), 0) for name, x in found.items()}
 
         limits = bounds(y)
-        either = undecided(
-            transformed_reference(exact.detach(), **transform), y, lambda labels: bounds(labels)["logps"]
-        )
+        either = undecided(oracle_transform(exact.detach(), **transform), y, lambda labels: bounds(labels)["logps"])
         check_stats(stats, truth, limits, either, self.outputs or (), ignored)
         d = logits.gradient(times).reshape(-1, self.vocab)
         assert (d[ignored] == 0).all(), "gradients of ignored rows"
@@ -246,7 +244,7 @@ class Sums:
         )
 
         exact, w = x.values.double().requires_grad_(), None if weights is None else weights.values
-        truth = sequence_logps_reference(exact, ids, S, w) if S else torch.zeros(0, dtype=torch.float64)
+        truth = oracle_sequence_logps(exact, ids, S, w) if S else torch.zeros(0, dtype=torch.float64)
         terms = exact.detach().abs() if w is None else (exact.detach() * w.double()).abs()
         size = torch.zeros(S, dtype=torch.float64).index_add_(0, ids, terms).nan_to_num(posinf=0.0)
         within(sums, truth, 0.0 if wide == torch.float32 else gamma(N + 2) * size, "sums")  # rounded once

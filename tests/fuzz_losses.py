@@ -29,8 +29,7 @@ import dpo_fast
 from dpo_fast import LOSSES, Objective
 from dpo_fast.logps import PairLogps
 from dpo_fast.losses import F_DIVERGENCES
-from dpo_fast.ops import linear
-from dpo_fast.ops.reference import logits_token_stats_reference
+from dpo_fast.ops.oracle import oracle_logits, oracle_token_stats
 from dpo_fast.testing import EPS, make_generator
 
 
@@ -120,8 +119,8 @@ class Preference(Head):
         y = labels.long().masked_fill(ignored, -1)
         tensors = self.clean(inputs, ignored)
         exact = {k: x.double().requires_grad_(k in self.needs) for k, x in tensors.items()}
-        logits = linear.reference_logits(**self.arguments({k: x.detach() for k, x in exact.items()}))
-        first = logits_token_stats_reference(logits, y, ignore_index=-1, **self.transform).logps
+        logits = oracle_logits(**self.arguments({k: x.detach() for k, x in exact.items()}))
+        first = oracle_token_stats(logits, y, ignore_index=-1, **self.transform).logps
         sums = torch.zeros(2 * P, dtype=torch.float64).index_add_(0, ids, first)
         counts = torch.bincount(ids[~ignored], minlength=2 * P)
         objective = objective_of(self.objective, self.use_weighting)

@@ -74,11 +74,11 @@ FLOORS = """
    report.charts report.files testing training training.aliases training.rows training.sampler
    training.sources
 1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
-   ops.call ops.reference report report.png report.record report.svg training.written
-2  demo.language_model layout objective ops.gemm ops.logits_torch ops.sequence report.page report.pairs router
+   ops.call ops.oracle report report.png report.record report.svg training.written
+2  demo.language_model layout objective ops.gemm ops.sequence ops.softmax report.page report.pairs router
    training.keys
 3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.data training.recipe
-4  attention ops.tile_triton report.callback report.compare training.card
+4  attention ops.impl_torch ops.impl_triton report.callback report.compare training.card
 5  env ops.head_op ops.pairwise probe
 6  ops.linear packing selftest
 7  preference
@@ -99,7 +99,7 @@ for word in FLOORS.split():
     else:
         FLOOR[word] = number
 # module -> what it imports from above, inside a function, where an object is made of whichever kind is asked for
-FROM_ABOVE = {"ops.tile": {"ops.tile_triton"}, "report": {"report.callback"}}
+FROM_ABOVE = {"report": {"report.callback"}}
 
 
 def dotted(file: Path) -> str:

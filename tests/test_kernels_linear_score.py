@@ -6,7 +6,7 @@ bf16 runs on a GPU only: the interpreter's `tl.dot` is wrong for bf16 operands.
 import pytest
 import torch
 
-from dpo_fast.ops.reference import logits_token_stats_reference
+from dpo_fast.ops.oracle import oracle_token_stats
 from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import (
     assert_within_bound,
@@ -66,7 +66,7 @@ def score(hidden, weight, labels, bias=None, outputs=STATS, config=None, allow_t
 
 def oracle_of(hidden, weight, labels, bias=None, **transform):
     logits = hidden.double() @ weight.double().T
-    return logits_token_stats_reference(logits if bias is None else logits + bias.double(), labels, **transform)
+    return oracle_token_stats(logits if bias is None else logits + bias.double(), labels, **transform)
 
 
 def eager_of(hidden, weight, labels, bias=None, logit_scale=1.0, logit_softcap=None, temperature=1.0):

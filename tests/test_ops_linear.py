@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_fast.ops import head_op, tile
+from dpo_fast.ops import head_op, impl_triton, tile
 from dpo_fast.ops.call import Call, Transform
 from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
 from dpo_fast.ops.plan import plan_head
@@ -180,8 +180,8 @@ def test_the_fused_score_kernel_on_request(monkeypatch):
     oracle = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **{**arguments, "impl": "reference"})
     bounds = head_bounds(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"], **TRANSFORM)
     calls = []
-    fused = head_op._score_without_tile
-    monkeypatch.setattr(head_op, "_score_without_tile", lambda *rest: (calls.append(1), fused(*rest)))
+    fused = impl_triton.linear_score
+    monkeypatch.setattr(impl_triton, "linear_score", lambda *rest: (calls.append(1), fused(*rest)))
     for asked in ("0", "1"):
         monkeypatch.setenv("DPO_FAST_FUSED_SCORE", asked)
         stats = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **arguments)
@@ -217,8 +217,7 @@ def test_no_tokens_and_all_ignored_still_give_zero_gradients(impl):
 def test_ignored_tokens_where_they_are_computed(impl, needs, monkeypatch):
     """As on devices, where no one counts who is ignored: their rows are zero, also where exp of their logits is not."""
     monkeypatch.setattr(head_op, "scored_rows", lambda labels, ignore_index: None)
-    for module in (head_op, tile):
-        monkeypatch.setattr(module, "usable_labels", tile.mask_labels)
+    monkeypatch.setattr(tile, "usable_labels", tile.mask_labels)
     tensors, labels = make(N=9, H=8, V=77)
     tensors = {k: tensors[k].mul_(40) if k == "hidden" else tensors[k] for k in ("hidden", "weight")}
     assert (tensors["hidden"] @ tensors["weight"].T)[labels == -100].max() > 89

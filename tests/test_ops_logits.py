@@ -5,9 +5,9 @@ import torch
 
 from dpo_fast import logits_token_logps, logits_token_stats
 from dpo_fast.ops.call import Call, Transform
-from dpo_fast.ops.logits import row_strides
-from dpo_fast.ops.logits_torch import row_blocks
-from dpo_fast.ops.reference import logits_token_stats_reference
+from dpo_fast.ops.impl_torch import row_blocks
+from dpo_fast.ops.impl_triton import row_strides
+from dpo_fast.ops.oracle import oracle_token_stats
 from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import assert_within_bound, assert_within_budget, make_generator, make_logits, token_bounds
 
@@ -43,7 +43,7 @@ def check_values_and_gradients(impl, transform, logits, labels, budget):
     coefficient = torch.randn(len(labels), generator=make_generator(1))
 
     def oracle(x):
-        return logits_token_stats_reference(x, labels, **transform).logps
+        return oracle_token_stats(x, labels, **transform).logps
 
     logps, d_logits = gradients(lambda x: logits_token_logps(x, labels, impl=impl, **transform), logits, coefficient)
     true_logps, true_d = gradients(oracle, logits.double(), coefficient)
@@ -60,7 +60,7 @@ def check_values_and_gradients(impl, transform, logits, labels, budget):
 
 def check_statistics(impl, transform, logits, labels, budget):
     stats = logits_token_stats(logits, labels, impl=impl, **transform)
-    oracle = logits_token_stats_reference(logits, labels, **transform)
+    oracle = oracle_token_stats(logits, labels, **transform)
     bounds = token_bounds(logits, labels, **transform)
     _, peer = eager(logits, labels, **transform)
     for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
@@ -253,7 +253,7 @@ def test_gradcheck():
 def test_many_rows():
     """More rows than a grid's y and z dimensions hold."""
     logits, labels = make_logits(70_001, 3)
-    oracle = logits_token_stats_reference(logits, labels).logps
+    oracle = oracle_token_stats(logits, labels).logps
     found = logits_token_logps(logits, labels, impl="torch")
     assert_within_budget(found, eager(logits, labels)[0], oracle)
     assert_within_bound(found, oracle, token_bounds(logits, labels)["logps"])

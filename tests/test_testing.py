@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_fast.ops.reference import logits_token_stats_reference
+from dpo_fast.ops.oracle import oracle_token_stats
 from dpo_fast.testing import (
     EPS,
     MIN_ROWS,
@@ -77,9 +77,9 @@ def test_ulp():
 def test_bounds_are_passed_by_rounded_logits():
     """Each wrong in a way that 16 bits are; and one wrong row among many."""
     logits, labels = make_logits(50, 1003, ignored=0.0)
-    truth, bounds = logits_token_stats_reference(logits, labels), token_bounds(logits, labels)
+    truth, bounds = oracle_token_stats(logits, labels), token_bounds(logits, labels)
     for dtype in (torch.float16, torch.bfloat16):
-        rough = logits_token_stats_reference(logits.to(dtype), labels)
+        rough = oracle_token_stats(logits.to(dtype), labels)
         for name in ("logps", "entropy", "log_sum_sq_probs"):
             with pytest.raises(AssertionError, match="out of bounds"):
                 assert_within_bound(getattr(rough, name), getattr(truth, name), bounds[name])
@@ -96,9 +96,9 @@ def test_bounds_hold_for_what_they_bound(transform):
     hidden, weight = torch.randn(40, 24, generator=generator), torch.randn(301, 24, generator=generator)
     labels = torch.randint(301, (40,), generator=generator)
     bounds = head_bounds(hidden, weight, labels, **transform)
-    exact = logits_token_stats_reference(hidden.double() @ weight.double().T, labels, **transform)
+    exact = oracle_token_stats(hidden.double() @ weight.double().T, labels, **transform)
     logits = hidden.double() @ weight.double().T
     moved = logits * (1 + 24 * EPS * torch.randn(logits.shape, generator=generator, dtype=torch.float64).sign())
-    noisy = logits_token_stats_reference(moved, labels, **transform)
+    noisy = oracle_token_stats(moved, labels, **transform)
     for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
         assert_within_bound(getattr(noisy, name), getattr(exact, name), bounds[name], what=name)

@@ -10,7 +10,7 @@ import torch
 from dpo_fast.logps import pair_logps
 from dpo_fast.losses import LossParams
 from dpo_fast.objective import Objective, ld_dpo_token_weights, wpo_weights
-from dpo_fast.ops.reference import sequence_logps_reference
+from dpo_fast.ops.oracle import oracle_sequence_logps
 
 
 def make_tokens(P=4, T=9, seed=3, shortest_prompt=1, scale=3.0):
@@ -69,7 +69,7 @@ def our_loss(names, *, tokens=None, loss_weights=None, ld_alpha=None, use_weight
     weights = None if ld_alpha is None else ld_dpo_token_weights(rows, lengths, ld_alpha)
 
     def sums(x, w=weights):
-        return sequence_logps_reference(x[rows, columns], rows, mask.shape[0], w).float()
+        return oracle_sequence_logps(x[rows, columns], rows, mask.shape[0], w).float()
 
     pair_weights = wpo_weights(sums(leaf - sum_sq, None), lengths) if use_weighting else None
     loss = Objective(names, weights=loss_weights, use_weighting=use_weighting, **params)

@@ -53,7 +53,7 @@ class Transform(NamedTuple):
 
     @property
     def oracle(self) -> dict[str, float | None]:
-        """As `ops.reference` takes them."""
+        """As `ops.oracle` takes them."""
         return dict(logit_scale=self.scale, logit_softcap=self.softcap, temperature=self.temperature)
 
     def bend_(self, x: Tensor) -> Tensor:
@@ -69,13 +69,6 @@ class Transform(NamedTuple):
 
     def bend_slope(self, t: Tensor) -> Tensor:
         return t.square().neg_().add_(1)
-
-    def apply_(self, x: Tensor) -> Tensor | None:
-        """Turn raw logits into z in place; returns the tanh of the soft-cap, which the slope needs."""
-        self.bend_(x)
-        t = None if self.softcap is None else x.clone()
-        self.stretch_(x)
-        return t
 
 
 class Head(NamedTuple):
@@ -184,20 +177,20 @@ class Call:
     def gemm_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def sizes(self, weight: Tensor, N: int, impl: str | None = None) -> HeadPlan:
-        """The plan of N tokens, for the tiles' sizes. impl: whose, the call's where None."""
+    def sizes(self, weight: Tensor, N: int) -> HeadPlan:
+        """The plan of N tokens, for the tiles' sizes."""
         V, H = weight.shape
         needs = dict(hidden_grad=self.plan != "score", head_grad=self.plan == "recompute", separable=False)
-        return self.plan_of((N, H, V), weight.device, impl, **needs)
+        return self.plan_of((N, H, V), weight.device, **needs)
 
-    def plan_of(self, sizes: tuple[int, int, int], device: torch.device, impl: str | None = None, **needs) -> HeadPlan:
-        """`plan_head` of (N, H, V) on a device, with this call's knobs. impl: whose, the call's where None."""
+    def plan_of(self, sizes: tuple[int, int, int], device: torch.device, **needs) -> HeadPlan:
+        """`plan_head` of (N, H, V) on a device, with this call's knobs."""
         return plan_head(
             *sizes,
             self.gemm_dtype,
             **needs,
             tile_mib=self.tile_mib,
-            device_type=plan_device(impl or self.impl, device),
+            device_type=plan_device(self.impl, device),
             # A compiled graph is not to depend on the memory that is free
             device_memory=None if torch.compiler.is_compiling() else device_memory(device),
         )

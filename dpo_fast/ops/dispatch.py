@@ -5,18 +5,19 @@ runs anywhere; `reference` is the naive oracle. `auto` takes the first that can.
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 logger = logging.getLogger("dpo_fast")
 
-IMPLS = ("triton", "torch", "reference")
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called "cuda" by torch
-
-
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -25,20 +26,46 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _against_triton(device: torch.device, dtype: torch.dtype) -> list[str]:
+    reasons = []
+    if not _TRITON_INSTALLED:
+        reasons.append("the package triton is not installed")
+    if device.type not in _TRITON_DEVICES and not (device.type == "cpu" and interpreting()):
+        reasons.append(
+            f"the tensors are on {device.type!r}, Triton needs one of {', '.join(_TRITON_DEVICES)}"
+            " (or CPU tensors with TRITON_INTERPRET=1 set before triton is imported)"
+        )
+    if dtype == torch.float64:
+        reasons.append("the kernels take bf16, fp16 and fp32, not float64")
+    return reasons
+
+
+def _against_none(device: torch.device, dtype: torch.dtype) -> list[str]:
+    return []
+
+
+class Implementation(NamedTuple):
+    module: str  # in this package: Tile, token_logps_fwd, token_logps_bwd, linear_score, sequence_sums (impl_torch.py)
+    reasons_against: Callable[[torch.device, torch.dtype], list[str]]  # why it cannot run on such tensors
+    plans_for_host: bool = False  # whether its tiles on CPU tensors are those of a CPU
+
+
+# What `auto` tries, in this order. The oracle is not among them: it is asked for.
+IMPLEMENTATIONS = {
+    "triton": Implementation("impl_triton", _against_triton),
+    "torch": Implementation("impl_torch", _against_none, plans_for_host=True),
+}
+IMPLS = (*IMPLEMENTATIONS, "reference")
+
+
+def implementation(impl: str) -> ModuleType:
+    """The module. For registered ops, in which nothing is traced."""
+    return importlib.import_module(f"{__package__}.{IMPLEMENTATIONS[impl].module}")
+
+
 def reasons_against(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
     """Every reason why `impl` cannot run on such tensors; an empty list means that it can."""
-    reasons = []
-    if impl == "triton":
-        if not _TRITON_INSTALLED:
-            reasons.append("the package triton is not installed")
-        if device.type not in _TRITON_DEVICES and not (device.type == "cpu" and interpreting()):
-            reasons.append(
-                f"the tensors are on {device.type!r}, Triton needs one of {', '.join(_TRITON_DEVICES)}"
-                " (or CPU tensors with TRITON_INTERPRET=1 set before triton is imported)"
-            )
-        if dtype == torch.float64:
-            reasons.append("the kernels take bf16, fp16 and fp32, not float64")
-    return reasons
+    return IMPLEMENTATIONS[impl].reasons_against(device, dtype) if impl in IMPLEMENTATIONS else []
 
 
 _HOST_DEVICES = ("cpu",)  # replaced by tests that run the code for accelerators on CPU tensors
@@ -80,8 +107,8 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def plan_device(impl: str, device: torch.device) -> str:
-    """Whose plan `impl` follows: Triton's is one, also where its interpreter stands in for a device."""
-    return "cpu" if device.type in _HOST_DEVICES and impl != "triton" else "cuda"
+    """Whose plan `impl` follows: Triton's is an accelerator's, also where its interpreter stands in for one."""
+    return "cpu" if device.type in _HOST_DEVICES and IMPLEMENTATIONS[impl].plans_for_host else "cuda"
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from .plan import row_stride
 
 _SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
 _PRODUCT_BYTES = 64 << 20  # of an fp32 product at a time, where it cannot be added where it belongs
-_COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
 
 
 # --- GEMMs ---------------------------------------------------------------------------------------------------------
@@ -87,32 +86,19 @@ def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     return torch.empty((rows, row_stride(columns)), dtype=dtype, device=device)[:, :columns]
 
 
-def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
+def logits_buffer(rows: int, columns: int, like: Tensor, columnwise: bool) -> Tensor:
     """Memory for a tile, which `logits_view` shapes."""
-    return like.new_empty(rows * (columns if free_to_look(like) else row_stride(columns)))
+    return like.new_empty(rows * (columns if columnwise else row_stride(columns)))
 
 
-def logits_view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+def logits_view(buffer: Tensor, rows: int, columns: int, columnwise: bool) -> Tensor:
     """The start of a `logits_buffer` as (rows, columns), for as many columns as it was made for, or fewer. On CPU
     column by column, in which its GEMM is a fifth faster for a few hundred rows (752 instead of 957 processor ms at
     4 x 256 rows, H=1024, V=32,000)."""
-    if free_to_look(buffer):
+    if columnwise:
         return buffer[: rows * columns].view(columns, rows).T
     stride = row_stride(columns)
     return buffer[: rows * stride].view(rows, stride)[:, :columns]
-
-
-def blocks_of_columns(tile: Tensor, copied: bool) -> Iterator[tuple[int, Tensor]]:
-    """The tile's columns with where they start: all at once, or a few at a time where passes make copies of them."""
-    limit = _COPY_BYTES if free_to_look(tile) else 8 * _COPY_BYTES
-    step = max(1, limit // max(1, tile.shape[0] * tile.element_size())) if copied else tile.shape[1]
-    for start in range(0, tile.shape[1], step):
-        yield start, tile[:, start : start + step]
-
-
-def column_of(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`column` as an address among `width` columns, and whether it is one of them."""
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 # --- fp16 ----------------------------------------------------------------------------------------------------------

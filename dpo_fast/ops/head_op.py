@@ -6,27 +6,17 @@ recompute  the forward keeps two floats a token; the backward rebuilds the logit
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .call import Call, Head, Transform
+from .call import Call, Head
 from .checks import refuse_statistics, without_derivative
-from .gemm import (
-    aligned,
-    blocks_of_columns,
-    column_of,
-    fp16_lift,
-    fp16_weighted,
-    gemm_operand,
-    logits_buffer,
-    logits_into,
-    logits_view,
-    mm_into,
-    times_right,
-)
-from .tile import Factors, make_tile, scored_rows, usable_labels
+from .dispatch import implementation
+from .gemm import fp16_lift, fp16_weighted, mm_into, times_right
+from .tile import Factors, Known, scored_rows
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
@@ -55,15 +45,14 @@ def head_forward(
         return results
     sizes = call.sizes(weight, N)
     with torch.autocast(hidden.device.type, enabled=False):
-        if (
-            down is None
-            and call.plan == "score"
-            and call.impl == "triton"
-            and os.environ.get("DPO_FAST_FUSED_SCORE") == "1"
-        ):
-            _score_without_tile(Factors(head, call.gemm_dtype).rows(slice(None))[0], bias, labels, call, results)
+        kit = implementation(call.impl)
+        fused = kit.linear_score if os.environ.get("DPO_FAST_FUSED_SCORE") == "1" else None
+        if fused is not None and down is None and call.plan == "score":
+            (factor,) = Factors(head, call.gemm_dtype).rows(slice(None))
+            out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
+            fused(factor, bias, labels, out | dict(zip(call.outputs, extras.unbind(0), strict=True)), call)
             return results
-        tile = make_tile(call, head, min(N, sizes.chunk_rows), sizes.chunk_columns)
+        tile = kit.Tile(call, head, min(N, sizes.chunk_rows), sizes.chunk_columns)
         for start in range(0, N, sizes.chunk_rows):
             part = slice(start, min(start + sizes.chunk_rows, N))
             index = part if rows is None else rows[part]
@@ -77,23 +66,6 @@ def head_forward(
                 for k in range(len(tile.chunk)):
                     directions[k][index] = tile.d_left(k, coefficient)
     return results
-
-
-def _score_without_tile(factor, bias, labels, call: Call, results) -> None:
-    """One kernel, GEMM and softmax together. Opt-in until it is measured: cuBLAS may be faster for wide models, and
-    its sums are grouped differently from those of the other plans, which policy and reference should share."""
-    from dpo_fast.kernels.linear_score import linear_score_fwd
-
-    hidden, weight = factor
-    logps, partition, extras, *_ = results
-    out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
-    out.update(zip(call.outputs, extras.unbind(0), strict=True))
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"DPO_FAST_FUSED_SCORE=1 needs {name} with contiguous columns, got strides {x.stride()}")
-    bias = None if bias is None else bias.contiguous()
-    knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
-    linear_score_fwd(hidden, weight, labels.contiguous(), bias, out, **knobs)
 
 
 def _empty_results(hidden, down, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -134,77 +106,89 @@ def _recompute(
     Vocabulary slice by slice, all tokens at once: a slice's d_weight is one GEMM with one rounding."""
     call, head = Call.unflat(floats, ints, text), Head(hidden, weight, bias, down, up)
     results = tuple(x.zero_() for x in _empty_gradients(head, needs))
-    rows, transform = scored_rows(labels, call.ignore_index), call.transform
+    rows = scored_rows(labels, call.ignore_index)
+    index = slice(None) if rows is None else rows
+    known, N, V, wide = Known(*partition[:, index]), len(labels[index]), weight.shape[0], partition.dtype
+    if N == 0:
+        return results
     with torch.autocast(hidden.device.type, enabled=False):
-        factors = Factors(head, call.gemm_dtype)
-        if rows is not None:
-            factors.lefts = [left[rows] for left in factors.lefts]
-            labels, partition, d_logps = labels[rows], partition[:, rows], d_logps[rows]
-        N, V = labels.numel(), weight.shape[0]
-        if N == 0:
-            return results
-        _, ignored, _ = usable_labels(labels, call.ignore_index, V)
-        chunk = factors.rows(slice(None), ignored)
-        wide, operand = partition.dtype, gemm_operand(chunk[0][0][:0]).dtype
-        coefficient = d_logps.to(wide).masked_fill(labels == call.ignore_index, 0)
-        inside, d_left_scale, d_right_scale = coefficient, None, None  # what D is multiplied by, and what its products
-        weighted = [gemm_operand(left).to(operand) for left, _ in chunk]
-        if operand == torch.float16:
-            lift = fp16_lift(transform)
-            inside, d_left_scale = torch.full_like(coefficient, lift), coefficient.unsqueeze(1) / lift
-            weighted, largest = zip(*(fp16_weighted(left, coefficient.unsqueeze(1)) for left, _ in chunk), strict=True)
-            d_right_scale = largest[0] / lift
-        in_place = [rows is None and result.dtype == wide for result in results]
-        d_lefts = [
-            None if not needs[k] else results[k] if in_place[k] else left.new_zeros(left.shape, dtype=wide)
-            for k, left in zip((0, 3), factors.lefts, strict=False)
+        width = call.sizes(weight, N).slice_columns
+        tile = implementation(call.impl).Tile(call, head, N, width)
+        label = tile.take(index, labels)
+        coefficient = tile.scored(d_logps[index].to(wide))
+        lift = fp16_lift(call.transform) if tile.operand == torch.float16 else None
+        inside = coefficient if lift is None else torch.full_like(coefficient, lift)
+        lefts = [_DLeft.of(results[k], rows, wide) if needs[k] else None for k in _LEFTS[: len(tile.chunk)]]
+        rights = [
+            _DRight(results[k], left, tile.operand, coefficient, lift) if needs[k] else None
+            for k, (left, _) in zip(_RIGHTS, tile.chunk, strict=False)
         ]
-        step = call.sizes(weight, N, "torch").slice_columns
-        buffer = logits_buffer(N, step, partition)
-        d_buffer = None if operand == wide else aligned(N, step, operand, hidden.device)
-        for start in range(0, V, step):
-            part = slice(start, min(start + step, V))
-            rights = [(left, right[part]) for left, right in chunk]
-            tile = logits_into(logits_view(buffer, N, part.stop - start), rights, None if bias is None else bias[part])
-            d = _slice_direction_(tile, labels.long() - start, partition, inside, transform)
-            if d_buffer is not None:
-                d = d_buffer[:, : part.stop - start].copy_(tile)
-            for k, (_, right) in enumerate(rights):
-                if needs[0 if k == 0 else 3]:
-                    times_right(d, right, d_lefts[k], accumulate=True)
-                if needs[1 if k == 0 else 4]:
-                    target = results[1 if k == 0 else 4][part]
-                    product = target if target.dtype == wide else torch.empty_like(target, dtype=wide)
-                    mm_into(product, d.T, weighted[k])
-                    if d_right_scale is not None:
-                        product.mul_(d_right_scale)
-                    if product is not target:
-                        target.copy_(product)
-            if needs[2]:
-                d_bias = tile.sum(0) if d_left_scale is None else d_left_scale.T @ tile
-                results[2][part] = d_bias.view(-1).to(results[2].dtype)
-    for k, d_left in zip((0, 3), d_lefts, strict=False):
-        if needs[k]:
-            d_left = d_left if d_left_scale is None else d_left.mul_(d_left_scale)
-            if not in_place[k]:
-                results[k][slice(None) if rows is None else rows] = d_left.to(results[k].dtype)
+        if needs[2] and lift is not None:  # else a sum, which is more exact than a product with ones
+            rights.append(
+                _DRight(results[2].unsqueeze(1), torch.ones_like(coefficient), tile.operand, coefficient, lift)
+            )
+        for start in range(0, V, width):
+            part = slice(start, min(start + width, V))
+            d = tile.open(part, label, known, inside)
+            for d_left, (_, right) in zip(lefts, tile.chunk, strict=True):
+                if d_left is not None:
+                    times_right(d, right[part], d_left.total, accumulate=True)
+            for d_right in rights:
+                if d_right is not None:
+                    d_right.write(d, part)
+            if needs[2] and lift is None:
+                results[2][part] = d.sum(0, dtype=wide).to(results[2].dtype)
+    for d_left in lefts:
+        if d_left is not None:
+            d_left.finish(None if lift is None else coefficient / lift)
     return results
 
 
-def _slice_direction_(tile, local_labels, partition, coefficient, transform: Transform) -> Tensor:
-    """Turn raw logits (N, V') of a slice into diag(c) D in place; labels count from the slice's first column."""
-    row_max, log_sum = partition.unsqueeze(2)
-    log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)
-    scale = coefficient.unsqueeze(1) * -transform.slope
-    for start, z in blocks_of_columns(tile, copied=transform.softcap is not None):
-        t = transform.apply_(z)
-        z.sub_(row_max).sub_(log_sum).exp_()
-        here, inside = column_of(local_labels.unsqueeze(1) - start, z.shape[1])
-        z.scatter_add_(1, here, -inside.to(z.dtype))
-        z.mul_(scale)
-        if t is not None:
-            z.addcmul_(z, t.square_(), value=-1)
-    return tile
+# Where the sides of the head's factors are in a `Head`
+_LEFTS, _RIGHTS = (0, 3), (1, 4)
+
+
+class _DLeft(NamedTuple):
+    """The gradient of a factor's left side, summed over slices in fp32: in its place where that is possible."""
+
+    result: Tensor  # (N, K)
+    rows: Tensor | None  # of it that are scored, None for all
+    total: Tensor  # (n, K) fp32
+
+    @classmethod
+    def of(cls, result: Tensor, rows: Tensor | None, wide: torch.dtype) -> "_DLeft":
+        if rows is None and result.dtype == wide:
+            return cls(result, rows, result)
+        return cls(
+            result, rows, result.new_zeros((len(result) if rows is None else len(rows), result.shape[1]), dtype=wide)
+        )
+
+    def finish(self, scale: Tensor | None) -> None:
+        if scale is not None:
+            self.total.mul_(scale)
+        if self.total is not self.result:
+            self.result[slice(None) if self.rows is None else self.rows] = self.total.to(self.result.dtype)
+
+
+class _DRight:
+    """The gradient of a factor's right side, slice by slice: each is one product, rounded once."""
+
+    def __init__(self, result: Tensor, left: Tensor, operand: torch.dtype, coefficient: Tensor, lift: float | None):
+        self.result, self.wide, self.scale = result, coefficient.dtype, None
+        if lift is None:
+            self.left = left.to(operand)
+        else:
+            self.left, largest = fp16_weighted(left, coefficient)
+            self.scale = largest / lift
+
+    def write(self, d: Tensor, part: slice) -> None:
+        target = self.result[part]
+        product = target if target.dtype == self.wide else torch.empty_like(target, dtype=self.wide)
+        mm_into(product, d.T, self.left)
+        if self.scale is not None:
+            product.mul_(self.scale)
+        if product is not target:
+            target.copy_(product)
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_scale", mutates_args=())

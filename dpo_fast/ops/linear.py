@@ -6,7 +6,7 @@ from torch import Tensor
 from .call import Call, Head, Transform
 from .checks import edge_of
 from .head_op import head_forward
-from .reference import logits_token_stats_reference
+from .oracle import oracle_logits, oracle_token_stats
 from .stats import STATS, TokenStats
 
 
@@ -73,16 +73,8 @@ def head_stats(op: str, head: Head, labels: Tensor, call: Call) -> TokenStats:
         head.check_values(op, labels, call.ignore_index)
         low_rank = None if head.down is None else (head.down, head.up)
         knobs = dict(ignore_index=call.ignore_index, **call.transform.oracle)
-        stats = logits_token_stats_reference(reference_logits(*head[:3], low_rank), labels, **knobs)
+        stats = oracle_token_stats(oracle_logits(*head[:3], low_rank), labels, **knobs)
         return stats.only(call.outputs, torch.promote_types(head.hidden.dtype, torch.float32))
     edge = edge_of(head.hidden, head.down) if call.plan == "frozen" else None
     logps, _, extras, *_ = head_forward(*head, labels, *call.flat(), edge)
     return TokenStats.of(logps, extras, call.outputs)
-
-
-def reference_logits(hidden, weight, bias, low_rank) -> Tensor:
-    """(N, V) fp64, the oracle's."""
-    logits = hidden.double() @ weight.double().T
-    if low_rank is not None:
-        logits = logits + low_rank[0].double() @ low_rank[1].double().T
-    return logits if bias is None else logits + bias.double()

@@ -7,7 +7,6 @@ One read of the logits forward, one read and one write backward; no softmax is s
 import torch
 from torch import Tensor
 
-from . import logits_torch
 from .call import Call, Transform
 from .checks import (
     FLOATS,
@@ -19,8 +18,8 @@ from .checks import (
     refuse_statistics,
     without_derivative,
 )
-from .dispatch import free_to_look
-from .reference import logits_token_stats_reference
+from .dispatch import free_to_look, implementation
+from .oracle import oracle_token_stats
 from .stats import STATS, TokenStats
 
 
@@ -88,7 +87,7 @@ def _token_stats(op: str, logits: Tensor, labels: Tensor, call: Call, inplace_ba
         )
     if call.impl == "reference":
         _check_values(op, logits, labels, call)
-        stats = logits_token_stats_reference(logits, labels, ignore_index=call.ignore_index, **call.transform.oracle)
+        stats = oracle_token_stats(logits, labels, ignore_index=call.ignore_index, **call.transform.oracle)
         return stats.only(call.outputs, torch.promote_types(logits.dtype, torch.float32))
 
     # An impl of "torch" must be able to follow the compiler, which cannot overwrite what it saved for the backward
@@ -116,24 +115,6 @@ def _check_values(op: str, logits: Tensor, labels: Tensor, call: Call) -> None:
         check_finite(op, logits=logits)
 
 
-def row_strides(x: Tensor) -> tuple[int, int, int, int]:
-    """(outer, inner, stride_outer, stride_inner) of the rows of x (..., V), which a kernel walks without a copy."""
-    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        raise ValueError(
-            f"logits of shape {tuple(x.shape)} and strides {x.stride()} cannot be walked as two dimensions of rows; "
-            "make them contiguous first"
-        )
-    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(merged)) + merged
-    return outer, inner, stride_outer, stride_inner
-
-
 @torch.library.custom_op("dpo_fast::logits_token_logps_fwd", mutates_args=())
 def _forward(
     logits: Tensor,
@@ -152,13 +133,7 @@ def _forward(
     out.update(zip(call.outputs, extras.unbind(0), strict=True))
     if labels.numel() == 0:
         return logps, partition, extras
-    if call.impl == "triton":
-        from dpo_fast.kernels.token_logps import token_logps_fwd
-
-        knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
-        token_logps_fwd(logits, row_strides(logits), labels.contiguous(), out, **knobs)
-    else:
-        logits_torch.token_logps_fwd(logits, labels, out, call)
+    implementation(call.impl).token_logps_fwd(logits, labels, out, call)
     return logps, partition, extras
 
 
@@ -212,19 +187,7 @@ def _backward_(
 def _write_d_logits(logits, d_logits, labels, partition, d_logps, call: Call) -> None:
     if labels.numel() == 0:
         return
-    row_max, log_sum = partition.unbind(0)
-    d_logps = d_logps.contiguous()
-    if call.impl == "triton":
-        from dpo_fast.kernels.token_logps import token_logps_bwd
-
-        knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
-        rows = outer, inner, *_ = row_strides(logits)
-        # The gradient's rows are counted as the logits' are; apart from that it is contiguous, or the logits themselves
-        vocab = logits.shape[-1]
-        d_rows = rows if d_logits is logits else (outer, inner, inner * vocab, vocab)
-        token_logps_bwd(logits, d_logits, rows, d_rows, labels.contiguous(), row_max, log_sum, d_logps, **knobs)
-    else:
-        logits_torch.token_logps_bwd(logits, d_logits, labels, row_max, log_sum, d_logps, call)
+    implementation(call.impl).token_logps_bwd(logits, d_logits, labels, *partition, d_logps.contiguous(), call)
 
 
 def _save(ctx, inputs, output):

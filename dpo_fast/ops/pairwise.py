@@ -19,9 +19,9 @@ from torch import Tensor
 from ..comparisons import Compared, Comparisons, Groups
 from .call import Call, Head
 from .checks import edge_of, without_derivative
-from .dispatch import free_to_look
+from .dispatch import free_to_look, implementation
 from .sequence import sequence_sums
-from .tile import make_tile, scored_rows
+from .tile import scored_rows
 
 _OP = "linear_preference_loss"
 
@@ -191,7 +191,7 @@ class _Run:
         self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
         self.chunks = list(chunks_of_groups(tokens.sizes, rows))
         most = min(rows, max(part.stop - part.start for _, part in self.chunks))
-        self.tile = make_tile(call, head, most, head.weight.shape[0])
+        self.tile = implementation(call.impl).Tile(call, head, most, head.weight.shape[0])
 
     def index(self, part: slice) -> "Tensor | slice":
         return part if self.tokens.order is None else self.tokens.order[part]

@@ -129,7 +129,7 @@ def plan_head(
     return HeadPlan(name, rows, columns, slice_columns, gemms, gemms * 2 * N * H * V, workspace, reason)
 
 
-def reference_plan(N: int, H: int, V: int, *, hidden_grad: bool, head_grad: bool) -> HeadPlan:
+def oracle_plan(N: int, H: int, V: int, *, hidden_grad: bool, head_grad: bool) -> HeadPlan:
     """What impl="reference" runs: all logits, in fp64, and autograd through them."""
     gemms = 1 + hidden_grad + head_grad
     return HeadPlan("reference", N, V, V, gemms, gemms * 2 * N * H * V, 16 * N * V, "the oracle was asked for")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .dispatch import choose_impl, free_to_look
-from .reference import sequence_logps_reference
+from .dispatch import choose_impl, free_to_look, implementation
+from .oracle import oracle_sequence_logps
 
 _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,7 +43,7 @@ def sequence_sums(
     dtype = torch.promote_types(token_logps.dtype, torch.float32)
     if impl == "reference":
         _check_ids(sequence_ids, num_sequences)
-        return sequence_logps_reference(token_logps, sequence_ids, num_sequences, weights).to(dtype)
+        return oracle_sequence_logps(token_logps, sequence_ids, num_sequences, weights).to(dtype)
     # Cast here, not in the op: autograd then casts the gradient back
     weights = None if weights is None else weights.detach().to(dtype)
     return _forward(token_logps.to(dtype), sequence_ids, weights, num_sequences, impl)
@@ -59,28 +59,7 @@ def _check_ids(ids: Tensor, num_sequences: int) -> None:
 @torch.library.custom_op("dpo_fast::sequence_logps_fwd", mutates_args=())
 def _forward(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int, impl: str) -> Tensor:
     _check_ids(ids, num_sequences)
-    if impl == "triton":
-        from dpo_fast.kernels.sequence_sum import sequence_sum_fwd
-
-        out = values.new_empty((num_sequences,))
-        if num_sequences:
-            weights = None if weights is None else weights.contiguous()
-            sequence_sum_fwd(values.contiguous(), ids.contiguous(), weights, out)
-        return out
-    if not free_to_look(values):
-        return _sum_on_device(values, ids, weights, num_sequences)
-    partial = torch.zeros(num_sequences, dtype=torch.float64)
-    terms = values.double() if weights is None else values.double() * weights.double()
-    return partial.index_add_(0, ids, terms).to(values.dtype)  # on CPU in the order of the tokens
-
-
-def _sum_on_device(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:
-    """Elsewhere `index_add_` adds in any order. A row of terms a sequence, (S, N), keeps the order, needs no running
-    sum, from which an infinite term would reach the sequences after its own, and waits for no count."""
-    wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no fp64
-    terms = values.to(wide) if weights is None else values.to(wide) * weights.to(wide)
-    mine = ids == torch.arange(num_sequences, device=ids.device).unsqueeze(1)
-    return torch.where(mine, terms, 0).sum(1).to(values.dtype)
+    return implementation(impl).sequence_sums(values, ids, weights, num_sequences)
 
 
 @_forward.register_fake

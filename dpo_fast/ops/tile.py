@@ -8,14 +8,15 @@ With D_iv = k_iv ([v = y_i] - p_iv), k the derivative of the logit's transform, 
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .call import Call, Head
 from .dispatch import free_to_look
-from .gemm import blocks_of_columns, column_of, logits_buffer, logits_into, logits_view, mm_into, times_right
-from .plan import CPU_COLUMNS
+from .gemm import aligned, gemm_operand, logits_buffer, logits_into, logits_view, mm_into, times_right
+from .softmax import Partial, d_columns_
 
 
 def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -71,24 +72,40 @@ def _low_rank_dtype(hidden, down, up, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if wide == torch.float64 and dtype != torch.float64 else wide
 
 
-class Tile(ABC):
-    """n tokens by `columns` vocabulary entries of one call: `fold` scores them, then gradients may be asked for.
+class Known(NamedTuple):
+    """The softmax of all tokens, from an earlier pass."""
 
-    It owns what is usable of labels and factors. An implementation scores (`_score`) and has the two products; another
-    device is another one of these, named in `make_tile`.
+    row_max: Tensor  # (N,)
+    log_sum: Tensor  # (N,)
+
+
+class Tile(ABC):
+    """n tokens by `columns` vocabulary entries of one call.
+
+    It owns what is usable of labels and factors, for the tokens that it was given last (`take`, `fold`). Either `fold`
+    scores these, then gradients may be asked for; or the softmax is known, and `open` gives D of some columns.
+
+    An implementation scores (`_score`), opens, and has the two products.
     """
 
     def __init__(self, call: Call, head: Head, rows: int, columns: int):
         self.call, self.factors, self.vocab = call, Factors(head, call.gemm_dtype), head.weight.shape[0]
+        # What GEMMs take D as
+        self.operand = gemm_operand(head.hidden.new_empty(0, dtype=self.factors.dtypes[0])).dtype
+        self.sizes, self.d_buffer = (rows, columns), None
         self._allocate(rows, columns)
+
+    def take(self, index: "Tensor | slice", labels: Tensor) -> Tensor:
+        """The tokens at `index` are the tile's; labels: (N,) of all. Returns theirs, (n,) int64 in [0, V)."""
+        label, self.ignored, self.invalid = usable_labels(labels[index], self.call.ignore_index, self.vocab)
+        self.chunk = self.factors.rows(index, self.ignored)
+        return label
 
     def fold(self, index: "Tensor | slice", labels: Tensor, gradient: bool = True) -> dict[str, Tensor]:
         """Score the tokens at `index`: name -> (n,) fp32, the log-probs, row_max, log_sum and the call's statistics; 0
         where a label is ignored, NaN log-probs where one is out of range. labels: (N,) of all tokens. gradient:
         whether `d_left` or `add_d_right` will be called."""
-        label, self.ignored, self.invalid = usable_labels(labels[index], self.call.ignore_index, self.vocab)
-        self.chunk = self.factors.rows(index, self.ignored)
-        out = self._score(label, gradient)
+        out = self._score(self.take(index, labels), gradient)
         if self.ignored is not None:
             for name in ("logps", "row_max"):  # the latter makes gradients NaN, too
                 out[name].masked_fill_(self.invalid, torch.nan)
@@ -101,6 +118,19 @@ class Tile(ABC):
         if self.ignored is not None:
             coefficient = coefficient.masked_fill(self.ignored, 0).masked_fill_(self.invalid, torch.nan)
         return coefficient.unsqueeze(1)
+
+    def _logits(self, tile: Tensor, part: slice) -> Tensor:
+        """Fill the tile with the raw logits of the columns `part`."""
+        bias = self.factors.bias
+        return logits_into(
+            tile, [(left, right[part]) for left, right in self.chunk], None if bias is None else bias[part]
+        )
+
+    def _d_view(self, n: int, columns: int) -> Tensor:
+        """Memory for D where GEMMs do not take it in the tile's dtype; made by the first gradient."""
+        if self.d_buffer is None:
+            self.d_buffer = aligned(*self.sizes, self.operand, self.factors.lefts[0].device)
+        return self.d_buffer[:n, :columns]
 
     @abstractmethod
     def _allocate(self, rows: int, columns: int) -> None:
@@ -118,10 +148,10 @@ class Tile(ABC):
     def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor) -> None:
         """total (V, K) fp32 += the gradient of a factor's right side whose left is (n, K)."""
 
-
-def _sum_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, 1) sums over columns: a slice's in x's dtype, these in `dtype`, whether slices come singly or together."""
-    return torch.cat([part.sum(1, keepdim=True) for part in x.split(CPU_COLUMNS, 1)], 1).sum(1, True, dtype=dtype)
+    @abstractmethod
+    def open(self, part: slice, label: Tensor, known: Known, coefficient: Tensor) -> Tensor:
+        """diag(c) D of the columns `part`, (n, width) in `operand`, of the tokens taken last. label: as `take` returned
+        it; known: theirs; coefficient: (n, 1)."""
 
 
 class EagerTile(Tile):
@@ -136,93 +166,35 @@ class EagerTile(Tile):
     """
 
     def _allocate(self, rows: int, columns: int) -> None:
-        like = self.factors.lefts[0]
-        self.columns = columns
-        self.buffer = logits_buffer(rows, columns, like.new_empty(0, dtype=self.factors.wide))
+        self.columnwise = free_to_look(self.factors.lefts[0])
+        like = self.factors.lefts[0].new_empty(0, dtype=self.factors.wide)
+        self.buffer = logits_buffer(rows, columns, like, self.columnwise)
+
+    def _fill(self, n: int, part: slice) -> Tensor:
+        return self._logits(logits_view(self.buffer, n, part.stop - part.start, self.columnwise), part)
 
     def _score(self, label: Tensor, gradient: bool) -> dict[str, Tensor]:
-        self.transform, self.label, self.gradient = self.call.transform, label.unsqueeze(1), gradient
-        n, vocab, bias = label.numel(), self.vocab, self.factors.bias
+        transform, n, (_, columns) = self.call.transform, label.numel(), self.sizes
+        self.label, self.sums = label.unsqueeze(1), None
+        partial = Partial(n, self.call.outputs, self.buffer)
+        for start in range(0, self.vocab, columns):
+            part = slice(start, min(start + columns, self.vocab))
+            self.tile = self._fill(n, part)
+            factor = partial.fold_(self.tile, self.label, start, transform, gradient)
+            if gradient and columns < self.vocab:
+                self._sum_directions(part, factor)
+        self.sum_exp = partial.sum_exp.masked_fill(partial.sum_exp == 0, 1).to(self.tile.dtype)
+        self.target_slope = None if transform.softcap is None else transform.bend_slope(partial.target)
+        return partial.results(self.vocab, transform)
 
-        # Sums over slices in fp64, where there is one: which slices there are then changes hardly a bit
-        dtype, device = self.buffer.dtype, self.buffer.device
-        wide = dtype if device.type == "mps" else torch.float64
-        # Not -inf: a row of all -inf then sums to 0, not NaN
-        self.row_max = torch.full((n, 1), torch.finfo(dtype).min, dtype=dtype, device=device)
-        self.target = torch.zeros_like(self.row_max)
-        self.sum_exp = torch.zeros_like(self.row_max, dtype=wide)
-        self.running = {name: torch.zeros_like(self.sum_exp) for name in self.call.outputs}
-        self.sums = None
-        for start in range(0, vocab, self.columns):
-            part = slice(start, min(start + self.columns, vocab))
-            rights = [(left, right[part]) for left, right in self.chunk]
-            tile = logits_view(self.buffer, n, part.stop - part.start)
-            z = logits_into(tile, rights, None if bias is None else bias[part])
-            rescale = self._fold_slice(z, part)
-            if gradient and self.columns < vocab:
-                self._sum_directions(z, rights, rescale)
-        self.tile = z
-        return self._results(vocab)
-
-    def _fold_slice(self, z: Tensor, part: slice) -> Tensor:
-        """Turn raw logits (n, width) into exp(z - max) k; returns what sums over earlier slices are to be scaled by."""
-        t, running, wide = self.transform, self.running, self.sum_exp.dtype
-        copied = t.softcap is not None or "entropy" in running or "log_sum_sq_probs" in running
-        t.bend_(z)
-        here, inside = column_of(self.label - part.start, z.shape[1])
-        self.target = torch.where(inside, z.gather(1, here), self.target)
-        top = t.stretch_(z.amax(1, keepdim=True))
-        if "is_top1" in running:
-            better = (top > self.row_max) | (part.start == 0)
-            hit = inside & (z.argmax(1, keepdim=True) == here)
-            running["is_top1"] = torch.where(better, hit.to(wide), running["is_top1"])
-        row_max = torch.maximum(self.row_max, top)
-        shift = (self.row_max.to(wide) - row_max).clamp_(min=-1e4)  # its exp is 0 already, and 0 times it is not NaN
-        rescale = shift.exp()
-        if "entropy" in running:  # sum of exp(z - max) (z - max)
-            running["entropy"].add_(self.sum_exp * shift).mul_(rescale)
-        if "log_sum_sq_probs" in running:
-            running["log_sum_sq_probs"] *= rescale.square()
-        self.row_max, self.sum_exp = row_max, self.sum_exp * rescale
-        for _, block in blocks_of_columns(z, copied):
-            slope = None if t.softcap is None or not self.gradient else t.bend_slope(block)
-            t.stretch_(block)
-            if "mean_logits" in running:
-                running["mean_logits"] += block.sum(1, keepdim=True)
-            block.sub_(row_max)
-            shifted = block.clone() if "entropy" in running else None
-            self.sum_exp += _sum_columns(block.exp_(), wide)
-            if shifted is not None:
-                running["entropy"] += torch.where(block > 0, shifted.mul_(block), 0).sum(1, keepdim=True)
-            if "log_sum_sq_probs" in running:
-                running["log_sum_sq_probs"] += block.square().sum(1, keepdim=True)
-            if slope is not None:
-                block.mul_(slope)
-        return rescale
-
-    def _sum_directions(self, z: Tensor, rights, rescale: Tensor) -> None:
+    def _sum_directions(self, part: slice, factor: Tensor) -> None:
         first = self.sums is None
         if first:
-            self.sums = [z.new_empty((z.shape[0], right.shape[1])) for _, right in rights]
-        for total, (_, right) in zip(self.sums, rights, strict=True):
+            self.sums = [self.tile.new_empty((len(self.tile), right.shape[1])) for _, right in self.chunk]
+        for total, (_, right) in zip(self.sums, self.chunk, strict=True):
             if not first:
-                total.mul_(rescale.to(total.dtype))
-            times_right(z, right, total, accumulate=not first)
-
-    def _results(self, vocab: int) -> dict:
-        sum_exp, log_sum = self.sum_exp, self.sum_exp.log()
-        self.target_slope = None if self.transform.softcap is None else self.transform.bend_slope(self.target)
-        target = self.transform.stretch_(self.target)
-        logps = torch.where(sum_exp == 0, -torch.inf, target - self.row_max - log_sum)
-        out = {"logps": logps, "row_max": self.row_max, "log_sum": log_sum, **self.running}
-        if "mean_logits" in out:
-            out["mean_logits"] = out["mean_logits"] / vocab
-        if "entropy" in out:
-            out["entropy"] = log_sum - out["entropy"] / sum_exp
-        if "log_sum_sq_probs" in out:
-            out["log_sum_sq_probs"] = out["log_sum_sq_probs"].log() - 2 * log_sum
-        self.sum_exp = sum_exp.masked_fill(sum_exp == 0, 1).to(self.tile.dtype)
-        return {name: value.squeeze(1).to(self.tile.dtype) for name, value in out.items()}
+                total.mul_(factor.to(total.dtype))
+            times_right(self.tile, right[part], total, accumulate=not first)
 
     def d_left(self, k: int, coefficient: Tensor) -> Tensor:
         right = self.chunk[k][1]
@@ -233,20 +205,17 @@ class EagerTile(Tile):
         target = right[self.label.squeeze(1)].to(d.dtype)
         if self.target_slope is not None:
             target.mul_(self.target_slope)
-        return d.div_(-self.sum_exp).add_(target).mul_(coefficient * self.transform.slope)
+        return d.div_(-self.sum_exp).add_(target).mul_(coefficient * self.call.transform.slope)
 
     def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor) -> None:
-        left, coefficient = left.to(self.tile.dtype), coefficient * self.transform.slope
+        left, coefficient = left.to(self.tile.dtype), coefficient * self.call.transform.slope
         mm_into(total, self.tile.T, left * (coefficient / -self.sum_exp), accumulate=True)
         if self.target_slope is not None:
             coefficient = coefficient * self.target_slope
         total.index_add_(0, self.label.squeeze(1), left * coefficient)
 
-
-def make_tile(call: Call, head: Head, rows: int, columns: int) -> Tile:
-    """The implementation's tile."""
-    if call.impl == "triton":
-        from .tile_triton import TritonTile
-
-        return TritonTile(call, head, rows, columns)
-    return EagerTile(call, head, rows, columns)
+    def open(self, part: slice, label: Tensor, known: Known, coefficient: Tensor) -> Tensor:
+        tile, label = self._fill(len(label), part), (label - part.start).unsqueeze(1)
+        row_max, log_sum = (x.unsqueeze(1) for x in known)
+        d_columns_(tile, label, row_max, log_sum, coefficient, self.call.transform)
+        return tile if tile.dtype == self.operand else self._d_view(*tile.shape).copy_(tile)

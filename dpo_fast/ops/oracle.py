@@ -9,18 +9,18 @@ from torch import Tensor
 from .stats import TokenStats
 
 
-def transformed_reference(logits: Tensor, logit_softcap=None, temperature=1.0, logit_scale=1.0) -> Tensor:
+def oracle_transform(logits: Tensor, logit_softcap=None, temperature=1.0, logit_scale=1.0) -> Tensor:
     z = logits.double() * logit_scale
     if logit_softcap is not None:
         z = logit_softcap * torch.tanh(z / logit_softcap)
     return z / temperature
 
 
-def logits_token_stats_reference(
+def oracle_token_stats(
     logits: Tensor, labels: Tensor, *, ignore_index=-100, logit_softcap=None, temperature=1.0, logit_scale=1.0
 ) -> TokenStats:
     """All statistics, fp64, shape of `labels`; those of floats are differentiable."""
-    z = transformed_reference(logits, logit_softcap, temperature, logit_scale)
+    z = oracle_transform(logits, logit_softcap, temperature, logit_scale)
     log_p = torch.log_softmax(z, dim=-1)
     ignored = labels == ignore_index
     target = labels.masked_fill(ignored, 0).long().unsqueeze(-1)
@@ -38,7 +38,15 @@ def logits_token_stats_reference(
     )
 
 
-def sequence_logps_reference(
+def oracle_logits(hidden, weight, bias, low_rank) -> Tensor:
+    """(N, V) fp64 logits of a head, before their transform. low_rank: (N, r), (V, r)."""
+    logits = hidden.double() @ weight.double().T
+    if low_rank is not None:
+        logits = logits + low_rank[0].double() @ low_rank[1].double().T
+    return logits if bias is None else logits + bias.double()
+
+
+def oracle_sequence_logps(
     token_logps: Tensor, sequence_ids: Tensor, num_sequences: int, weights: Tensor | None = None
 ) -> Tensor:
     """(num_sequences,) fp64."""

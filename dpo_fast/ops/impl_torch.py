@@ -1,7 +1,7 @@
-"""The eager path of level 1: rows in blocks that stay in cache, worked on in place.
+"""The implementation `torch`: a tile, the passes of level 1 over logits, sums over sequences, in eager PyTorch.
 
-Beyond its results it holds one scratch block of fp32 logits (`_BLOCK_BYTES`), whatever the number of rows: no fp32 copy
-of the logits and no softmax of all of them.
+Level 1 takes rows in blocks that stay in cache, and works on them in place. Beyond its results it holds one scratch
+block of fp32 logits (`_BLOCK_BYTES`), whatever the number of rows: no fp32 copy of the logits, no softmax of all.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,12 @@ from torch import Tensor
 
 from .call import Call
 from .dispatch import free_to_look
+from .softmax import Partial, d_columns_
+from .tile import EagerTile as Tile
+
+__all__ = ["Tile", "linear_score", "sequence_sums", "token_logps_bwd", "token_logps_fwd"]
+
+linear_score = None  # no GEMM and softmax in one
 
 _BLOCK_BYTES = 4 << 20  # one block of fp32 logits; about the size of an L2 cache
 
@@ -39,33 +45,18 @@ def _scratch(logits: Tensor) -> tuple[int, Tensor]:
 
 def token_logps_fwd(logits: Tensor, labels: Tensor, out: dict[str, Tensor], call: Call) -> None:
     """Fill the tensors of `out`, name -> (N,); the statistics that are missing from it are not computed."""
-    labels = labels.reshape(-1)
-    valid = (labels >= 0) & (labels < logits.shape[-1])
+    labels, vocab = labels.reshape(-1), logits.shape[-1]
+    valid = (labels >= 0) & (labels < vocab)
     target_ids = torch.where(valid, labels, 0).long().unsqueeze(-1)
     rows, scratch = _scratch(logits)
+    parts = []
     for block, where in row_blocks(logits, rows):
-        z = scratch[: block.shape[0]].copy_(block)
-        call.transform.apply_(z)
-        target = z.gather(-1, target_ids[where])
-        if "mean_logits" in out:
-            out["mean_logits"][where] = z.mean(-1)
-        if "is_top1" in out:
-            out["is_top1"][where] = (z.argmax(-1, keepdim=True) == target_ids[where]).squeeze(-1).to(scratch.dtype)
-        row_max = z.amax(-1, keepdim=True)
-        row_max.masked_fill_(row_max == -torch.inf, torch.finfo(z.dtype).min)  # a row of all -inf sums to 0, not NaN
-        z.sub_(row_max)
-        shifted = z.clone() if "entropy" in out else None
-        sum_exp = z.exp_().sum(-1, keepdim=True)
-        log_sum = sum_exp.log()
-        logp = torch.where(sum_exp == 0, -torch.inf, target.sub_(row_max).sub_(log_sum))
-        out["logps"][where] = logp.squeeze(-1)
-        out["row_max"][where] = row_max.squeeze(-1)
-        out["log_sum"][where] = log_sum.squeeze(-1)
-        if shifted is not None:
-            expected = torch.where(z > 0, shifted.mul_(z), 0).sum(-1)
-            out["entropy"][where] = (log_sum - expected.unsqueeze(-1) / sum_exp).squeeze(-1)
-        if "log_sum_sq_probs" in out:
-            out["log_sum_sq_probs"][where] = z.square_().sum(-1).log() - 2 * log_sum.squeeze(-1)
+        x = scratch[: block.shape[0]].copy_(block)
+        part = Partial(block.shape[0], call.outputs, x, whole=True)
+        part.fold_(x, target_ids[where], 0, call.transform)
+        parts.append(part)
+    for name, value in Partial.of_rows(parts).results(vocab, call.transform).items():
+        out[name].copy_(value)
     out["logps"].masked_fill_(~valid, torch.nan)
     for value in out.values():
         value.masked_fill_(labels == call.ignore_index, 0)
@@ -76,22 +67,32 @@ def token_logps_bwd(
 ) -> None:
     """Fill `d_logits`, which may be `logits` itself."""
     labels = labels.reshape(-1)
-    ignored, transform = labels == call.ignore_index, call.transform
+    ignored = labels == call.ignore_index
     valid = (labels >= 0) & (labels < logits.shape[-1])
     coefficient = torch.where(valid, d_logps, torch.nan).masked_fill_(ignored, 0)
-    log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)  # a row of all -inf: p = 0
-    target_ids = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    columns = [x.unsqueeze(1) for x in (torch.where(valid, labels, 0).long(), row_max, log_sum, coefficient)]
     rows, scratch = _scratch(logits)
     for (block, where), (d_block, _) in zip(row_blocks(logits, rows), row_blocks(d_logits, rows), strict=True):
-        z = scratch[: block.shape[0]].copy_(block)
-        t = transform.apply_(z)
-        d = z.sub_(row_max[where, None]).sub_(log_sum[where, None]).exp_()
-        d.scatter_add_(-1, target_ids[where], torch.full_like(target_ids[where], -1, dtype=d.dtype))
-        d.mul_(-coefficient[where, None])
-        if transform.scale != transform.temperature:
-            d.mul_(transform.slope)
-        if t is not None:
-            d.addcmul_(d, t.square_(), value=-1)
+        d = scratch[: block.shape[0]].copy_(block)
+        d_columns_(d, *(x[where] for x in columns), call.transform)
         if not free_to_look(d) or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
             d.masked_fill_(ignored[where, None], 0)
         d_block.copy_(d)
+
+
+def sequence_sums(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:
+    """(num_sequences,) sums of (weighted) values, in fp64 and a fixed order."""
+    if not free_to_look(values):
+        return _sum_on_device(values, ids, weights, num_sequences)
+    partial = torch.zeros(num_sequences, dtype=torch.float64)
+    terms = values.double() if weights is None else values.double() * weights.double()
+    return partial.index_add_(0, ids, terms).to(values.dtype)  # on CPU in the order of the tokens
+
+
+def _sum_on_device(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:
+    """Elsewhere `index_add_` adds in any order. One row of terms per sequence, (S, N), keeps the order. It waits for no
+    count, and holds no running sum, by which an infinite term would reach the sequences after its own."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no fp64
+    terms = values.to(wide) if weights is None else values.to(wide) * weights.to(wide)
+    mine = ids == torch.arange(num_sequences, device=ids.device).unsqueeze(1)
+    return torch.where(mine, terms, 0).sum(1).to(values.dtype)
