@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import LOWEST, transform
+from .numerics import LOWEST, fold, log_prob, merge, rescale_dots, transform
 from .tuned import RELATIVES, constants, target_name
 
 
@@ -110,17 +110,9 @@ def linear_score_fwd_kernel(
             if IS_TOP1:
                 before = tl.where(cols[None, :] < target_col[:, None], z, -float("inf"))
                 best_before = tl.maximum(best_before, tl.max(before, axis=1))
-            new_max = tl.maximum(running_max, tl.max(z, axis=1))
-            shrink = tl.exp(running_max - new_max)
-            shifted = z - new_max[:, None]
-            e = tl.exp(shifted)
-            if ENTROPY:
-                moved = running_dot + running_sum * tl.where(running_sum > 0, running_max - new_max, 0.0)
-                running_dot = moved * shrink + tl.sum(tl.where(e > 0, e * shifted, 0.0), axis=1)
-            if LOG_SUM_SQ_PROBS:
-                running_sq = running_sq * shrink * shrink + tl.sum(e * e, axis=1)
-            running_sum = running_sum * shrink + tl.sum(e, axis=1)
-            running_max = new_max
+            running_max, running_sum, running_dot, running_sq = fold(
+                running_max, running_sum, running_dot, running_sq, z, ENTROPY, LOG_SUM_SQ_PROBS
+            )
 
     field = tl.cast(splits, tl.int64) * stride_split
     out_ptrs = partials_ptr + split.to(tl.int64) * stride_split + offs_n  # stride_split is a multiple of BLOCK_N
@@ -171,21 +163,16 @@ def linear_score_merge_kernel(
     field = tl.cast(splits, tl.int64) * stride_split
     ptrs = partials_ptr + offs_s.to(tl.int64)[:, None] * stride_split + offs_n[None, :]
     maxima = tl.load(ptrs, mask=found, other=LOWEST)
-    row_max = tl.max(maxima, axis=0)
-    shrink = tl.exp(maxima - row_max[None, :])
     sums = tl.load(ptrs + field, mask=found, other=0.0)
-    sum_exp = tl.sum(sums * shrink, axis=0)
-    log_sum = tl.log(sum_exp)
+    row_max, sum_exp, log_sum, shift, shrink = merge(maxima, sums)
     target = tl.sum(tl.load(ptrs + 2 * field, mask=found, other=0.0), axis=0)  # all 0 but the label's own
-    logp = tl.where(sum_exp == 0.0, -float("inf"), (target - row_max) - log_sum)
-    logp = tl.where(valid, logp, float("nan"))
+    logp = log_prob(target, row_max, sum_exp, log_sum, valid)
     tl.store(logps_ptr + offs_n, tl.where(scored, logp, 0.0), mask=inside)
     tl.store(row_max_ptr + offs_n, tl.where(scored, row_max, 0.0), mask=inside)
     tl.store(log_sum_ptr + offs_n, tl.where(scored, log_sum, 0.0), mask=inside)
     if ENTROPY:
-        dots = tl.load(ptrs + 3 * field, mask=found, other=0.0)
-        dots += sums * tl.where(sums > 0, maxima - row_max[None, :], 0.0)
-        entropy = log_sum - tl.sum(dots * shrink, axis=0) / sum_exp
+        dots = rescale_dots(tl.load(ptrs + 3 * field, mask=found, other=0.0), sums, shift, shrink)
+        entropy = log_sum - tl.sum(dots, axis=0) / sum_exp
         tl.store(entropy_ptr + offs_n, tl.where(scored, entropy, 0.0), mask=inside)
     if MEAN_LOGITS:
         mean = tl.sum(tl.load(ptrs + 4 * field, mask=found, other=0.0), axis=0) / V

@@ -10,7 +10,7 @@ digits that a large log-sum-exp would swallow. The same pass can report entropy,
 import triton
 import triton.language as tl
 
-from .numerics import LOWEST, d_transform, transform
+from .numerics import LOWEST, d_block, fold, log_prob, merge, rescale_dots, transform
 from .tuned import constants, target_name
 
 
@@ -79,53 +79,31 @@ def token_logps_fwd_kernel(
         z = tl.where(inside, z, -float("inf"))
         if IS_TOP1:
             best_before = tl.maximum(best_before, tl.max(tl.where(cols < label, z, -float("inf")), axis=1))
-        new_max = tl.maximum(running_max, tl.max(z, axis=1))
-        shrink = tl.exp(running_max - new_max)
-        shifted = z - new_max[:, None]
-        e = tl.exp(shifted)
-        if ENTROPY:
-            moved = running_dot + running_sum * tl.where(running_sum > 0, running_max - new_max, 0.0)
-            running_dot = moved * shrink + tl.sum(tl.where(e > 0, e * shifted, 0.0), axis=1)
-        if LOG_SUM_SQ_PROBS:
-            running_sq = running_sq * shrink * shrink + tl.sum(e * e, axis=1)
-        running_sum = running_sum * shrink + tl.sum(e, axis=1)
-        running_max = new_max
+        running_max, running_sum, running_dot, running_sq = fold(
+            running_max, running_sum, running_dot, running_sq, z, ENTROPY, LOG_SUM_SQ_PROBS
+        )
 
-    row_max = tl.max(running_max, axis=0)
-    shrink = tl.exp(running_max - row_max)
-    sum_exp = tl.sum(running_sum * shrink, axis=0)
-    log_sum = tl.log(sum_exp)
+    row_max, sum_exp, log_sum, shift, shrink = merge(running_max, running_sum)
 
     # A label outside the vocabulary is never used as an address; its row becomes NaN.
     valid = (label >= 0) & (label < V)
     x = tl.load(row_ptr + tl.where(valid, label, 0).to(tl.int64) * stride_v).to(tl.float32)
     target, _ = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-    logp = tl.where(sum_exp == 0.0, -float("inf"), (target - row_max) - log_sum)
-    tl.store(logps_ptr + row, tl.where(valid, logp, float("nan")))
+    logp = log_prob(target, row_max, sum_exp, log_sum, valid)
+    tl.store(logps_ptr + row, logp)
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
     if ENTROPY:
-        moved = running_dot + running_sum * tl.where(running_sum > 0, running_max - row_max, 0.0)
-        tl.store(entropy_ptr + row, log_sum - tl.sum(moved * shrink, axis=0) / sum_exp)
+        dot = tl.sum(rescale_dots(running_dot, running_sum, shift, shrink), axis=0)
+        tl.store(entropy_ptr + row, log_sum - dot / sum_exp)
     if MEAN_LOGITS:
         tl.store(mean_logits_ptr + row, tl.sum(total, axis=0) / V)
     if IS_TOP1:
         first = (target >= row_max) & (target > tl.max(best_before, axis=0)) & valid
         tl.store(is_top1_ptr + row, first.to(tl.float32))
     if LOG_SUM_SQ_PROBS:
-        tl.store(log_sum_sq_probs_ptr + row, tl.log(tl.sum(running_sq * shrink * shrink, axis=0)) - 2.0 * log_sum)
-
-
-@triton.jit
-def d_block(
-    x, cols, label, row_max, log_sum, coefficient, logit_scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr
-):
-    """coefficient x d logp / dx for a block of a row's fp32 logits."""
-    z, t = transform(x, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)  # a row of all -inf: p = 0
-    p = tl.exp((z - row_max) - log_sum)
-    d = coefficient * (tl.where(cols == label, 1.0, 0.0) - p)
-    return d * d_transform(t, logit_scale, inv_temperature, HAS_SOFTCAP)
+        squares = tl.sum(running_sq * shrink * shrink, axis=0)
+        tl.store(log_sum_sq_probs_ptr + row, tl.log(squares) - 2.0 * log_sum)
 
 
 @triton.jit
@@ -145,11 +123,11 @@ def token_logps_bwd_kernel(
     d_stride_inner,
     d_stride_v,
     ignore_index,
+    lowest,  # of valid labels: 0, or less where negative ones are of no column here
     logit_scale,
     softcap,
     inv_temperature,
     HAS_SOFTCAP: tl.constexpr,
-    USABLE: tl.constexpr,  # no label is ignored or out of range; it may lie left or right of these columns
     BLOCK_V: tl.constexpr,
 ):
     """One program per row and block of columns: one read and one write."""
@@ -159,12 +137,12 @@ def token_logps_bwd_kernel(
     outer_index, inner_index = row // inner, row % inner
     out_ptrs = d_logits_ptr + outer_index * d_stride_outer + inner_index * d_stride_inner
     out_ptrs += cols.to(tl.int64) * d_stride_v
-    label, coefficient = tl.load(labels_ptr + row), tl.load(d_logps_ptr + row)
-    if not USABLE:
-        if label == ignore_index:
-            tl.store(out_ptrs, tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty), mask=inside)
-            return
-        coefficient = tl.where((label >= 0) & (label < V), coefficient, float("nan"))
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(out_ptrs, tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty), mask=inside)
+        return
+    valid = (label >= lowest) & (label < V)
+    coefficient = tl.where(valid, tl.load(d_logps_ptr + row), float("nan"))
     row_max, log_sum = tl.load(row_max_ptr + row), tl.load(log_sum_ptr + row)
     in_ptrs = logits_ptr + outer_index * stride_outer + inner_index * stride_inner + cols.to(tl.int64) * stride_v
     x = tl.load(in_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -220,13 +198,13 @@ def token_logps_bwd(
     logit_scale,
     softcap,
     temperature,
-    usable=False,
+    lowest=0,
 ):
     """Launch the backward: d_logits = diag(d_logps) D, in its own dtype and strides; it may be `logits` itself. For the
     head's fp32 tile it writes the D that GEMMs take: over the tile in fp32, into another tensor in 16 bits.
 
-    usable: no label is ignored or out of range. Labels count from the first column, and may then lie outside of them:
-    logits are some of the vocabulary's columns."""
+    lowest: of valid labels. A negative one is valid where the logits are some columns of a vocabulary, and the label is
+    none of these; others make their rows NaN."""
     V = logits.shape[-1]
     _, inner, stride_outer, stride_inner = rows
     _, _, d_stride_outer, d_stride_inner = d_rows
@@ -247,11 +225,11 @@ def token_logps_bwd(
         d_stride_inner,
         d_logits.stride(-1),
         ignore_index,
+        lowest,
         logit_scale,
         softcap or 1.0,
         1.0 / temperature,
         HAS_SOFTCAP=softcap is not None,
-        USABLE=usable,
         **config,
     )
 

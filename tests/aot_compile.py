@@ -58,13 +58,14 @@ def label_of(dtype: str, V: int, softcap: bool, stats: bool = False) -> str:
     return f"{dtype} V={V}{' softcap' if softcap else ''}{' stats' if stats else ''}"
 
 
-def level_1_knobs(V: int, aligned_rows: bool) -> dict:
-    """How level 1's arguments specialise: a vocabulary that is a multiple of 16 is read and written without masks."""
+def level_1_knobs(V: int, tile: bool) -> dict:
+    """How arguments specialise, of level 1 or of the head's tile, whose rows are always aligned. A vocabulary that is a
+    multiple of 16 is read and written without masks."""
     strides = ("stride_outer", "stride_inner", "d_stride_outer", "d_stride_inner")
     return dict(
-        integers=("V", "inner", "ignore_index", *strides),
+        integers=("V", "inner", "ignore_index", "lowest", *strides),
         floats=("logit_scale", "softcap", "inv_temperature"),
-        divisible=("V", *strides) if V % 16 == 0 else strides if aligned_rows else (),
+        divisible=(("V", *strides) if V % 16 == 0 else strides if tile else ()) + (() if tile else ("lowest",)),
         loads=V % 16 == 0,
     )
 
@@ -82,7 +83,7 @@ def forward(target: str, dtype: str, size: int, softcap: bool, stats: bool, V: i
         {"HAS_SOFTCAP": softcap, **dict.fromkeys(STATS, stats), "LANES": config["LANES"], "WIDTH": config["WIDTH"]},
         ones=("stride_v",),
         num_warps=config["num_warps"],
-        **level_1_knobs(V, aligned_rows=False),
+        **level_1_knobs(V, tile=False),
     )
 
 
@@ -94,10 +95,10 @@ def backward(target: str, dtype: str, d_dtype: str, softcap: bool, V: int = 128_
         f"token_logps_bwd {label_of(f'{dtype} to {d_dtype}' if tile else dtype, V, softcap)}",
         token_logps.token_logps_bwd_kernel,
         {"logits_ptr": f"*{dtype}", "d_logits_ptr": f"*{d_dtype}", **ROWS},
-        {"HAS_SOFTCAP": softcap, "USABLE": tile, "BLOCK_V": config["BLOCK_V"]},
+        {"HAS_SOFTCAP": softcap, "BLOCK_V": config["BLOCK_V"]},
         ones=("stride_v", "d_stride_v"),
         num_warps=config["num_warps"],
-        **level_1_knobs(V, aligned_rows=tile),
+        **level_1_knobs(V, tile),
     )
 
 

@@ -5,7 +5,8 @@ import torch
 
 from dpo_fast import linear_preference_loss, linear_token_logps, logits_token_logps
 from dpo_fast.ops import impl_torch, softmax, tile
-from dpo_fast.ops.call import Transform
+from dpo_fast.ops.call import Call, Head, Transform
+from dpo_fast.ops.dispatch import implementation
 from dpo_fast.ops.oracle import oracle_token_stats
 from dpo_fast.ops.softmax import Partial
 from dpo_fast.ops.stats import STATS
@@ -58,6 +59,28 @@ def test_rescaling_moves_every_sum_to_the_larger_maximum():
     before, after = partial.results(V, Transform()), more.results(V, Transform())
     for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
         torch.testing.assert_close(after[name][1:], before[name][1:], rtol=2e-6, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_opened_slices_are_the_derivative(impl, softcap):
+    """Of columns some at a time: of all labels but one slice's own, the one-hot term lies elsewhere."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(6, 5), torch.randn(V, 5), torch.tensor([0, 29, 30, 63, 64, 89])
+    transform = Transform(0.7, softcap, 1.3)
+    head = Head.make("test", hidden, weight, None, None, labels)
+    call = Call.of_head("test", head, (), transform, -100, None, impl)
+    x = (hidden.double() @ weight.double().T).requires_grad_()
+    stats = oracle_token_stats(x, labels, logit_softcap=softcap, temperature=1.3, logit_scale=0.7)
+    c = torch.randn(6, 1)
+    (true,) = torch.autograd.grad((stats.logps * c[:, 0]).sum(), x)
+    opened = implementation(impl).Tile(call, head, 6, 34)
+    label = opened.take(slice(None), labels)
+    scored = implementation(impl).Tile(call, head, 6, V).fold(slice(None), labels)
+    known = tile.Known(scored["row_max"], scored["log_sum"])
+    for part in (slice(0, 30), slice(30, 64), slice(64, V)):
+        d = opened.open(part, label, known, c)
+        torch.testing.assert_close(d.double(), true[:, part], rtol=1e-5, atol=1e-6)
 
 
 PASSES = {

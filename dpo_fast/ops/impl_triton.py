@@ -11,6 +11,8 @@ from .gemm import aligned, fp16_lift, fp16_weighted, mm_into, products, times_ri
 from .tile import Known
 from .tile import Tile as TileBase
 
+_ELSEWHERE = -1  # a label that is in none of a tile's columns
+
 
 class Tile(TileBase):
     """One read to score, one read and write for D.
@@ -20,7 +22,7 @@ class Tile(TileBase):
 
     def _allocate(self, rows: int, columns: int) -> None:
         self.buffer = aligned(rows, columns, torch.float32, self.factors.lefts[0].device)
-        self.knobs = dict(ignore_index=-1, **self.call.transform.knobs)  # no label is: those are usable
+        self.knobs = dict(ignore_index=-2, **self.call.transform.knobs)  # no label is: those are usable
 
     def _fill(self, n: int, part: slice) -> Tensor:
         return self._logits(self.buffer[:n, : part.stop - part.start], part)
@@ -52,7 +54,7 @@ class Tile(TileBase):
 
         d = tile if tile.dtype == self.operand else self._d_view(*tile.shape)
         c = coefficient.reshape(-1).contiguous()
-        token_logps_bwd(tile, d, row_strides(tile), row_strides(d), label, *known, c, usable=True, **self.knobs)
+        token_logps_bwd(tile, d, row_strides(tile), row_strides(d), label, *known, c, lowest=_ELSEWHERE, **self.knobs)
         return d
 
     def d_left(self, k: int, coefficient: Tensor) -> Tensor:
@@ -71,7 +73,10 @@ class Tile(TileBase):
             total[part].addcmul_(product, largest / self.lift)
 
     def open(self, part: slice, label: Tensor, known: Known, coefficient: Tensor) -> Tensor:
-        return self._write_d(self._fill(len(label), part), label - part.start, known, coefficient)
+        here = (label >= part.start) & (label < part.stop)
+        return self._write_d(
+            self._fill(len(label), part), (label - part.start).where(here, _ELSEWHERE), known, coefficient
+        )
 
 
 def token_logps_fwd(logits: Tensor, labels: Tensor, out: dict[str, Tensor], call: Call) -> None:
