@@ -13,6 +13,7 @@ import torch
 import triton
 
 from dpo_fast.kernels import linear_score, token_logps
+from dpo_fast.kernels.numerics import Knobs
 
 from .measure import interleaved, random_logits
 from .record import Record, add_arguments, device_name, table
@@ -43,9 +44,6 @@ def score_candidates():
             yield {"BLOCK_N": n, "BLOCK_V": v, "FOLD_V": fold, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
 
 
-KNOBS = dict(logit_scale=1.0, softcap=None, temperature=1.0)
-
-
 class ScoreRuns:
     """linear_score_fwd on N hidden states and V entries."""
 
@@ -56,8 +54,7 @@ class ScoreRuns:
         self.candidates = list(score_candidates())
 
     def run(self, config: dict | None) -> None:
-        knobs = dict(config=config, ignore_index=-100, **KNOBS)
-        linear_score.linear_score_fwd(self.hidden, self.weight, self.labels, None, self.out, **knobs)
+        linear_score.linear_score_fwd(self.hidden, self.weight, self.labels, None, self.out, Knobs(), config=config)
 
 
 class LogitsRuns:
@@ -77,7 +74,7 @@ class LogitsRuns:
             self.logits = self.logits.float()
 
     def forward(self) -> None:
-        token_logps.token_logps_fwd(self.logits, self.rows, self.labels, self.out, ignore_index=-100, **KNOBS)
+        token_logps.token_logps_fwd(self.logits, self.rows, self.labels, self.out, Knobs())
 
     def run(self, config: dict | None) -> None:
         with replaced("forward_config" if self.kernel == "fwd" else "backward_config", config):
@@ -86,7 +83,7 @@ class LogitsRuns:
     def backward(self) -> None:
         saved = (self.labels, self.out["row_max"], self.out["log_sum"], self.d_logps)
         arguments = (self.logits, self.d_logits, self.rows, self.rows, *saved)
-        token_logps.token_logps_bwd(*arguments, ignore_index=-100, **KNOBS)
+        token_logps.token_logps_bwd(*arguments, Knobs())
 
 
 class replaced:

@@ -19,6 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -212,11 +213,10 @@ def shared_prefix_attention(
     query, key, value = _in_one_dtype(query, key, value)
     if window is not None and window >= layout.longest[1]:
         window = None  # it hides nothing, and layers of both kinds share their masks
-    implementation = choose_implementation(
-        query, softcap, sinks, key, value, scaling=scaling, window=window, implementation=implementation
-    )
+    scores = Scores(scaling, window, softcap, sinks)
+    implementation = choose_implementation(query, scores, key, value, implementation)
     attend = {"eager": _eager, "varlen": _varlen, "flex": _flex}[implementation]
-    return attend(query, key, value, layout.on(query.device), scaling, window, softcap, sinks)
+    return attend(query, key, value, layout.on(query.device), scores)
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,15 +231,20 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return query.to(value.dtype), key.to(value.dtype), value
 
 
+class Scores(NamedTuple):
+    """What `shared_prefix_attention` does to scores."""
+
+    scaling: float | None = None  # 1/sqrt(width) where None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 def choose_implementation(
     query: Tensor,
-    softcap: float | None,
-    sinks: Tensor | None,
+    scores: Scores = Scores(),  # noqa: B008
     key: Tensor | None = None,
     value: Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    window: int | None = None,
     implementation: str | None = None,
 ) -> str:
     """On CUDA the first of varlen, flex and eager that can run, elsewhere eager. A rule, not a measurement.
@@ -247,20 +252,19 @@ def choose_implementation(
     key, value: None: shaped like query. `implementation`, or else DPO_FAST_ATTENTION, is an explicit choice: it never
     falls back, and raises `ValueError` where it cannot run, with every reason.
     """
-    knobs = dict(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     explicit, source = implementation, "implementation"
     if explicit is None:
         explicit, source = os.environ.get("DPO_FAST_ATTENTION"), "DPO_FAST_ATTENTION"
     if explicit:
         if explicit not in IMPLEMENTATIONS:
             raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}, got {explicit!r}")
-        reasons = reasons_against_implementation(explicit, query, key, value, **knobs)
+        reasons = reasons_against_implementation(explicit, query, scores, key, value)
         if reasons:
             raise ValueError(f"{source}={explicit!r} cannot run: {'; '.join(reasons)}")
         return explicit
     if _on_gpu(query):
         for candidate in ("varlen", "flex"):
-            if not reasons_against_implementation(candidate, query, key, value, **knobs):
+            if not reasons_against_implementation(candidate, query, scores, key, value):
                 return candidate
     return "eager"
 
@@ -268,13 +272,9 @@ def choose_implementation(
 def reasons_against_implementation(
     implementation: str,
     query: Tensor,
+    scores: Scores = Scores(),  # noqa: B008
     key: Tensor | None = None,
     value: Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> list[str]:
     """Every reason why `implementation` cannot run such tensors; an empty list means that it can. eager always can."""
     if implementation == "eager":
@@ -285,21 +285,21 @@ def reasons_against_implementation(
         dtypes = ", ".join(str(x.dtype)[6:] for x in (query, key, value))
         reasons.append(f"query, key and value must have one dtype, got {dtypes}")
     if implementation == "varlen":
-        return reasons + _reasons_against_varlen(query, value, scaling, window, softcap, sinks)
-    return reasons + _reasons_against_flex(query, value, sinks)
+        return reasons + _reasons_against_varlen(query, value, scores)
+    return reasons + _reasons_against_flex(query, value, scores)
 
 
-def _reasons_against_varlen(query, value, scaling, window, softcap, sinks) -> list[str]:
+def _reasons_against_varlen(query, value, scores: Scores) -> list[str]:
     reasons, attend, width = [], _varlen_attn(), query.shape[-1]
-    if softcap is not None or sinks is not None:
+    if scores.softcap is not None or scores.sinks is not None:
         reasons.append("flash attention takes neither a soft-cap nor sinks here")
     if attend is None:
         return [*reasons, "this torch has no variable-length attention"]
     known = _options(attend)
-    if "window_size" not in known and window is not None:
+    if "window_size" not in known and scores.window is not None:
         reasons.append("this torch's variable-length attention has no windows")
-    if "scale" not in known and scaling is not None and not math.isclose(scaling, width**-0.5):
-        reasons.append(f"this torch's variable-length attention scales by 1/sqrt({width}), not by {scaling:g}")
+    if "scale" not in known and scores.scaling is not None and not math.isclose(scores.scaling, width**-0.5):
+        reasons.append(f"this torch's variable-length attention scales by 1/sqrt({width}), not by {scores.scaling:g}")
     if not _on_gpu(query):
         if getattr(attend, "__module__", "") == "torch.nn.attention.varlen":  # what stands in for it runs anywhere
             reasons.append(f"flash attention needs a CUDA device, the tensors are on {query.device.type!r}")
@@ -321,9 +321,9 @@ def _reasons_against_varlen(query, value, scaling, window, softcap, sinks) -> li
     return reasons
 
 
-def _reasons_against_flex(query, value, sinks) -> list[str]:
+def _reasons_against_flex(query, value, scores: Scores) -> list[str]:
     reasons = []
-    if sinks is not None:
+    if scores.sinks is not None:
         reasons.append("FlexAttention has no sinks here")
     if not _on_gpu(query):
         return reasons  # torch's own path on a CPU takes any widths
@@ -356,7 +356,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None)
 
 
-def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
+def _eager(query, key, value, layout, scores: Scores) -> Tensor:
     # One split, whose gradient is one cat: that of a slice of the row is a row of zeros
     own = layout.own
     queries, keys, values = (x.split(own, 2) for x in (query, key, value))
@@ -365,35 +365,31 @@ def _eager(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor
         shared = [x[piece][:, :, :taken] for piece, taken in layout.paths[sequence]]
         return torch.cat([*shared, x[sequence]], 2) if shared else x[sequence]
 
-    outputs = [
-        _causal(queries[s], whole(keys, s), whole(values, s), layout, scaling, window, softcap, sinks)
-        for s in range(len(own))
-        if own[s]
-    ]
+    outputs = [_causal(queries[s], whole(keys, s), whole(values, s), layout, scores) for s in range(len(own)) if own[s]]
     if not outputs:
         return value.new_zeros((1, 0, query.shape[1], value.shape[-1]))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
-def _causal(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
+def _causal(query, key, value, layout, scores: Scores) -> Tensor:
     """Causal attention whose last query sees the last key: (1, heads, n, D) over (1, kv heads, m, D), n <= m."""
     n, m = query.shape[2], key.shape[2]
-    window = window if window is not None and window < m else None
-    if softcap is None and sinks is None:
+    window = scores.window if scores.window is not None and scores.window < m else None
+    if scores.softcap is None and scores.sinks is None:
         mask = None if n == m and window is None else _mask(layout, n, m, window, query.device)
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scaling, enable_gqa=grouped
         )
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-    scores = (query @ key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_mask(layout, n, m, window, query.device), torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, n, 1)], -1)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    score = (query @ key.transpose(2, 3)) * scores.scaling
+    if scores.softcap is not None:
+        score = scores.softcap * torch.tanh(score / scores.softcap)
+    score = score.masked_fill(~_mask(layout, n, m, window, query.device), torch.finfo(score.dtype).min)
+    if scores.sinks is not None:
+        score = torch.cat([score, scores.sinks.to(score.dtype).view(1, -1, 1, 1).expand(1, -1, n, 1)], -1)
+    weights = torch.softmax(score, -1, dtype=torch.float32).to(query.dtype)
     return weights[..., :m] @ value
 
 
@@ -423,7 +419,7 @@ def _options(attend) -> frozenset[str]:
     return frozenset(name for name in ("scale", "window_size", "enable_gqa") if takes_any or name in parameters)
 
 
-def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
+def _varlen(query, key, value, layout, scores: Scores) -> Tensor:
     """Flash attention aligns causality bottom-right, which is what own tokens behind shared ones need."""
     attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
     known, options = _options(attend), {}
@@ -432,9 +428,9 @@ def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tenso
         rows = rows.contiguous()  # the kernel reads whole heads; keys and values are copied anyway
     keys, values = (x.index_select(0, layout.index) for x in (keys, values))
     if "scale" in known:  # torch 2.10 has neither this nor windows
-        options["scale"] = scaling
+        options["scale"] = scores.scaling
     if "window_size" in known:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
+        options["window_size"] = (-1 if scores.window is None else scores.window - 1, 0)
     else:
         options["is_causal"] = True
     if "enable_gqa" in known:
@@ -447,9 +443,10 @@ def _varlen(query, key, value, layout, scaling, window, softcap, sinks) -> Tenso
     return out.unsqueeze(0)
 
 
-def _flex(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
+def _flex(query, key, value, layout, scores: Scores) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
+    window = scores.window
     if ("blocks", window) not in layout.cache:
         layout.cache["blocks", window] = block_mask(layout, window)
     attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
@@ -457,9 +454,9 @@ def _flex(query, key, value, layout, scaling, window, softcap, sinks) -> Tensor:
         query,
         key,
         value,
-        score_mod=None if softcap is None else _cap(layout, softcap, query),
+        score_mod=None if scores.softcap is None else _cap(layout, scores.softcap, query),
         block_mask=layout.cache["blocks", window],
-        scale=scaling,
+        scale=scores.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous()
@@ -472,17 +469,17 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _cap(layout, softcap: float, query: Tensor):
+def _cap(layout, largest: float, query: Tensor):
     """The score_mod of a soft-cap, one for all layers.
 
     It captures a tensor: a number would be an input of the compiled graph, which the kernel cannot read.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    if ("cap", softcap, dtype) not in layout.cache:
-        limit = torch.full((), softcap, dtype=dtype, device=query.device)
+    if ("cap", largest, dtype) not in layout.cache:
+        limit = torch.full((), largest, dtype=dtype, device=query.device)
 
         def cap(score, *_):
             return limit * torch.tanh(score / limit)
 
-        layout.cache["cap", softcap, dtype] = cap
-    return layout.cache["cap", softcap, dtype]
+        layout.cache["cap", largest, dtype] = cap
+    return layout.cache["cap", largest, dtype]

@@ -14,18 +14,11 @@ from torch import Tensor
 
 
 class Compared(NamedTuple):
-    """Some of the comparisons."""
+    """Some of the comparisons: x[sequences] of x (S,), or x[places] of x of the sequences at hand, is (2, c), of the
+    chosen ones and of the rejected ones."""
 
-    sequences: Tensor  # (c, 2) int64: which sequences, chosen and rejected
-    places: Tensor  # (c, 2) int64: where these are among the sequences at hand
-
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (S,), of all sequences -> (c,) of the chosen ones, (c,) of the rejected ones."""
-        return x[self.sequences[:, 0]], x[self.sequences[:, 1]]
-
-    def here(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of x (s,), of the sequences at hand."""
-        return x[self.places[:, 0]], x[self.places[:, 1]]
+    sequences: Tensor  # (2, c) int64: which sequences
+    places: Tensor  # (2, c) int64: where these are among the sequences at hand
 
 
 class Groups(NamedTuple):
@@ -77,7 +70,8 @@ class Comparisons:
     @property
     def whole(self) -> Compared:
         """All of them, where all sequences are at hand."""
-        return Compared(self.index, self.index)
+        sequences = self.index.t()
+        return Compared(sequences, sequences)
 
     @property
     def overlap(self) -> bool:

@@ -54,7 +54,7 @@ def describe_implementations(where: torch.device) -> list[str]:
         reasons = reasons_against(impl, where)
         lines.append(f"    {impl}: {'not here: ' + '; '.join(reasons) if reasons else 'can run'}")
     query = torch.empty((1, 1, 1, 128), device=where, dtype=torch.bfloat16)
-    chosen = attention.choose_implementation(query, None, None)
+    chosen = attention.choose_implementation(query)
     lines.append(f"attention over shared prefixes (bfloat16, heads of 128): {chosen}")
     for implementation in attention.IMPLEMENTATIONS:
         reasons = attention.reasons_against_implementation(implementation, query)

@@ -14,7 +14,7 @@ from .ops.dispatch import choose_impl
 from .ops.linear import head_stats
 from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
 from .ops.plan import HeadPlan, oracle_plan
-from .ops.stats import STATS, TokenStats, check_outputs
+from .ops.stats import TokenStats, check_outputs
 from .terms import PairTerms, check_lengths
 
 
@@ -113,11 +113,12 @@ def linear_preference_loss(
         raise ValueError(f"{op}: loss is an Objective, which has its own knobs; give loss_weights, beta ... to it")
     else:
         objective = loss.with_ld_alpha(ld_alpha)
-    asked = check_outputs(op, outputs)
-    outputs = tuple(s for s in STATS if s in asked or (s == "log_sum_sq_probs" and objective.use_weighting))
     head = Head.make(op, hidden, weight, bias, low_rank, labels)
     transform = Transform.make(op, logit_softcap, temperature, logit_scale)
     call = Call.of_head(op, head, outputs, transform, ignore_index, tile_mib, impl)
+    asked = call.outputs
+    if objective.use_weighting and "log_sum_sq_probs" not in asked:
+        call = replace(call, outputs=(*asked, "log_sum_sq_probs"))
     scored = labels != call.ignore_index
     who = Comparisons.make(op, num_pairs, comparisons, num_sequences, hidden.device)
     terms = PairTerms.make(
@@ -139,7 +140,7 @@ def linear_preference_loss(
     separable = head_grad and not objective.couples_pairs and call.impl != "reference" and not compiling
     tokens = None
     if separable:
-        tokens = group_tokens(labels, sequence_ids, who, terms.weights, call.ignore_index, sequence_lengths)
+        tokens = group_tokens(labels, scored, sequence_ids, who, terms.weights, sequence_lengths)
     needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
     if call.impl == "reference":
         plan = oracle_plan(*head.sizes(), **needs)
@@ -162,7 +163,7 @@ def linear_preference_loss(
     )
     if own:
         value = OwnLeaves.apply(value, list(own.values()), *own)
-    return _output(terms, TokenStats.of(logps, extras, outputs), sequence_ids, asked, plan, value, losses)
+    return _output(terms, TokenStats.of(logps, extras, call.outputs), sequence_ids, asked, plan, value, losses)
 
 
 def preference_from_stats(

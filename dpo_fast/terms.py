@@ -87,22 +87,22 @@ class PairTerms:
         def total(x, weights):  # Dynamo before torch 2.9 does not trace annotations that are unions
             return sequence_sums(x, ids, sums.shape[0], weights, self.impl)
 
-        logps, counts = values["logps"].detach(), compared.of(self.counts)
+        logps, counts = values["logps"].detach(), self.counts[compared.sequences]
         # A wider reference would make everything after it wider than the policy is, in some of the plans
-        reference = (None, None) if self.reference is None else compared.of(self.reference.to(sums.dtype))
+        reference = (None, None) if self.reference is None else self.reference.to(sums.dtype)[compared.sequences]
         exact = None
         if self.reference_tokens is not None:
             weights = None if self.weights is None else self.weights[index]
             # Not told from logps == 0, which a certain token has, too
             theirs = torch.where(self.scored[index], self.reference_tokens[index].to(logps.dtype), 0)
-            reference = compared.here(total(theirs, weights))
-            exact = compared.here(total(logps - theirs, weights))
+            reference = total(theirs, weights)[compared.places]
+            exact = tuple(total(logps - theirs, weights)[compared.places])
         pair_weights = None
         if self.objective.use_weighting:
-            log_weights = compared.here(total(logps - values["log_sum_sq_probs"], None))
-            pair_weights = wpo_weights(torch.cat(log_weights), torch.cat(counts))
+            log_weights = total(logps - values["log_sum_sq_probs"], None)[compared.places]
+            pair_weights = wpo_weights(log_weights.flatten(), counts.flatten())
         return PairLogps(
-            *compared.here(sums), *reference, *counts, pair_weights, exact, self.mean_length.to(sums.dtype)
+            *sums[compared.places], *reference, *counts, pair_weights, exact, self.mean_length.to(sums.dtype)
         )
 
 

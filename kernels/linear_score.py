@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import LOWEST, fold, log_prob, merge, rescale_dots, transform
+from .numerics import LOWEST, Knobs, fold, log_prob, merge, rescale_dots, transform
 from .tuned import RELATIVES, constants, target_name
 
 
@@ -232,9 +232,7 @@ def split_vocabulary(V: int, FOLD_V: int) -> tuple[int, int]:
     return triton.cdiv(V, columns), columns
 
 
-def linear_score_fwd(
-    hidden, weight, labels, bias, out, *, ignore_index, logit_scale, softcap, temperature, allow_tf32=False, config=None
-):
+def linear_score_fwd(hidden, weight, labels, bias, out, knobs: Knobs, *, allow_tf32=False, config=None):
     """Launch. hidden (N, H) with N >= 1 and weight (V, H) of one dtype (bf16, fp16, fp32), columns contiguous, rows
     any stride; bias (V,) or None; labels (N,). `out` maps names to (N,) fp32 tensors as for `token_logps_fwd`: `logps`,
     `row_max` and `log_sum` always, the statistics that are missing from it are not computed. fp32 products are exact
@@ -250,7 +248,7 @@ def linear_score_fwd(
     stats = any(flags.values())
     if config is None:
         target = target_name(hidden.device)
-        choice = dict(softcap=softcap is not None, stats=stats, allow_tf32=allow_tf32)
+        choice = dict(softcap=knobs.softcap is not None, stats=stats, allow_tf32=allow_tf32)
         config = linear_score_config(target, hidden.dtype, **choice)
     BLOCK_N = config["BLOCK_N"]
     assert H == 1 or hidden.stride(1) == weight.stride(1) == 1
@@ -273,12 +271,9 @@ def linear_score_fwd(
         splits,
         split_columns,
         max(1, GROUP_BYTES // (BLOCK_N * H * hidden.element_size())),
-        ignore_index,
-        logit_scale,
-        softcap or 1.0,
-        1.0 / temperature,
+        *knobs.scalars,
         HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SOFTCAP=knobs.softcap is not None,
         INPUT_PRECISION="tf32" if allow_tf32 else "ieee",
         **flags,
         **config,
@@ -299,7 +294,7 @@ def linear_score_fwd(
         V,
         partials.stride(1),
         splits,
-        ignore_index,
+        knobs.ignore_index,
         **flags,
         BLOCK_N=rows,
         BLOCK_S=triton.next_power_of_2(splits),

@@ -6,11 +6,27 @@ A logit is transformed as `z = softcap * tanh(x * scale / softcap) / temperature
 past the vocabulary are masked after the transform: a soft-cap would turn their -inf into -softcap, which counts.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 # Where an online maximum starts. Finite, so that a row of all -inf gives exp(-inf - LOWEST) = 0 and not NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+class Knobs(NamedTuple):
+    """What every launch is told."""
+
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def scalars(self) -> tuple[int, float, float, float]:
+        """As the kernels take them: ignore_index, logit_scale, softcap, inv_temperature."""
+        return self.ignore_index, self.logit_scale, self.softcap or 1.0, 1.0 / self.temperature
 
 
 @triton.jit

@@ -10,7 +10,7 @@ digits that a large log-sum-exp would swallow. The same pass can report entropy,
 import triton
 import triton.language as tl
 
-from .numerics import LOWEST, d_block, fold, log_prob, merge, rescale_dots, transform
+from .numerics import LOWEST, Knobs, d_block, fold, log_prob, merge, rescale_dots, transform
 from .tuned import constants, target_name
 
 
@@ -122,8 +122,8 @@ def token_logps_bwd_kernel(
     d_stride_outer,
     d_stride_inner,
     d_stride_v,
-    ignore_index,
     lowest,  # of valid labels: 0, or less where negative ones are of no column here
+    ignore_index,
     logit_scale,
     softcap,
     inv_temperature,
@@ -150,7 +150,7 @@ def token_logps_bwd_kernel(
     tl.store(out_ptrs, d.to(d_logits_ptr.dtype.element_ty), mask=inside)
 
 
-def token_logps_fwd(logits, rows, labels, out, *, ignore_index, logit_scale, softcap, temperature):
+def token_logps_fwd(logits, rows, labels, out, knobs: Knobs):
     """Launch the forward. `rows` is (outer, inner, stride_outer, stride_inner); `out` maps names to (N,) fp32 tensors,
     the statistics that are missing from it are not computed."""
     V = logits.shape[-1]
@@ -171,11 +171,8 @@ def token_logps_fwd(logits, rows, labels, out, *, ignore_index, logit_scale, sof
         stride_outer,
         stride_inner,
         logits.stride(-1),
-        ignore_index,
-        logit_scale,
-        softcap or 1.0,
-        1.0 / temperature,
-        HAS_SOFTCAP=softcap is not None,
+        *knobs.scalars,
+        HAS_SOFTCAP=knobs.softcap is not None,
         ENTROPY="entropy" in out,
         MEAN_LOGITS="mean_logits" in out,
         IS_TOP1="is_top1" in out,
@@ -193,11 +190,7 @@ def token_logps_bwd(
     row_max,
     log_sum,
     d_logps,
-    *,
-    ignore_index,
-    logit_scale,
-    softcap,
-    temperature,
+    knobs: Knobs,
     lowest=0,
 ):
     """Launch the backward: d_logits = diag(d_logps) D, in its own dtype and strides; it may be `logits` itself. For the
@@ -224,12 +217,9 @@ def token_logps_bwd(
         d_stride_outer,
         d_stride_inner,
         d_logits.stride(-1),
-        ignore_index,
         lowest,
-        logit_scale,
-        softcap or 1.0,
-        1.0 / temperature,
-        HAS_SOFTCAP=softcap is not None,
+        *knobs.scalars,
+        HAS_SOFTCAP=knobs.softcap is not None,
         **config,
     )
 

@@ -140,7 +140,9 @@ def test_cuda(implementation, kind):
     layout = make_layout([(300, 200, 100), (0, 50, 70), (513, 1, 0)]).to("cuda")
     inputs = cuda_inputs(layout)
     knobs = {**KINDS[kind], **({"window": 64} if kind == "window" else {})}
-    reasons = attention.reasons_against_implementation(implementation, *inputs, scaling=0.125, **knobs)
+    reasons = attention.reasons_against_implementation(
+        implementation, inputs[0], attention.Scores(scaling=0.125, **knobs), *inputs[1:]
+    )
     if reasons:
         pytest.skip("; ".join(reasons))
     assert max(errors(inputs, layout, implementation, **knobs)) < 1e-2
@@ -152,7 +154,7 @@ def test_cuda_grouped_heads(kv_heads):
     """By the rule's choice: flash attention where torch has it, with or without enable_gqa in its signature."""
     layout = make_layout([(300, 200, 100), (5, 1, 1), (40, 0, 70)]).to("cuda")
     inputs = cuda_inputs(layout, kv_heads=kv_heads)
-    chosen = attention.choose_implementation(inputs[0], None, None, *inputs[1:], scaling=0.125)
+    chosen = attention.choose_implementation(inputs[0], attention.Scores(scaling=0.125), *inputs[1:])
     if attention._varlen_attn() is not None and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
         assert chosen == "varlen"
     assert max(errors(inputs, layout, None)) < 1e-2
@@ -238,7 +240,7 @@ def test_stand_in_mask_can_only_poison():
 
 def test_choice_and_errors(monkeypatch):
     layout, inputs = make(requires_grad=False)
-    assert attention.choose_implementation(inputs[0], None, None) == "eager"
+    assert attention.choose_implementation(inputs[0]) == "eager"
     with pytest.raises(ValueError, match="the layout is of one row of"):
         shared_prefix_attention(inputs[0][:, :, 1:], *inputs[1:], layout, scaling=1.0)
     with pytest.raises(ValueError, match="takes neither a soft-cap nor sinks"):
@@ -247,4 +249,4 @@ def test_choice_and_errors(monkeypatch):
         shared_prefix_attention(*inputs, layout, scaling=1.0, implementation="fast")
     monkeypatch.setenv("DPO_FAST_ATTENTION", "fast")
     with pytest.raises(ValueError, match="DPO_FAST_ATTENTION must be one of eager, varlen, flex, got 'fast'"):
-        attention.choose_implementation(inputs[0], None, None)
+        attention.choose_implementation(inputs[0])

@@ -13,7 +13,7 @@ import transformers as tf
 from torch.nn.attention import flex_attention as torch_flex
 
 from dpo_fast import attention
-from dpo_fast.attention import choose_implementation, reasons_against_implementation, shared_prefix_attention
+from dpo_fast.attention import Scores, choose_implementation, reasons_against_implementation, shared_prefix_attention
 from dpo_fast.batch import TokenPair
 from dpo_fast.layout import make_layout, shared_prefix_batch
 
@@ -159,11 +159,11 @@ def test_choice(gpu, dtype, width, value_width, softcap, sinks, capability, vers
     query, key = torch.empty((1, 4, 9, width), dtype=dtype), torch.empty((1, 2, 9, width), dtype=dtype)
     value = torch.empty((1, 2, 9, value_width), dtype=dtype)
     sinks = torch.zeros(4) if sinks else None
-    chosen = choose_implementation(query, softcap, sinks, key, value, scaling=width**-0.5)
+    scores = Scores(width**-0.5, softcap=softcap, sinks=sinks)
+    chosen = choose_implementation(query, scores, key, value)
     assert chosen == expected
-    knobs = dict(scaling=width**-0.5, softcap=softcap, sinks=sinks)
     reasons = {
-        name: reasons_against_implementation(name, query, key, value, **knobs) for name in ("varlen", "flex", "eager")
+        name: reasons_against_implementation(name, query, scores, key, value) for name in ("varlen", "flex", "eager")
     }
     assert not reasons[chosen]
     faster = ("varlen", "flex", "eager")[: ("varlen", "flex", "eager").index(chosen)]
@@ -171,7 +171,7 @@ def test_choice(gpu, dtype, width, value_width, softcap, sinks, capability, vers
     assert why in "; ".join(reason for name in faster for reason in reasons[name])
     for name in faster:  # an explicit choice says all of it
         with pytest.raises(ValueError, match=f"implementation='{name}' cannot run: ") as error:
-            choose_implementation(query, softcap, sinks, key, value, scaling=width**-0.5, implementation=name)
+            choose_implementation(query, scores, key, value, name)
         assert str(error.value).endswith("; ".join(reasons[name]))
 
 
@@ -204,11 +204,11 @@ def test_queries_that_are_not_read_head_by_head(gpu):
 def test_torch_2_10_says_what_it_lacks(gpu):
     gpu("2.10")
     query = torch.empty((1, 4, 9, 16), dtype=FP64)
-    assert choose_implementation(query, None, None, scaling=0.25) == "varlen"
-    assert reasons_against_implementation("varlen", query, window=4) == [
+    assert choose_implementation(query, Scores(0.25)) == "varlen"
+    assert reasons_against_implementation("varlen", query, Scores(window=4)) == [
         "this torch's variable-length attention has no windows"
     ]
-    assert "scales by 1/sqrt(16), not by 0.5" in reasons_against_implementation("varlen", query, scaling=0.5)[0]
+    assert "scales by 1/sqrt(16), not by 0.5" in reasons_against_implementation("varlen", query, Scores(0.5))[0]
 
 
 def test_environment_is_an_explicit_choice(gpu, monkeypatch):
@@ -216,11 +216,11 @@ def test_environment_is_an_explicit_choice(gpu, monkeypatch):
     query = torch.empty((1, 4, 9, 12), dtype=FP32)
     monkeypatch.setenv("DPO_FAST_ATTENTION", "varlen")
     with pytest.raises(ValueError) as error:
-        choose_implementation(query, 3.0, None)
+        choose_implementation(query, Scores(softcap=3.0))
     message = "DPO_FAST_ATTENTION='varlen' cannot run: flash attention takes neither a soft-cap nor sinks here; "
     message += "flash attention takes bfloat16 and float16, not float32; "
     assert str(error.value) == message + "flash attention wants heads of a multiple of 8 and at most 256, got 12"
-    assert choose_implementation(query, 3.0, None, implementation="eager") == "eager"
+    assert choose_implementation(query, Scores(softcap=3.0), implementation="eager") == "eager"
 
 
 def test_without_a_gpu():
@@ -231,7 +231,7 @@ def test_without_a_gpu():
     inputs = [torch.zeros((1, 2, 4, 16), dtype=BF16)] * 3
     with pytest.raises(ValueError, match="flash attention needs a CUDA device, the tensors are on 'cpu'"):
         shared_prefix_attention(*inputs, layout, scaling=0.25, implementation="varlen")
-    assert choose_implementation(*inputs[:1], None, None) == "eager"
+    assert choose_implementation(inputs[0]) == "eager"
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ bf16 runs on a GPU only: the interpreter's `tl.dot` is wrong for bf16 operands.
 import pytest
 import torch
 
+from dpo_fast.kernels.numerics import Knobs
 from dpo_fast.ops.oracle import oracle_token_stats
 from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import (
@@ -48,19 +49,12 @@ def make_head(rows, width, vocab, *, dtype=torch.float32, bias=False, ignored=0.
 def score(hidden, weight, labels, bias=None, outputs=STATS, config=None, allow_tf32=False, **transform):
     names = ("logps", "row_max", "log_sum", *outputs)
     out = {name: torch.full(labels.shape, torch.nan, device=labels.device) for name in names}
-    linear_score_fwd(
-        hidden,
-        weight,
-        labels,
-        bias,
-        out,
-        ignore_index=-100,
+    knobs = Knobs(
         logit_scale=transform.get("logit_scale", 1.0),
         softcap=transform.get("logit_softcap"),
         temperature=transform.get("temperature", 1.0),
-        config=config,
-        allow_tf32=allow_tf32,
     )
+    linear_score_fwd(hidden, weight, labels, bias, out, knobs, config=config, allow_tf32=allow_tf32)
     return out
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_fast.ops import head_op, impl_triton, tile
+from dpo_fast.ops import impl_triton, tile
 from dpo_fast.ops.call import Call, Transform
 from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
 from dpo_fast.ops.plan import plan_head
@@ -216,8 +216,7 @@ def test_no_tokens_and_all_ignored_still_give_zero_gradients(impl):
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen", "recompute"])
 def test_ignored_tokens_where_they_are_computed(impl, needs, monkeypatch):
     """As on devices, where no one counts who is ignored: their rows are zero, also where exp of their logits is not."""
-    monkeypatch.setattr(head_op, "scored_rows", lambda labels, ignore_index: None)
-    monkeypatch.setattr(tile, "usable_labels", tile.mask_labels)
+    monkeypatch.setattr(tile, "free_to_look", lambda x: False)
     tensors, labels = make(N=9, H=8, V=77)
     tensors = {k: tensors[k].mul_(40) if k == "hidden" else tensors[k] for k in ("hidden", "weight")}
     assert (tensors["hidden"] @ tensors["weight"].T)[labels == -100].max() > 89

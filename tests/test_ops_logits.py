@@ -393,15 +393,15 @@ def test_non_finite_logits_are_refused_when_checking_is_on(monkeypatch):
 
 def test_kernels_never_read_at_a_label_out_of_range():
     """The launchers, without the check that CPU tensors get: NaN rows, and the neighbours are unharmed."""
+    from dpo_fast.kernels.numerics import Knobs
     from dpo_fast.kernels.token_logps import token_logps_bwd, token_logps_fwd
 
     logits, _ = make_logits(4, 20)
     labels = torch.tensor([3, 20, -1, 2**40])
-    knobs = dict(ignore_index=-100, logit_scale=1.0, softcap=None, temperature=1.0)
     out = {name: torch.empty(4) for name in ("logps", "row_max", "log_sum", "is_top1")}
-    token_logps_fwd(logits, row_strides(logits), labels, out, **knobs)
+    token_logps_fwd(logits, row_strides(logits), labels, out, Knobs())
     assert out["logps"].isnan().tolist() == [False, True, True, True]
     d_logits = torch.empty_like(logits)
     rows = row_strides(logits)
-    token_logps_bwd(logits, d_logits, rows, rows, labels, out["row_max"], out["log_sum"], torch.ones(4), **knobs)
+    token_logps_bwd(logits, d_logits, rows, rows, labels, out["row_max"], out["log_sum"], torch.ones(4), Knobs())
     assert d_logits.isnan().all(-1).tolist() == [False, True, True, True]

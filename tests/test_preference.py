@@ -570,9 +570,12 @@ def test_autocast():
 def test_grouping_and_chunks():
     ids = torch.tensor([3, 0, 1, 1, 2, 0])  # pairs (0, 2) and (1, 3)
     pairs = Comparisons.make("op", 2, None, None, "cpu")
-    tokens = group_tokens(torch.zeros(6, dtype=torch.int64), ids, pairs, None, -100)
+    tokens = group_tokens(torch.zeros(6, dtype=torch.int64), torch.ones(6) > 0, ids, pairs, None)
     assert tokens.sizes == ((2, 1), (2, 1)) and ids[tokens.order].tolist() == [0, 0, 2, 1, 1, 3]
-    assert group_tokens(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 2, 3]), pairs, None, -100).order is None
+    assert (
+        group_tokens(torch.zeros(3, dtype=torch.int64), torch.ones(3) > 0, torch.tensor([0, 2, 3]), pairs, None).order
+        is None
+    )
     sizes = [(2, 1), (0, 0), (3, 3), (9, 9), (1, 1)]
     found = [(p.start, p.stop, t.start, t.stop) for p, t in chunks_of_groups(sizes, 9)]
     assert found == [(0, 3, 0, 9), (3, 4, 9, 27), (4, 5, 27, 29)]

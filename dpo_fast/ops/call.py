@@ -47,11 +47,6 @@ class Transform(NamedTuple):
         return self.scale / self.temperature
 
     @property
-    def knobs(self) -> dict[str, float | None]:
-        """As the kernels' launchers take them."""
-        return dict(logit_scale=self.scale, softcap=self.softcap, temperature=self.temperature)
-
-    @property
     def oracle(self) -> dict[str, float | None]:
         """As `ops.oracle` takes them."""
         return dict(logit_scale=self.scale, logit_softcap=self.softcap, temperature=self.temperature)

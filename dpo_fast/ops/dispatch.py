@@ -126,8 +126,8 @@ def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = t
         impl, source = os.environ["DPO_FAST_IMPL"], "DPO_FAST_IMPL"
     if impl == "auto":
         skipped = []
-        for candidate in IMPLS:
-            reasons = reasons_against(candidate, device, dtype)
+        for candidate in IMPLEMENTATIONS:
+            reasons = IMPLEMENTATIONS[candidate].reasons_against(device, dtype)
             if not reasons:
                 if not torch.compiler.is_compiling():
                     _log_once(op, candidate, device.type, "; ".join(skipped))

@@ -39,7 +39,7 @@ def head_forward(
     head.check_values("linear_token_logps", labels, call.ignore_index)
     results = _empty_results(hidden, down, call)
     logps, partition, extras, *directions = (x.zero_() for x in results)
-    rows = scored_rows(labels, call.ignore_index)
+    rows = scored_rows(labels != call.ignore_index)
     N = hidden.shape[0] if rows is None else rows.numel()
     if N == 0:
         return results
@@ -106,7 +106,7 @@ def _recompute(
     Vocabulary slice by slice, all tokens at once: a slice's d_weight is one GEMM with one rounding."""
     call, head = Call.unflat(floats, ints, text), Head(hidden, weight, bias, down, up)
     results = tuple(x.zero_() for x in _empty_gradients(head, needs))
-    rows = scored_rows(labels, call.ignore_index)
+    rows = scored_rows(labels != call.ignore_index)
     index = slice(None) if rows is None else rows
     known, N, V, wide = Known(*partition[:, index]), len(labels[index]), weight.shape[0], partition.dtype
     if N == 0:

@@ -11,6 +11,13 @@ from .gemm import aligned, fp16_lift, fp16_weighted, mm_into, products, times_ri
 from .tile import Known
 from .tile import Tile as TileBase
 
+
+def _knobs(call: Call):
+    from dpo_fast.kernels.numerics import Knobs
+
+    return Knobs(call.ignore_index, *call.transform)
+
+
 _ELSEWHERE = -1  # a label that is in none of a tile's columns
 
 
@@ -22,7 +29,7 @@ class Tile(TileBase):
 
     def _allocate(self, rows: int, columns: int) -> None:
         self.buffer = aligned(rows, columns, torch.float32, self.factors.lefts[0].device)
-        self.knobs = dict(ignore_index=-2, **self.call.transform.knobs)  # no label is: those are usable
+        self.knobs = _knobs(self.call)._replace(ignore_index=-2)  # no label is: those are usable
 
     def _fill(self, n: int, part: slice) -> Tensor:
         return self._logits(self.buffer[:n, : part.stop - part.start], part)
@@ -33,7 +40,7 @@ class Tile(TileBase):
         self.label = label
         tile = self.tile = self._fill(len(label), slice(0, self.vocab))
         self.out = {name: tile.new_empty(label.numel()) for name in ("logps", "row_max", "log_sum", *self.call.outputs)}
-        token_logps_fwd(tile, row_strides(tile), label, self.out, **self.knobs)
+        token_logps_fwd(tile, row_strides(tile), label, self.out, self.knobs)
         self.lift = fp16_lift(self.call.transform) if self.operand == torch.float16 else None
         self.coefficient = self.d = None
         return self.out
@@ -54,7 +61,7 @@ class Tile(TileBase):
 
         d = tile if tile.dtype == self.operand else self._d_view(*tile.shape)
         c = coefficient.reshape(-1).contiguous()
-        token_logps_bwd(tile, d, row_strides(tile), row_strides(d), label, *known, c, lowest=_ELSEWHERE, **self.knobs)
+        token_logps_bwd(tile, d, row_strides(tile), row_strides(d), label, *known, c, self.knobs, lowest=_ELSEWHERE)
         return d
 
     def d_left(self, k: int, coefficient: Tensor) -> Tensor:
@@ -83,8 +90,7 @@ def token_logps_fwd(logits: Tensor, labels: Tensor, out: dict[str, Tensor], call
     """Fill the tensors of `out`, name -> (N,); the statistics that are missing from it are not computed."""
     from dpo_fast.kernels.token_logps import token_logps_fwd
 
-    knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
-    token_logps_fwd(logits, row_strides(logits), labels.contiguous(), out, **knobs)
+    token_logps_fwd(logits, row_strides(logits), labels.contiguous(), out, _knobs(call))
 
 
 def token_logps_bwd(
@@ -93,12 +99,11 @@ def token_logps_bwd(
     """Fill `d_logits`, which may be `logits` itself."""
     from dpo_fast.kernels.token_logps import token_logps_bwd
 
-    knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
     rows = outer, inner, *_ = row_strides(logits)
     # The gradient's rows are counted as the logits' are; apart from that it is contiguous, or the logits themselves
     vocab = logits.shape[-1]
     d_rows = rows if d_logits is logits else (outer, inner, inner * vocab, vocab)
-    token_logps_bwd(logits, d_logits, rows, d_rows, labels.contiguous(), row_max, log_sum, d_logps, **knobs)
+    token_logps_bwd(logits, d_logits, rows, d_rows, labels.contiguous(), row_max, log_sum, d_logps, _knobs(call))
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -131,8 +136,7 @@ def linear_score(
         if x.stride(-1) != 1:
             raise ValueError(f"DPO_FAST_FUSED_SCORE=1 needs {name} with contiguous columns, got strides {x.stride()}")
     bias = None if bias is None else bias.contiguous()
-    knobs = dict(ignore_index=call.ignore_index, **call.transform.knobs)
-    linear_score_fwd(*factor, labels.contiguous(), bias, out, **knobs)
+    linear_score_fwd(*factor, labels.contiguous(), bias, out, _knobs(call))
 
 
 def sequence_sums(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:

@@ -46,7 +46,7 @@ class Tokens:
         """(c,) the comparisons of some groups, and their sequences' places among these groups'."""
         ends = self.groups.comparison_ends
         which = self.groups.order[ends[groups.start] : ends[groups.stop]]
-        sequences = self.comparisons.index[which]
+        sequences = self.comparisons.index[which].t()
         return which, Compared(sequences, self.groups.rank[sequences] - self.groups.sequence_ends[groups.start])
 
 
@@ -56,17 +56,18 @@ PairLosses = Callable[[Tensor, dict[str, Tensor], Tensor, "Tensor | slice", Comp
 
 def group_tokens(
     labels: Tensor,
+    scored: Tensor,
     sequence_ids: Tensor,
     comparisons: Comparisons,
     weights: Tensor | None,
-    ignore_index: int,
     lengths: Sequence[int] | None = None,
 ) -> Tokens:
-    """Sort tokens by group. Counting them reads the ids on the host: free on CPU, one synchronisation elsewhere, none
-    where `lengths`, the token count of each of the S sequences (ignored tokens included), is given."""
+    """Sort the `scored` tokens, (N,) bool, by group. Counting them reads the ids on the host: free on CPU, one
+    synchronisation elsewhere, none where `lengths`, the token count of each of the S sequences (ignored tokens
+    included), is given."""
     groups = comparisons.groups()
     ranks = key = groups.rank[sequence_ids]
-    rows = scored_rows(labels, ignore_index)
+    rows = scored_rows(scored)
     if rows is not None:
         key = key[rows]
     if lengths is not None and rows is None:

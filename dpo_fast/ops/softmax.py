@@ -148,9 +148,11 @@ def d_columns_(x: Tensor, label: Tensor, row_max: Tensor, log_sum: Tensor, c: Te
 
 def blocks_of_columns(x: Tensor, copied: bool) -> Iterator[Tensor]:
     """The columns of x: all at once, or a few at a time where passes make copies of them."""
+    if not copied:
+        yield x
+        return
     limit = _COPY_BYTES if free_to_look(x) else 8 * _COPY_BYTES
-    width = max(1, limit // max(1, x.shape[0] * x.element_size())) if copied else max(1, x.shape[1])
-    yield from x.split(width, 1)
+    yield from x.split(max(1, limit // max(1, x.shape[0] * x.element_size())), 1)
 
 
 def column_of(column: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -19,23 +19,16 @@ from .gemm import aligned, gemm_operand, logits_buffer, logits_into, logits_view
 from .softmax import Partial, d_columns_
 
 
-def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the tokens that are scored, None for all. On CPU, where counting them costs no sync, an ignored token
-    costs nothing; elsewhere its row is computed from zeros (`Factors.rows`)."""
-    if not free_to_look(labels) or not (labels == ignore_index).any():
+def scored_rows(scored: Tensor) -> Tensor | None:
+    """Indices of the tokens that are `scored`, (N,) bool; None for all. On CPU, where counting them costs no sync, an
+    ignored token costs nothing; elsewhere its row is computed from zeros (`Factors.rows`)."""
+    if not free_to_look(scored) or scored.all():
         return None
-    return (labels != ignore_index).nonzero().squeeze(1)
+    return scored.nonzero().squeeze(1)
 
 
-def usable_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Labels that are safe to use as addresses, and where they were ignored or out of range: None on CPU, where
-    `scored_rows` and `check_labels` have left neither."""
-    if free_to_look(labels):
-        return labels.long().contiguous(), None, None
-    return mask_labels(labels, ignore_index, vocab)
-
-
-def mask_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+def usable_labels(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels that are safe to use as addresses, and where they were ignored or out of range."""
     ignored = labels == ignore_index
     invalid = ~ignored & ((labels < 0) | (labels >= vocab))
     return labels.long().clamp(0, vocab - 1).contiguous(), ignored, invalid
@@ -90,6 +83,7 @@ class Tile(ABC):
 
     def __init__(self, call: Call, head: Head, rows: int, columns: int):
         self.call, self.factors, self.vocab = call, Factors(head, call.gemm_dtype), head.weight.shape[0]
+        self.on_host = free_to_look(head.hidden)
         # What GEMMs take D as
         self.operand = gemm_operand(head.hidden.new_empty(0, dtype=self.factors.dtypes[0])).dtype
         self.sizes, self.d_buffer = (rows, columns), None
@@ -97,7 +91,9 @@ class Tile(ABC):
 
     def take(self, index: "Tensor | slice", labels: Tensor) -> Tensor:
         """The tokens at `index` are the tile's; labels: (N,) of all. Returns theirs, (n,) int64 in [0, V)."""
-        label, self.ignored, self.invalid = usable_labels(labels[index], self.call.ignore_index, self.vocab)
+        label, self.ignored, self.invalid = labels[index].long().contiguous(), None, None
+        if not self.on_host:  # where `scored_rows` and `check_labels` have left neither
+            label, self.ignored, self.invalid = usable_labels(label, self.call.ignore_index, self.vocab)
         self.chunk = self.factors.rows(index, self.ignored)
         return label
 
@@ -166,12 +162,11 @@ class EagerTile(Tile):
     """
 
     def _allocate(self, rows: int, columns: int) -> None:
-        self.columnwise = free_to_look(self.factors.lefts[0])
         like = self.factors.lefts[0].new_empty(0, dtype=self.factors.wide)
-        self.buffer = logits_buffer(rows, columns, like, self.columnwise)
+        self.buffer = logits_buffer(rows, columns, like, self.on_host)
 
     def _fill(self, n: int, part: slice) -> Tensor:
-        return self._logits(logits_view(self.buffer, n, part.stop - part.start, self.columnwise), part)
+        return self._logits(logits_view(self.buffer, n, part.stop - part.start, self.on_host), part)
 
     def _score(self, label: Tensor, gradient: bool) -> dict[str, Tensor]:
         transform, n, (_, columns) = self.call.transform, label.numel(), self.sizes
