@@ -5,7 +5,6 @@ with the sequence it belongs to and the position whose hidden state predicts it.
 these vectors and never sees padding.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,6 @@ class TokenPair:
     chosen: Sequence[int]
     rejected_prompt: Sequence[int]
     rejected: Sequence[int]
-    ref_chosen_logps: float | None = None
-    ref_rejected_logps: float | None = None
 
 
 _NOT_ATTACHED = (
@@ -49,8 +46,8 @@ class PreferenceBatch(dict):
       predictors (N,) int64 index into the B*T flattened positions: where the hidden state that predicts the token is
     per sequence:
       lengths (2P,) int64 number of scored tokens, and host_lengths, the same as a tuple of ints: no device is asked;
-      reference_logps (2P,) fp32 or None: sums that came with the data
-      reference_token_logps (N,) fp32, absent where the reference has not scored the data before
+    of a reference that has scored the data before, where one has:
+      reference_token_logps (N,) fp32, or reference_logps (2P,) fp32, sums
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
     comparisons, where pairs are not those of 2P sequences: P host-side tuples (chosen, rejected) of S sequences
     """
@@ -127,23 +124,5 @@ def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_
         predictors=torch.tensor(predictors, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         host_lengths=tuple(lengths),
-        reference_logps=reference_logps(pairs),
         layout=None,
     )
-
-
-def reference_logps(pairs: Sequence[TokenPair]) -> Tensor | None:
-    """(2P,) fp32 precomputed reference log-probs, or None when the pairs carry none."""
-    chosen, rejected = [p.ref_chosen_logps for p in pairs], [p.ref_rejected_logps for p in pairs]
-    missing = sum(value is None for value in chosen + rejected)
-    if missing == len(chosen) + len(rejected):
-        return None
-    if missing:
-        raise ValueError(f"{missing} of {2 * len(pairs)} precomputed reference log-probs are missing in this batch")
-    impossible = [value for value in chosen + rejected if not -math.inf < value <= 0]
-    if impossible:
-        raise ValueError(
-            f"{len(impossible)} of {2 * len(pairs)} precomputed reference log-probs are no log-probs: expected finite "
-            f"numbers of at most 0, got {impossible[0]}"
-        )
-    return torch.tensor(chosen + rejected, dtype=torch.float32)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .batch import PreferenceBatch, TokenPair, reference_logps
+from .batch import PreferenceBatch, TokenPair
 
 
 class CalledModules:
@@ -237,7 +237,6 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
         predictors=torch.cat(predictors),
         lengths=torch.tensor(counts, dtype=torch.int64),
         host_lengths=tuple(counts),
-        reference_logps=reference_logps(pairs),
         layout=layout,
     )
 

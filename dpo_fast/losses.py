@@ -77,12 +77,14 @@ def loss(
     averages=False,
     likelihood=None,
     rewards=True,
+    check=None,
 ):
     """Register a loss under its function's name, with what others must know about it.
 
     couples_pairs: a pair's loss depends on other pairs. f_divergence: other divergences than reverse KL are valid,
     because log Z cancels in the margin (arXiv:2309.16240). rewards: it defines one. averages: its rewards are means
-    over tokens. likelihood: of params, the factor of `negative_log_likelihood` in it, whose mean is over tokens.
+    over tokens. likelihood: of params, the factor of `negative_log_likelihood` in it, whose mean is over tokens. check:
+    called with params, raises ValueError for those that it cannot take.
     """
 
     def register(function):
@@ -93,6 +95,7 @@ def loss(
         function.averages = averages
         function.likelihood = likelihood
         function.rewards = rewards
+        function.check = check
         LOSSES[function.__name__] = function
         return function
 
@@ -199,7 +202,12 @@ def ipo(pairs: PairLogps, params: LossParams) -> Tensor:
     return squared(chosen / chosen_length - rejected / rejected_length - 1 / (2 * params.beta))
 
 
-@loss(f_divergence=True)
+def _some_smoothing(params: LossParams) -> None:
+    if params.label_smoothing == 0:
+        raise ValueError("label_smoothing must be above 0 for loss 'exo_pair' (its paper suggests 1e-3), got 0")
+
+
+@loss(f_divergence=True, check=_some_smoothing)
 def exo_pair(pairs: PairLogps, params: LossParams) -> Tensor:
     """KL((s(beta m), s(-beta m)) || (1 - e, e)): EXO, arXiv:2402.00856, equation 16, K = 2."""
     # Beyond, the value and its gradient are those of the limit; 0 x log 0 would be NaN
@@ -208,7 +216,12 @@ def exo_pair(pairs: PairLogps, params: LossParams) -> Tensor:
     return win + probability(-x) * (-F.softplus(x) - math.log(e))
 
 
-@loss(f_divergence=True)
+def _less_than_half(params: LossParams) -> None:
+    if params.label_smoothing >= 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5) for loss 'robust', got {params.label_smoothing}")
+
+
+@loss(f_divergence=True, check=_less_than_half)
 def robust(pairs: PairLogps, params: LossParams) -> Tensor:
     """(-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e): rDPO, arXiv:2403.00409, section 3.1."""
     x, e = params.beta * margin(pairs, params), params.label_smoothing

@@ -81,10 +81,9 @@ class Objective:
                     f"f_divergence_type={params.f_divergence_type!r} does not fit loss {', '.join(unfit)}, whose "
                     f"log Z would not cancel; it fits {fit}"
                 )
-        if LOSSES["exo_pair"] in self.parts and params.label_smoothing == 0:
-            raise ValueError("label_smoothing must be above 0 for loss 'exo_pair' (its paper suggests 1e-3), got 0")
-        if LOSSES["robust"] in self.parts and params.label_smoothing >= 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5) for loss 'robust', got {params.label_smoothing}")
+        for part in self.parts:
+            if getattr(part, "check", None):
+                part.check(params)
         if self.use_weighting and any(getattr(part, "couples_pairs", False) for part in self.parts):
             raise ValueError(f"use_weighting weighs each pair, but loss {', '.join(self.names)} sorts across pairs")
         alpha = self.ld_alpha

@@ -1,37 +1,71 @@
 """Where reference log-probs come from.
 
-Each class is called with (policy, batch) and gives `SequenceScores` without gradients; what weighs tokens, the
-objective applies later. `policy` is the model as it is trained, wrappers included: a reference that is the policy with
-another adapter must run through them too.
+A source is a `Reference`: it gives the log-prob of each scored token, which the objective weighs later, and it says
+who it is. Those of this file are models; `training.reference_columns` has the one that reads the data. `policy` is the
+model as it is trained, wrappers included: a reference that is the policy with another adapter runs through them too.
 """
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 import operator
+import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .batch import PreferenceBatch
+from .copies import base_model_of
+from .forward import attachment
 from .functional import SequenceScores, score
 from .hooks import mode
 
 
+class Reference(Protocol):
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
+        """The batch's log-probs, without gradients: of tokens, or where a source has no others, of sequences."""
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        """What says whose log-probs these are: the same for the same weights, adapter, head and precision, whatever
+        they are used for. It reads all weights. ValueError where there is no telling."""
+
+
+class _OfModel(ABC):
+    """A reference that is a model."""
+
+    @abstractmethod
+    def inside(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model as a context, in which it is the reference."""
+
+    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
+        with torch.no_grad(), self.inside(policy) as model:
+            return score(model, batch)
+
+    def fingerprint(self, policy: nn.Module) -> str:
+        with torch.no_grad(), self.inside(policy) as model:
+            return fingerprint(model)
+
+
 @dataclass
-class FrozenModel:
+class FrozenModel(_OfModel):
     """Another model, or a frozen copy of the policy; attached, in eval mode."""
 
     model: nn.Module
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
-        with torch.no_grad():
-            return score(self.model, batch)
+    @contextlib.contextmanager
+    def inside(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self.model
 
 
 @dataclass
-class InitialPolicy:
+class InitialPolicy(_OfModel):
     """The policy with the weights that it had before training: those that may change are kept, and put in for a pass.
 
     Nothing is added to the model or switched in it, so this is right for any number of active adapters, under any name,
@@ -40,13 +74,14 @@ class InitialPolicy:
 
     weights: "Snapshot"
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
-        with torch.no_grad(), evaluating(policy), self.weights.put_in():
-            return score(policy, batch)
+    @contextlib.contextmanager
+    def inside(self, policy: nn.Module) -> Iterator[nn.Module]:
+        with evaluating(policy), self.weights.put_in():
+            yield policy
 
 
 @dataclass
-class AdapterOff:
+class AdapterOff(_OfModel):
     """The policy with its adapter switched off: `peft_model` is the PEFT model inside the policy's wrappers.
 
     rest: what trains and the switch does not reach, as it was: biases of the base model, unfrozen norms, embeddings.
@@ -55,10 +90,11 @@ class AdapterOff:
     peft_model: nn.Module
     rest: "Snapshot | None" = None
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
+    @contextlib.contextmanager
+    def inside(self, policy: nn.Module) -> Iterator[nn.Module]:
         rest = contextlib.nullcontext() if self.rest is None else self.rest.put_in()
-        with torch.no_grad(), evaluating(policy), keep_trainable(self.peft_model), rest, self._off():
-            return score(policy, batch)
+        with evaluating(policy), keep_trainable(self.peft_model), rest, self._off():
+            yield policy
 
     @contextlib.contextmanager
     def _off(self) -> Iterator[None]:
@@ -70,7 +106,7 @@ class AdapterOff:
 
 
 @dataclass
-class FrozenAdapter:
+class FrozenAdapter(_OfModel):
     """The policy with another adapter: a frozen copy of the one that it had before this training.
 
     For sharded models; others have `InitialPolicy`.
@@ -79,27 +115,75 @@ class FrozenAdapter:
     peft_model: nn.Module
     adapter: str
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
+    @contextlib.contextmanager
+    def inside(self, policy: nn.Module) -> Iterator[nn.Module]:
         active = self.peft_model.active_adapter
-        with torch.no_grad(), evaluating(policy), keep_trainable(self.peft_model):
+        with evaluating(policy), keep_trainable(self.peft_model):
             self.peft_model.set_adapter(self.adapter)
             try:
-                return score(policy, batch)
+                yield policy
             finally:
                 self.peft_model.set_adapter(active)
 
 
-@dataclass
-class Precomputed:
-    """Sums that the batch carries; `ld_alpha` is already in them."""
+# --- who a model is ------------------------------------------------------------------------------------------------
 
-    def __call__(self, policy: nn.Module, batch: PreferenceBatch) -> SequenceScores:
-        if batch.reference_logps is None:
-            raise ValueError(
-                "reference log-probs came with the data or were precomputed and the reference model is gone, but this "
-                "batch has none; give the data set to the trainer when it is built"
-            )
-        return SequenceScores(batch.reference_logps)
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)(?=\.)")
+# Of a config: where a model lies, who wrote it, and what changes memory or speed alone
+_NOT_IN_THE_NUMBERS = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache"}
+_CHUNK = 64 << 20  # bytes of a weight on the host at a time
+
+
+def fingerprint(model: nn.Module) -> str:
+    """64 hexadecimal digits of what a model's log-probs depend on: its weights and buffers, by name and dtype; adapters
+    that are active; config and head transform; autocast's dtype. ValueError for a model whose weights are not here."""
+    digest, unused = hashlib.sha256(), _unused_by_adapters(model)
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=lambda item: item[0]):
+        if id(tensor) in unused:
+            continue
+        if tensor.is_meta or isinstance(tensor, DTensor) or hasattr(tensor, "ds_id"):
+            raise ValueError(f"{name} is not whole on this rank, and a fingerprint needs all weights")
+        digest.update(f"{_WRAPPERS.sub('', name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for part in tensor.detach().contiguous().view(-1).view(torch.uint8).split(_CHUNK):
+            digest.update(part.cpu().numpy())
+    digest.update(json.dumps(_how_it_computes(model), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _unused_by_adapters(model: nn.Module) -> set[int]:
+    """The ids of the parameters of adapters that are switched off or not active."""
+    unused = set()
+    for module in model.modules():
+        active = () if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", ())
+        for name in getattr(module, "adapter_layer_names", ()):
+            container = operator.attrgetter(name)(module)
+            for adapter, part in container.items() if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) else ():
+                if adapter not in active:
+                    unused |= {id(part)} if isinstance(part, nn.Parameter) else {id(p) for p in part.parameters()}
+    return unused
+
+
+def _how_it_computes(model: nn.Module) -> dict:
+    """What its numbers depend on beside the weights."""
+    while not hasattr(model, "config") and hasattr(model, "module"):  # DDP and the like
+        model = model.module
+    while not hasattr(model, "config") and hasattr(model, "module"):  # DDP and the like
+        model = model.module
+    base = base_model_of(model)
+    config = {key: value for key, value in base.config.to_dict().items() if key not in _NOT_IN_THE_NUMBERS}
+    device = next((p.device.type for p in base.parameters()), "cpu")
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+    scalings = {}
+    for name, module in base.named_modules():
+        if getattr(module, "scaling", None) and isinstance(module.scaling, dict) and not module.disable_adapters:
+            scalings[name] = {adapter: module.scaling.get(adapter) for adapter in module.active_adapters}
+    return {
+        "class": type(base).__qualname__,
+        "config": config,
+        "head": dataclasses.asdict(attachment(base).transform),
+        "autocast": autocast,
+        "scalings": scalings,
+    }
 
 
 @dataclass

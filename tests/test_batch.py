@@ -17,7 +17,7 @@ def test_padded_rows():
     assert batch.targets.tolist() == [8, 9, 12, 10, 13, 14, 15]
     assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert batch.lengths.tolist() == [2, 1, 1, 3]
-    assert batch.num_pairs == 2 and batch.reference_logps is None and batch.position_ids is None
+    assert batch.num_pairs == 2 and "reference_logps" not in batch and batch.position_ids is None
 
 
 def test_predictors_point_at_the_token_before():
@@ -36,15 +36,6 @@ def test_a_first_token_without_prompt_is_not_scored():
 def test_different_prompts():
     batch = padded_batch([TokenPair([5, 6], [7], [6], [8])], pad_token_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7], [6, 8, 0]] and batch.targets.tolist() == [7, 8]
-
-
-def test_reference_logps():
-    pair = TokenPair([5], [6], [5], [7], ref_chosen_logps=-1.5, ref_rejected_logps=-2.5)
-    batch = padded_batch([pair, pair], pad_token_id=0)
-    assert batch.reference_logps.dtype == torch.float32
-    assert batch.reference_logps.tolist() == [-1.5, -1.5, -2.5, -2.5]
-    with pytest.raises(ValueError, match="2 of 4 precomputed reference log-probs are missing"):
-        padded_batch([pair, PAIRS[0]], pad_token_id=0)
 
 
 def test_the_batch_is_a_dict_that_moves():

@@ -102,9 +102,7 @@ def test_layers_on_other_devices_share_one_copy():
     assert elsewhere.index.device.type == "meta" and elsewhere.shared == layout.shared
 
 
-def test_precomputed_reference_and_errors():
-    batch = shared_prefix_batch([pair([1], [2], [3], ref_chosen_logps=-1.0, ref_rejected_logps=-2.0)])
-    assert batch.reference_logps.tolist() == [-1, -2]
+def test_errors():
     with pytest.raises(ValueError, match="got no pairs"):
         shared_prefix_batch([])
     assert common_prefix([1, 2, 3], [1, 2]) == 2 and common_prefix([], [1]) == 0

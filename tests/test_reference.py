@@ -1,22 +1,22 @@
 """Reference log-probs come from the right weights, without dropout and gradients, and leave the policy as it was."""
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_pairs
 
 from dpo_fast import attach
-from dpo_fast.batch import TokenPair, padded_batch
+from dpo_fast.batch import padded_batch
 from dpo_fast.functional import score
 from dpo_fast.reference import (
     AdapterOff,
     FrozenAdapter,
     FrozenModel,
     InitialPolicy,
-    Precomputed,
     Snapshot,
-    evaluating,
+    fingerprint,
     freeze,
-    keep_trainable,
     of_adapters,
     starts_as_identity,
 )
@@ -140,21 +140,58 @@ def test_what_starts_as_the_identity():
     assert not starts_as_identity(tiny_model())
 
 
-def test_precomputed():
-    pair = TokenPair([5], [6], [5], [7], ref_chosen_logps=-1.5, ref_rejected_logps=-2.5)
-    batch = padded_batch([pair], pad_token_id=0)
-    assert Precomputed()(None, batch).logps.tolist() == [-1.5, -2.5]
-    with pytest.raises(ValueError, match="this batch has none"):
-        Precomputed()(None, BATCH)
+# --- fingerprints --------------------------------------------------------------------------------------------------
 
 
-def test_contexts_restore_each_module_and_parameter():
-    model = tiny_model().train()
-    model.lm_head.eval()
-    model.lm_head.weight.requires_grad_(False)
-    before = trainable(model)
-    with pytest.raises(RuntimeError), evaluating(model), keep_trainable(model):
-        assert not any(module.training for module in model.modules())
-        model.requires_grad_(True)
-        raise RuntimeError
-    assert model.training and not model.lm_head.training and trainable(model) == before
+def test_a_fingerprint_is_of_the_numbers():
+    model = attach(tiny_model())
+    same = FrozenModel(model).fingerprint(None)
+    assert len(same) == 64 and same == FrozenModel(copy.deepcopy(model)).fingerprint(None)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.lm_head.weight[3, 3] = torch.nextafter(moved.lm_head.weight[3, 3], torch.tensor(9.0))
+    others = {
+        "weight": moved,
+        "dtype": copy.deepcopy(model).to(torch.bfloat16),
+        "config": attach(tiny_model(rms_norm_eps=1e-3)),
+        "head": attach(tiny_model("gemma2", final_logit_softcapping=5.0)),
+        "another head": attach(tiny_model("gemma2", final_logit_softcapping=6.0)),
+    }
+    found = {name: FrozenModel(other).fingerprint(None) for name, other in others.items()}
+    assert len({same, *found.values()}) == 1 + len(others)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FrozenModel(model).fingerprint(None) not in {same, *found.values()}
+    assert FrozenModel(model).fingerprint(None) == same
+
+
+def test_a_fingerprint_stays_while_the_policy_trains():
+    """Of the policy with its weights from before, and of one without its adapter."""
+    model = attach(tiny_model())
+    source = InitialPolicy(Snapshot.of(model, trainable_ids(model)))
+    before = source.fingerprint(model)
+    assert before == FrozenModel(model).fingerprint(None)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert source.fingerprint(model) == before != FrozenModel(model).fingerprint(None)
+
+    policy = adapted()
+    off, on = AdapterOff(policy), FrozenModel(policy)
+    without, with_it = off.fingerprint(policy), on.fingerprint(None)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.add_(1)
+    assert off.fingerprint(policy) == without
+    assert len({without, with_it, on.fingerprint(None)}) == 3
+    trained = on.fingerprint(None)
+    policy.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))  # that nobody uses
+    assert off.fingerprint(policy) == without and on.fingerprint(None) == trained
+    policy.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    assert off.fingerprint(policy) == without and on.fingerprint(None) != trained
+
+
+def test_a_fingerprint_needs_all_weights():
+    with torch.device("meta"):
+        model = tiny_model()
+    with pytest.raises(ValueError, match="is not whole on this rank"):
+        fingerprint(model)

@@ -15,7 +15,9 @@ peft = pytest.importorskip("peft")
 import datasets  # noqa: E402
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, reference  # noqa: E402
-from dpo_fast.training import references  # noqa: E402
+from dpo_fast.training import reference_columns, references  # noqa: E402
+from dpo_fast.training.data import PairCollator, Truncation  # noqa: E402
+from dpo_fast.training.reference_columns import DataColumns  # noqa: E402
 
 TOKENIZER = tiny_tokenizer()
 
@@ -445,7 +447,7 @@ def test_what_a_sharded_model_cannot_have(build, sharded):
     with pytest.raises(ValueError, match="an adapter that starts as the identity"):
         build(model(), peft_config=lora(init_lora_weights="olora"))
     assert isinstance(build(model(), peft_config=lora()).reference, reference.AdapterOff)
-    assert isinstance(build(two_adapters(), train_dataset=scored_rows()).reference, reference.Precomputed)
+    assert isinstance(build(two_adapters(), train_dataset=scored_rows()).reference, DataColumns)
 
 
 # --- log-probs that come with the data -----------------------------------------------------------------------------
@@ -459,7 +461,7 @@ def test_columns_are_the_reference(build, caplog):
     with caplog.at_level(logging.WARNING, logger="dpo_fast"):
         trainer = build(model(), train_dataset=scored_rows())
     assert "reference log-probs come from the data: its columns ref_chosen_logps, ref_rejected_logps" in caplog.text
-    assert isinstance(trainer.reference, reference.Precomputed)  # no copy is made
+    assert isinstance(trainer.reference, DataColumns)  # no copy is made
     assert reference_logps(trainer).tolist() == [-3.0] * 4 + [-5.0] * 4
     assert build(model(), train_dataset=scored_rows(), eval_dataset=tiny_rows(2)).evaluate()["eval_loss"] > 0
 
@@ -487,6 +489,40 @@ def test_precomputing_has_no_dropout(build):
     dropping = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     trainer = build(dropping, precompute_ref_log_probs=True, disable_dropout=False, layout="padded")
     assert torch.allclose(reference_logps(trainer), logps(dropping, trainer), atol=1e-4)
+
+
+def test_columns_hold_sums_which_cannot_be_weighed(build):
+    with pytest.raises(ValueError, match="ld_alpha=0.5 weighs tokens, but the columns .* hold sums: remove them"):
+        build(model(), train_dataset=scored_rows(), ld_alpha=0.5)
+    assert reference_logps(build(model(), train_dataset=scored_rows(), ld_alpha=1.0)).tolist()[0] == -3.0
+    build(model(), train_dataset=scored_rows(), ld_alpha=0.5, precompute_ref_log_probs=True).train()
+
+
+def test_columns_of_pairs_that_are_cut(build, caplog):
+    with caplog.at_level(logging.WARNING, logger="dpo_fast"):
+        build(model(), train_dataset=scored_rows(), max_completion_length=1)
+    assert (
+        "are cut to length: their columns ref_chosen_logps, ref_rejected_logps must be of what is left" in caplog.text
+    )
+
+
+def test_columns_of_a_batch():
+    rows = [dict(prompt_ids=[5], chosen_ids=[6], rejected_ids=[7], ref_chosen_logps=-1.5, ref_rejected_logps=-2.5)] * 2
+    batch = PairCollator(0, Truncation())(rows)
+    assert batch.reference_logps.dtype == torch.float32
+    assert DataColumns()(None, batch).logps.tolist() == [-1.5, -1.5, -2.5, -2.5]
+    without = {name: value for name, value in rows[0].items() if not name.startswith("ref")}
+    assert not reference_columns.serve(PairCollator(0, Truncation())([without]))
+    with pytest.raises(ValueError, match="this batch has none"):
+        DataColumns()(None, PairCollator(0, Truncation())([without]))
+    with pytest.raises(ValueError, match="2 of 4 reference log-probs are missing in this batch"):
+        PairCollator(0, Truncation())([rows[0], without])
+    with pytest.raises(
+        ValueError, match="pair 1 of a batch: ref_rejected_logps must be a finite log-prob of at most 0"
+    ):
+        PairCollator(0, Truncation())([rows[0], {**rows[0], "ref_rejected_logps": 0.5}])
+    with pytest.raises(ValueError, match="do not say whose they are"):
+        DataColumns().fingerprint(None)
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("-inf")])

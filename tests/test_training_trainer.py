@@ -20,7 +20,8 @@ import datasets
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, preference_loss
 from dpo_fast.metrics import MetricSums
-from dpo_fast.training.data import REFERENCE_TOKEN_COLUMNS, Truncation
+from dpo_fast.training.data import Truncation
+from dpo_fast.training.reference_columns import TOKENS
 from dpo_fast.training.trainer import NOT_TAKEN
 
 TOKENIZER = tiny_tokenizer()
@@ -428,7 +429,7 @@ def test_precomputed_tokens_of_another_truncation_are_refused(build):
     rows = list(trainer.train_dataset)
     batch = trainer.data_collator(rows[:3])
     for sequence, pair in enumerate(batch.compared().index.T.flatten().tolist()):
-        side, row = REFERENCE_TOKEN_COLUMNS[sequence // 3], rows[pair % 3]
+        side, row = TOKENS[sequence // 3], rows[pair % 3]
         assert batch.reference_token_logps[batch.sequence_ids == pair].tolist() == pytest.approx(row[side])
     shorter = dataclasses.replace(trainer.data_collator, truncation=Truncation(max_completion_length=1))
     with pytest.raises(ValueError, match="they were computed with another truncation"):

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +22,13 @@ from pathlib import Path
 
 import datasets
 import tokenizers
-import torch
 import transformers
 
 import dpo_fast
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
 from dpo_fast.layout import row_length, shared_prefix_batch
 
-from . import rows
+from . import reference_columns, rows
 from .rows import ASKING, NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
 from .sources import JSON_ROW, dataset_of_rows, decode_row
 
@@ -38,11 +36,9 @@ logger = logging.getLogger("dpo_fast")
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-REFERENCE_TOKEN_COLUMNS = ("ref_chosen_token_logps", "ref_rejected_token_logps")  # ours, of what is scored
 _IMAGE_COLUMNS = {"image", "images"}
 _REASON, _NOTES = "_dropped_because", "_notes"  # columns that live only while a dataset is prepared
-_READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *REFERENCE_COLUMNS, "tools", "chat_template_kwargs"}
+_READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *reference_columns.SUMS, "tools", "chat_template_kwargs"}
 _LOOKED_AT = 100  # rows by which columns are judged
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -72,15 +68,11 @@ class Truncation:
             raise ValueError(f"truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, got {self.mode!r}")
 
     def __call__(self, row: Mapping) -> TokenPair:
-        """A row with prompt_ids, chosen_ids, rejected_ids, and perhaps reference log-probs, as the pair to train on."""
+        """A row with prompt_ids, chosen_ids, rejected_ids, as the pair to train on."""
         prompt = row["prompt_ids"]
         if self.max_prompt_length is not None:
             prompt = prompt[-self.max_prompt_length :]
-        return TokenPair(
-            *self._cut(prompt, row["chosen_ids"]),
-            *self._cut(prompt, row["rejected_ids"]),
-            *(row.get(name) for name in REFERENCE_COLUMNS),
-        )
+        return TokenPair(*self._cut(prompt, row["chosen_ids"]), *self._cut(prompt, row["rejected_ids"]))
 
     def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         completion = completion[: self.max_completion_length]
@@ -153,14 +145,14 @@ def prepare_dataset(
         )
     check_template_options(template_options or {}, tokenizer)
     dataset = dataset.with_format(None)
-    columns, first = _columns(dataset, name)
-    tokenized = _check_columns(columns, first, tokenizer, name)
-    keep = [column for column in REFERENCE_COLUMNS if column in columns]
-    prompts = "prompt" in columns
+    names, first = _columns(dataset, name)
+    tokenized = _check_columns(names, first, tokenizer, name)
+    keep = [column for column in reference_columns.SUMS if column in names]
+    prompts = "prompt" in names
     process = _RowProcessor(
         tokenizer, truncation, tokenized, prompts, tuple(keep), limits, dict(template_options or {})
     )
-    stored = [JSON_ROW] if JSON_ROW in (dataset.column_names or ()) else columns
+    stored = [JSON_ROW] if JSON_ROW in (dataset.column_names or ()) else names
     options = dict(with_indices=True, remove_columns=[column for column in stored if column not in keep])
     if isinstance(dataset, datasets.IterableDataset):
         dataset = dataset.map(process, **options).filter(_ReportOnce(name))
@@ -285,14 +277,19 @@ class _RowProcessor:
                 if self.prompts and row.get("prompt") is None:
                     notes["no prompt"] = ""
         reason = reason or why_unusable(*ids[1:])
-        columns = dict(zip(TOKEN_COLUMNS, ids, strict=True))
-        for name in self.reference_columns:
-            columns[name] = _reference_logp(row.get(name), f"row {index}: {name}")
-        pair = self.truncation(columns)
+        found = dict(zip(TOKEN_COLUMNS, ids, strict=True))
+        sums = {
+            name: reference_columns.checked_sum(row.get(name), f"row {index}: {name}")
+            for name in self.reference_columns
+        }
+        pair = self.truncation(found)
         reason = reason or why_unusable_truncated(pair)
+        if sums and pair != Truncation()(found):
+            notes["sums cut"] = ""
         if not reason:
             self._check_limits(pair, index, notes)
-        return {**columns, LENGTH_COLUMN: row_tokens(pair), _REASON: reason, _NOTES: json.dumps(notes) if notes else ""}
+        said = {_REASON: reason, _NOTES: json.dumps(notes) if notes else ""}
+        return {**found, **sums, LENGTH_COLUMN: row_tokens(pair), **said}
 
     def _check_limits(self, pair: TokenPair, index: int, notes: dict) -> None:
         limits = self.limits
@@ -325,18 +322,12 @@ def _token_ids(value, where: str) -> list[int]:
     return list(value)
 
 
-def _reference_logp(value, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where} must be a number, the log-prob of a completion, got {type(value).__name__}")
-    if not -math.inf < value <= 0:
-        raise ValueError(f"{where} must be a finite log-prob of at most 0, got {value}")
-    return float(value)
-
-
 @functools.cache
 def _versions() -> tuple[str, ...]:
     """What tokens depend on beside the rows and the tokenizer: a cache of other versions is not taken."""
-    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, rows.__file__))).hexdigest()
+    code = hashlib.sha256(
+        b"".join(Path(file).read_bytes() for file in (__file__, rows.__file__, reference_columns.__file__))
+    ).hexdigest()
     return (dpo_fast.__version__, transformers.__version__, tokenizers.__version__, code)
 
 
@@ -409,8 +400,7 @@ class PairCollator:
             batch = shared_prefix_batch(pairs)
         else:
             batch = padded_batch(pairs, self.pad_token_id, self.pad_to_multiple_of)
-        if all(name in row for row in rows for name in REFERENCE_TOKEN_COLUMNS):
-            batch["reference_token_logps"] = _reference_tokens(rows, batch)
+        batch.update(reference_columns.fields(rows, batch))
         return batch
 
     def padded_length(self, row: Mapping) -> int:
@@ -418,24 +408,6 @@ class PairCollator:
         pair = self.truncation(row)
         longest = max(len(pair.chosen_prompt) + len(pair.chosen), len(pair.rejected_prompt) + len(pair.rejected))
         return 2 * -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-
-
-def _reference_tokens(rows: Sequence[Mapping], batch: PreferenceBatch) -> torch.Tensor:
-    """(N,) fp32 from the columns, in the order of the batch's tokens."""
-    by_sequence = [row[name] for name in REFERENCE_TOKEN_COLUMNS for row in rows]
-    if [len(values) for values in by_sequence] != list(batch.host_lengths):
-        raise ValueError(
-            f"{' and '.join(REFERENCE_TOKEN_COLUMNS)} have {sum(map(len, by_sequence))} log-probs for "
-            f"{sum(batch.host_lengths)} scored tokens: they were computed with another truncation"
-        )
-    values = torch.tensor([value for one in by_sequence for value in one], dtype=torch.float32)
-    return torch.empty_like(values).index_copy_(0, batch.sequence_ids.argsort(stable=True), values)
-
-
-def tokens_by_pair(values: torch.Tensor, batch: PreferenceBatch) -> list[list[list[float]]]:
-    """(N,) values of a batch's tokens -> of each pair two lists, as in the columns."""
-    ordered = values[batch.sequence_ids.argsort(stable=True)].split(batch.host_lengths)
-    return [[ordered[sequence].tolist() for sequence in pair] for pair in batch.compared().index.tolist()]
 
 
 def format_example(pair: TokenPair, tokenizer, colour: bool = False) -> str:

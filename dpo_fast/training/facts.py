@@ -10,6 +10,7 @@ from dpo_fast import reference
 from dpo_fast.ops.dispatch import IMPLS, choose_impl, device_memory, plan_device, reasons_against
 from dpo_fast.ops.plan import plan_head
 
+from . import reference_columns
 from .data import TOKEN_COLUMNS, Truncation, row_tokens
 
 _LOOKED_AT = 1000  # pairs whose lengths are counted
@@ -26,7 +27,10 @@ def of_reference(given: object | None, name: str) -> tuple[str, str]:
         reference.InitialPolicy: ("the model with the weights from before training", "no ref_model was given"),
         reference.AdapterOff: ("the model without its adapter", "a new adapter trains, no ref_model was given"),
         reference.FrozenAdapter: ("the model with a copy of its adapter", "a sharded model, no ref_model was given"),
-        reference.Precomputed: ("log-probs that lie with the data", "they came with it, or precompute_ref_log_probs"),
+        reference_columns.DataColumns: (
+            "log-probs that lie with the data",
+            "they came with it, or precompute_ref_log_probs",
+        ),
     }.get(type(given), (type(given).__name__, ""))
 
 

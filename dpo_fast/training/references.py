@@ -14,9 +14,8 @@ from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weight
 from dpo_fast.forward import attach
 from dpo_fast.functional import SequenceScores, score
 
-from . import models
+from . import models, reference_columns
 from .config import FastDPOConfig
-from .data import REFERENCE_COLUMNS
 
 logger = logging.getLogger("dpo_fast")
 
@@ -54,7 +53,7 @@ def of_adapter(model: nn.Module, base: WeightSample | None, accelerator):
                 f"the new adapter ({_kinds(model)}) has rewritten weights of the model, so that switching it off gives "
                 f"another model, and a sharded model ({accelerator.distributed_type}) cannot keep its weights from "
                 "before training: use an adapter that starts as the identity, or pass data with the columns "
-                f"{' and '.join(REFERENCE_COLUMNS)}"
+                f"{' and '.join(reference_columns.SUMS)}"
             )
         return reference.InitialPolicy(reference.Snapshot.of(model, trained))
     if not rest:
@@ -92,7 +91,7 @@ def check_sharded(model: nn.Module, rest: set[int]) -> None:
     if reason:
         raise ValueError(
             f"{reason}, and a sharded model cannot keep its weights from before training: train one adapter alone, or "
-            f"pass data with the columns {' and '.join(REFERENCE_COLUMNS)}"
+            f"pass data with the columns {' and '.join(reference_columns.SUMS)}"
         )
 
 
@@ -111,7 +110,7 @@ def copy_adapter(model: nn.Module) -> str:
     if rewritten := base.rewritten_in(model):
         raise ValueError(
             f"adapter {active!r} ({_kinds(model)}) cannot be copied: adding a second one rewrites weights of the "
-            f"model, {rewritten[0]} the first; pass data with the columns {' and '.join(REFERENCE_COLUMNS)}"
+            f"model, {rewritten[0]} the first; pass data with the columns {' and '.join(reference_columns.SUMS)}"
         )
     weights = peft.get_peft_model_state_dict(model, adapter_name=active)
     peft.set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -207,32 +206,6 @@ def unit_roundoff(model: nn.Module, accelerator) -> float:
     dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     dtypes.add(mixed.get(accelerator.mixed_precision, torch.float32))
     return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-# --- log-probs that come with the data -----------------------------------------------------------------------------
-
-
-def check_columns(sets, given_reference: bool, precompute: bool) -> bool:
-    """Whether all the data sets hold columns of reference log-probs that are used; one line says so if any does.
-
-    Raises ValueError if there is a reference model as well: one of the two is not meant.
-    """
-    parts = [part for data in sets for part in (data.values() if isinstance(data, dict) else [data])]
-    parts = [part for part in parts if part is not None]
-    scored = [part for part in parts if set(REFERENCE_COLUMNS) & set(part.column_names or ())]
-    columns = ", ".join(REFERENCE_COLUMNS)
-    if not scored:
-        return False
-    if precompute:
-        logger.warning("precompute_ref_log_probs: the columns %s of the data are replaced", columns)
-        return False
-    if given_reference:
-        raise ValueError(
-            f"got ref_model and data with the columns {columns}, which are log-probs of a reference, too: remove the "
-            "columns (remove_columns) to use ref_model, or omit ref_model to use the columns"
-        )
-    logger.warning("reference log-probs come from the data: its columns %s", columns)
-    return len(scored) == len(parts)
 
 
 # --- what others do to adapters ------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ NOTES = {
     "left out": "lose text of a message, such as reasoning: the chat template leaves it out, it is not scored",
     "scored prompt": "have tokens of the prompt in the scored part, because the tokenised prompt is no beginning of "
     "prompt + completion (the chat template renders a prompt alone differently)",
+    "sums cut": "are cut to length: their columns ref_chosen_logps, ref_rejected_logps must be of what is left",
     "long": "are longer than the positions that the model was made for",
 }
 

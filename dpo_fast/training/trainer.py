@@ -18,24 +18,21 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
-from dpo_fast.forward import TokenScores, attach, is_attached, release
-from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, sequence_scores, step_metrics
+from dpo_fast.forward import attach, is_attached, release
+from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.prepared import check_ranks, prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.router import router_coefficient
 
-from . import card, facts, models, references
+from . import card, facts, models, reference_columns, references
 from .config import FastDPOConfig
 from .data import (
     LENGTH_COLUMN,
-    REFERENCE_COLUMNS,
-    REFERENCE_TOKEN_COLUMNS,
     PairCollator,
     format_example,
     prepare_dataset,
-    tokens_by_pair,
 )
 from .sampler import TokenBudgetBatchSampler
 
@@ -180,7 +177,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         self.train_dataset = self._with_reference_logps(self.train_dataset, "train", args.per_device_train_batch_size)
         self.eval_dataset = self._with_reference_logps(self.eval_dataset, "eval", args.per_device_eval_batch_size)
         if self.reference is not None and not models.is_peft_model(self.model):
-            self.reference = reference.Precomputed()
+            self.reference = reference_columns.DataColumns()
 
     def _with_reference_logps(self, dataset, name: str, batch_size: int):
         if dataset is None or self.reference is None:
@@ -196,11 +193,11 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         for batch in self.accelerator.prepare(loader):
             with self._autocast():
                 tokens = self.reference(self.model, batch).tokens
-            pairs = tokens_by_pair(tokens.logps, batch)
+            pairs = reference_columns.tokens_by_pair(tokens.logps, batch)
             found += self.accelerator.gather_for_metrics(pairs, use_gather_object=True)
-        replaced = {*REFERENCE_COLUMNS, *REFERENCE_TOKEN_COLUMNS} & set(dataset.column_names)
+        replaced = {*reference_columns.SUMS, *reference_columns.TOKENS} & set(dataset.column_names)
         dataset = dataset.remove_columns(sorted(replaced))
-        for index, column in enumerate(REFERENCE_TOKEN_COLUMNS):
+        for index, column in enumerate(reference_columns.TOKENS):
             dataset = dataset.add_column(column, [pair[index] for pair in found])
         return dataset
 
@@ -213,7 +210,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if ref_model is None:
             adapter = models.is_peft_model(self.model)
             if self._all_scored and (not adapter or references.is_sharded(self.accelerator)):
-                return reference.Precomputed()
+                return reference_columns.DataColumns()
             if adapter:
                 return references.of_adapter(self.model, base, self.accelerator)
             if self.args.precompute_ref_log_probs:
@@ -224,9 +221,11 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         return reference.FrozenModel(ref_model)
 
     def _check_reference_columns(self, *sets, precompute: bool | None = None) -> bool:
-        """Whether all these data come with log-probs of a reference that are used: see `references.check_columns`."""
+        """Whether all these data come with log-probs of a reference that are used: see `reference_columns.check`."""
         precompute = self.args.precompute_ref_log_probs if precompute is None else precompute
-        return self.objective.needs_reference and references.check_columns(sets, self._given_reference, precompute)
+        return self.objective.needs_reference and reference_columns.check(
+            sets, self.objective, self._given_reference, precompute
+        )
 
     def _autocast(self):
         """As accelerate wraps a model's forward. Not `accelerator.autocast()`, which stays on after an exception."""
@@ -235,10 +234,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def reference_scores(self, model, batch: PreferenceBatch) -> SequenceScores | None:
         """The reference's log-probs of a batch, without gradients; None where no loss needs them."""
         self._attach()
-        if "reference_token_logps" in batch:
-            return sequence_scores(TokenScores(batch.reference_token_logps), batch, self.objective.ld_alpha)
-        if batch.reference_logps is not None:
-            return SequenceScores(batch.reference_logps)
+        if reference_columns.serve(batch):
+            return reference_columns.DataColumns()(model, batch)
         if self.reference is None:
             return None
         with self._autocast():
@@ -336,8 +333,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def _prove_reference(self, model, batch: PreferenceBatch, ref: SequenceScores | None) -> None:
         """Once per trainer, before the first update of `train`: `references.check_start`."""
         self._unproven = self._must_agree = False
-        scored_before = "reference_token_logps" in batch
-        if self.state.global_step == 0 and ref is not None and ref.tokens is not None and not scored_before:
+        if self.state.global_step == 0 and ref is not None and not reference_columns.serve(batch):
             with self._autocast():
                 references.check_start(model, batch, ref, self.reference, self.accelerator)
 
