@@ -13,7 +13,7 @@ WORKERS := -n 2 --dist worksteal
 
 .PHONY: demo notebooks bench check test test-all test-machines fuzz scan lint floor ceiling clean
 
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev,examples,notebooks,peft,trl]"
 	touch $@
@@ -60,11 +60,11 @@ fuzz: $(STAMP)
 scan: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/scan.py
 
-# The oldest versions that setup.py declares; TRL, which needs newer ones of the rest, afterwards. `make floor
+# The oldest versions that pyproject.toml declares; TRL, which needs newer ones of the rest, afterwards. `make floor
 # PYTHON=python3.10` has the oldest Python, too, for which there is no TRL.
 floor:
 	$(PYTHON) -m venv .venv-floor
-	$(PYTHON) tests/floor.py install_requires dev examples peft > .venv-floor/pins.txt
+	$(PYTHON) tests/floor.py dependencies dev examples peft > .venv-floor/pins.txt
 	.venv-floor/bin/python $(INSTALL) -c .venv-floor/pins.txt -e ".[dev,examples,peft]"
 	.venv-floor/bin/dpo-fast env | sed '/^$$/q'
 	$(call suite,.venv-floor,40,not gpu) $(WORKERS)
