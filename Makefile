@@ -71,7 +71,7 @@ floor:
 	$(PYTHON) tests/floor.py trl > .venv-floor/trl.txt
 	.venv-floor/bin/python $(INSTALL) -r .venv-floor/trl.txt
 	.venv-floor/bin/dpo-fast env | sed '/^$$/q'
-	$(call suite,.venv-floor,10,not gpu) $(WORKERS) tests/*trl*.py tests/test_benchmark_train_step.py
+	$(call suite,.venv-floor,10,not gpu) $(WORKERS) tests/trl tests/benchmarks/test_train_step.py
 
 # The newest versions that are published
 ceiling:

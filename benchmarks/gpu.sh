@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-GPU_TESTS=(tests/test_gpu.py tests/test_attention.py tests/test_kernels_linear_score.py)
+GPU_TESTS=(tests/kernels/test_gpu.py tests/test_attention.py tests/kernels/test_linear_score.py)
 STAGES=(tests memcheck train_step gemm head level1 attention sweep)
 declare -A SHARE=([tests]=28 [memcheck]=6 [train_step]=28 [gemm]=3 [head]=16 [level1]=4 [attention]=7 [sweep]=8)
 minutes=10 dry= wheels= only= fail= allow=()
@@ -99,7 +99,7 @@ if [ -n "$dry" ]; then
     export TRITON_INTERPRET=1 DPO_FAST_IMPL=torch CUDA_VISIBLE_DEVICES=
     save=(--no-save)
     # the GPU's tests can be collected, and are not none; then one test by itself
-    stage tests bash -c '"$@" -qq -m gpu --collect-only && "${@:1:5}" -q tests/test_ops_sequence.py -k bitwise' \
+    stage tests bash -c '"$@" -qq -m gpu --collect-only && "${@:1:5}" -q tests/ops/test_sequence.py -k bitwise' \
         tests "${pytest[@]}" "${GPU_TESTS[@]}"
     stage memcheck "$PYTHON" -c "$selftest"
     stage train_step "$PYTHON" -m benchmarks.train_step --smoke "${save[@]}"

@@ -52,7 +52,7 @@ CODE = {
     "accuracy": (*_HEAD, "benchmarks/accuracy.py"),
     "train_step": (
         *_package_but(*_NOT_IN_A_STEP),
-        *(f"benchmarks/{name}.py" for name in ("train_step", "train_step_inputs", "train_step_worker")),
+        *(f"benchmarks/train_step/{name}.py" for name in ("run", "inputs", "worker")),
     ),
     "demo": (*_package_but(*(name for name in _NOT_IN_A_STEP if name not in ("demo", "data"))), "benchmarks/demo.py"),
     "gemm": ("benchmarks/gemm.py", _MEASURE),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.groups import CUDA, optional, take_turns
-from benchmarks.train_step_inputs import MIXES, make_pairs
+from benchmarks.train_step.inputs import MIXES, make_pairs
 from dpo_fast import preference_loss, sequence_logps
 from dpo_fast.testing import assert_within_bound, gamma
 from dpo_fast.training.data import PairCollator

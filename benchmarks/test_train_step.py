@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import train_step
 from benchmarks.groups import CUDA, Left, Measured
-from benchmarks.train_step_worker import PROVIDERS, reason_against
+from benchmarks.train_step import run as train_step
+from benchmarks.train_step.worker import PROVIDERS, reason_against
 
 MIX, WARMUP, ROUNDS = "chat", 2 if CUDA else 1, 10 if CUDA else 3
 LONGEST, PAIRS = (2048, 8) if CUDA else (512, 2)  # tokens of prompt + completion, pairs a step

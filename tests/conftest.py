@@ -3,6 +3,7 @@ before any test module is; everything that does not ask for an implementation ta
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,27 +11,27 @@ import torch
 # Modules that train models, start processes or run kernels in the interpreter: nothing for `make check`, as are single
 # tests that do, or that compile
 THOROUGH = {
-    "test_benchmark_suite",
-    "test_benchmark_train_step",
-    "test_benchmarks",
+    "benchmarks/test_results",
+    "benchmarks/test_suite",
+    "benchmarks/test_train_step",
+    "kernels/test_aot",
+    "kernels/test_gpu",
+    "kernels/test_linear_score",
+    "repo/test_packaging",
     "test_cli",
     "test_demo",
-    "test_fsdp",
-    "test_gpu",
-    "test_kernels_aot",
-    "test_kernels_direction",
-    "test_kernels_linear_score",
-    "test_packaging",
-    "test_training_ranks",
-    "test_training_resume",
-    "test_training_trainer",
-    "test_training_trl",
-    "test_trl",
+    "training/test_fsdp",
+    "training/test_ranks",
+    "training/test_resume",
+    "training/test_trainer",
+    "trl/test_trainer",
+    "trl/test_trl",
 }
 
-# Processes that tests start import the checkout that is tested, installed or not
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+# Processes that tests start import the checkout that is tested, installed or not, and what its tests share
+_TESTS = Path(__file__).resolve().parent
+_PATHS = (str(_TESTS.parent), str(_TESTS / "support"), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -53,5 +54,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         parameters = getattr(item, "callspec", None)
         interpreted = parameters is not None and "triton" in parameters.params.values()
-        if interpreted or item.path.stem in THOROUGH or "compile" in item.name:
+        if (
+            interpreted
+            or item.path.relative_to(_TESTS).with_suffix("").as_posix() in THOROUGH
+            or "compile" in item.name
+        ):
             item.add_marker("thorough")

@@ -12,7 +12,9 @@ import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which the modules below may do
 

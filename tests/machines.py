@@ -17,17 +17,17 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SEEDED = """
-    test_testing test_kernels_linear_score test_ops_logits test_ops_linear test_ops_sequence test_preference
+    repo/test_testing kernels/test_linear_score ops/test_logits ops/test_linear ops/test_sequence test_preference
 """.split()
 # Their inputs do not depend on the seed: once is enough
 FIXED = """
-    test_emulated_cuda test_kernels_tuned test_losses test_objective test_attention test_functional test_forward
-    test_models
+    kernels/test_emulated_cuda kernels/test_tuned test_losses test_objective test_attention test_functional test_forward
+    training/test_models
 """.split()
 # Nothing that they compare is a number of this machine's, or they compile for most of their time
 NOT_NUMERICAL = "bad_input or bad_calls or opcheck or compile or flops or refused or cover_the_vocabulary or checking"
 # The interpreter, which takes most of the time, is of one thread: with more seeds and threads its budgets will do
-FEW_KERNELS = "(budget or not (triton or kernels_linear_score))"
+FEW_KERNELS = "(budget or not (triton or linear_score))"
 
 ISAS = ("default", "avx2", "avx512")
 # What each switch calls them. MKL_ENABLE_INSTRUCTIONS has no effect on AMD, where MKL_CBWR has

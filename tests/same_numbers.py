@@ -101,7 +101,7 @@ def curves(trl: bool, layout: str, **config):
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parent / "support"))
     from tiny import tiny_tokenizer
 
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from loss_cases import SMOOTHING
 from preference_bounds import bounds_of, check_within_bounds
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +17,6 @@ from dpo_fast.ops.pairwise import chunks_of_groups, group_tokens
 from dpo_fast.ops.plan import plan_head
 from dpo_fast.testing import assert_within_bound, assert_within_budget, fp32_linear, head_bounds, make_generator
 
-SMOOTHING = {"exo_pair": 1e-3, "robust": 0.1}
 NAMES = ("hidden", "weight", "bias", "down", "up")
 
 

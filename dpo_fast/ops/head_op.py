@@ -251,7 +251,7 @@ def _differentiate(ctx, d_logps, _d_partition, d_stats, *_):
 head_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-# A counter sees a registered op as one piece. What it holds is counted in tests/test_ops_linear.py.
+# A counter sees a registered op as one piece. What it holds is counted in tests/ops/test_linear.py.
 
 
 def _gemm_flops(hidden, weight, down, gemms: float) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_gpu_without_a_gpu_says_so():
 
 
 def test_gpu_names_each_file_with_gpu_tests_and_they_need_neither_datasets_nor_trl():
-    marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+    marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
     marked.discard(Path(__file__).name)
     line = next(x for x in (ROOT / "benchmarks" / "gpu.sh").read_text().splitlines() if x.startswith("GPU_TESTS="))
     files = line.removeprefix("GPU_TESTS=(").rstrip(")").split()

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_rows
+from trainers import fast_trainer
 
 pytest.importorskip("datasets")
 
-from dpo_fast import FastDPOConfig, FastDPOTrainer
 from dpo_fast.training.sampler import TokenBudgetBatchSampler
 
 LENGTHS = [5, 90, 7, 3, 40, 41, 12, 200, 9, 30]
@@ -36,9 +36,8 @@ def test_padded_batches_are_as_long_as_their_longest_pair(grouped, ranks):
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_no_batch_of_the_trainer_has_more_positions(tmp_path, layout):
-    args = FastDPOConfig(output_dir=str(tmp_path), tokens_per_batch=90, layout=layout, pad_to_multiple_of=4, **QUIET)
-    rows = tiny_rows(40)
-    trainer = FastDPOTrainer(tiny_model(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+    settings = dict(tokens_per_batch=90, layout=layout, pad_to_multiple_of=4)
+    trainer = fast_trainer(tmp_path, train_dataset=tiny_rows(40), **settings)
     batches = list(trainer.get_train_dataloader())
     assert sum(batch.num_pairs for batch in batches) == 40 and max(batch.num_pairs for batch in batches) > 1
     assert all(batch.input_ids.numel() <= 90 or batch.num_pairs == 1 for batch in batches)
@@ -69,8 +68,7 @@ def test_fewer_pairs_than_ranks_come_twice():
 
 def train(tmp_path, **options):
     settings = dict(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4)
-    args = FastDPOConfig(output_dir=str(tmp_path), **{**QUIET, **settings, **options})
-    trainer = FastDPOTrainer(tiny_model(), args=args, train_dataset=tiny_rows(8), processing_class=tiny_tokenizer())
+    trainer = fast_trainer(tmp_path, **{**settings, **options})
     trainer.train()
     return trainer
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import figures
 from dpo_fast.cli import COMMANDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = figures.README.read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)

@@ -10,14 +10,13 @@ import torch
 
 pytest.importorskip("trl")
 
-from benchmarks import train_step, train_step_inputs, train_step_worker
+from benchmarks.train_step import inputs, worker
+from benchmarks.train_step import run as train_step
 
 
 def test_pairs_have_the_lengths_of_their_mix():
     rng = random.Random(0)
-    prompts, chosen, rejected = zip(
-        *(train_step_inputs.MIXES["chat"].lengths(rng, 2048) for _ in range(2000)), strict=True
-    )
+    prompts, chosen, rejected = zip(*(inputs.MIXES["chat"].lengths(rng, 2048) for _ in range(2000)), strict=True)
     for values, median in ((prompts, 150), (chosen, 200), (rejected, 200)):
         assert sorted(values)[1000] == pytest.approx(median, rel=0.1)
         assert max(values) > 4 * median
@@ -26,9 +25,9 @@ def test_pairs_have_the_lengths_of_their_mix():
 
 def test_token_counts():
     lengths = [(3, 2, 5), (1, 4, 1)]
-    assert train_step_inputs.real_tokens(lengths) == (3 + 2) + (3 + 5) + (1 + 4) + (1 + 1)
-    assert train_step_inputs.padded_tokens(lengths) == 4 * 8
-    assert train_step_inputs.packed_tokens(lengths) == 10 + 6
+    assert inputs.real_tokens(lengths) == (3 + 2) + (3 + 5) + (1 + 4) + (1 + 1)
+    assert inputs.padded_tokens(lengths) == 4 * 8
+    assert inputs.packed_tokens(lengths) == 10 + 6
 
 
 def test_differences():
@@ -67,7 +66,7 @@ def test_the_second_row_of_trl_scores_completion_tokens_only(monkeypatch):
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    if reason := train_step_worker.reason_against("trl-compact"):
+    if reason := worker.reason_against("trl-compact"):
         pytest.skip(reason)
     rows, original = [], utils._ChunkedLogProbFunction
     head = SimpleNamespace(apply=lambda hidden, *rest: (rows.append(len(hidden)), original.apply(hidden, *rest))[1])
@@ -79,7 +78,7 @@ def test_the_second_row_of_trl_scores_completion_tokens_only(monkeypatch):
     labels = ids.clone()
     labels[:, :7] = -100
     plain = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-    train_step_worker.score_completions_only()
+    worker.score_completions_only()
     compact = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     assert rows == [2 * 9, 2 * 3]
     torch.testing.assert_close(compact, plain)
@@ -154,7 +153,7 @@ def test_all_trainers_take_turns_and_agree(tmp_path):
 
 def test_largest_batches_are_compared_and_other_failures_are_not_mistaken_for_memory(tmp_path, monkeypatch):
     arguments = train_step.parse(["--smoke"])
-    arguments.providers = list(train_step_worker.PROVIDERS)
+    arguments.providers = list(worker.PROVIDERS)
     limits = {"trl": 5, "trl-compact": 5, "dpo_fast.trl": 10, "FastDPOTrainer": 12}
     message = "torch.OutOfMemoryError: CUDA out of memory"
 

@@ -164,7 +164,7 @@ def test_level_3(tile_mib, impl, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", head_oracle.PLANS)
 def test_every_plan_to_its_bounds(plan, dtype, impl, transform, monkeypatch):
-    """What tests/test_emulated_cuda.py executes on CPU, hidden states of ignored tokens that are NaN included."""
+    """What test_emulated_cuda.py executes on CPU, hidden states of ignored tokens that are NaN included."""
     rows = 8 if plan in ("pending", "recompute") else 12
     monkeypatch.setattr(plans, "TILE_ROWS", rows)
     monkeypatch.setattr(plans, "FLOPS_PER_BYTE", 0 if plan == "pending" else 10**9)

@@ -9,7 +9,7 @@ import pytest
 
 import dpo_fast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dpo_fast"
 
 # who may import whom inside the package; training, trl, report, cli and the demo may import everything

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
-from test_report import check
+from html_pages import check
 from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("datasets")
@@ -191,7 +192,7 @@ def test_a_run_that_an_error_ends_says_so(tmp_path, kind):
 @pytest.mark.thorough
 def test_a_killed_run_leaves_files_that_are_whole(tmp_path):
     code = (
-        "import os, sys\nsys.path[:0] = sys.argv[2:]\nimport test_report_callback as t\n"
+        "import os, sys\nsys.path.insert(0, sys.argv[2])\nimport test_callback as t\n"
         "from dpo_fast.report import callback, files\n"
         "callback.PAUSE, writes, write = 0.0, [], files.write_text\n"
         "def kill(path, text):\n    writes.append(path)\n"
@@ -200,7 +201,7 @@ def test_a_killed_run_leaves_files_that_are_whole(tmp_path):
         "callback.write_text = kill\n"
         "t.build(sys.argv[1], callbacks=[callback.ReportCallback()], evaluation=0, logging_steps=1).train()\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), *sys.path[:1], *[p for p in sys.path if p.endswith("tests")]]
+    command = [sys.executable, "-c", code, str(tmp_path), os.path.dirname(__file__)]
     assert subprocess.run(command, capture_output=True).returncode == 9
     check((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert json.loads((tmp_path / "results.json").read_text())["finished"] is False

@@ -12,7 +12,8 @@ import types
 import pytest
 import torch
 import transformers
-from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from trainers import TOKENIZER, fast_trainer
 
 pytest.importorskip("datasets")
 
@@ -24,28 +25,15 @@ from dpo_fast.training.data import Truncation
 from dpo_fast.training.reference_columns import TOKENS
 from dpo_fast.training.trainer import NOT_TAKEN
 
-TOKENIZER = tiny_tokenizer()
-
 
 @pytest.fixture
 def build(tmp_path):
     """build(model=..., args={...}, ...) -> a trainer on tiny data that writes nowhere else."""
 
     def make(model=None, train_dataset=None, args=(), **options):
-        options = {"processing_class": TOKENIZER, **options}
-        settings = dict(
-            output_dir=str(tmp_path),
-            **QUIET,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            max_steps=2,
-        )
-        return FastDPOTrainer(
-            model if model is not None else tiny_model(),
-            args=FastDPOConfig(**{**settings, **dict(args)}),
-            train_dataset=tiny_rows(8) if train_dataset is None else train_dataset,
-            **options,
-        )
+        settings = dict(per_device_train_batch_size=4, learning_rate=1e-3, max_steps=2) | dict(args)
+        folder = settings.pop("output_dir", tmp_path)
+        return fast_trainer(folder, model, train_dataset, options=options, **settings)
 
     return make
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMOKE = """
 import dpo_fast, torch, pathlib
 assert {site!r} in dpo_fast.__file__, dpo_fast.__file__

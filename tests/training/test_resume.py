@@ -4,16 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_model, tiny_rows
+from trainers import fast_trainer
 
 pytest.importorskip("datasets")
 
-from dpo_fast import FastDPOConfig, FastDPOTrainer
 
 DIES_AT = 5
 
@@ -40,22 +39,16 @@ def trainer(output_dir, kind: str, callbacks=None):
         else:
             torch.manual_seed(0)
             model = peft.get_peft_model(model, config)
-    args = FastDPOConfig(
-        output_dir=str(output_dir),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
+    settings = dict(
+        save_strategy="steps",
         per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
         max_steps=8,
-        logging_steps=1,
         save_steps=2,
         learning_rate=1e-2,
         disable_dropout=False,
     )
-    return FastDPOTrainer(
-        model, args=args, train_dataset=tiny_rows(9), processing_class=tiny_tokenizer(), callbacks=callbacks, **options
-    )
+    return fast_trainer(output_dir, model, tiny_rows(9), options=options | dict(callbacks=callbacks), **settings)
 
 
 def history(trainer):
@@ -88,6 +81,5 @@ def test_killed_and_resumed(tmp_path, kind):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(int(sys.argv[3]))
     trainer(sys.argv[1], sys.argv[2], callbacks=[Die()]).train()

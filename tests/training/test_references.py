@@ -7,19 +7,18 @@ import types
 
 import pytest
 import torch
-from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_model, tiny_rows
+from trainers import fast_trainer
 
 pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
 import datasets  # noqa: E402
 
-from dpo_fast import FastDPOConfig, FastDPOTrainer, reference  # noqa: E402
+from dpo_fast import reference  # noqa: E402
 from dpo_fast.training import reference_columns, references  # noqa: E402
 from dpo_fast.training.data import PairCollator, Truncation  # noqa: E402
 from dpo_fast.training.reference_columns import DataColumns  # noqa: E402
-
-TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture
@@ -27,22 +26,10 @@ def build(tmp_path):
     """build(model, peft_config=..., ...) -> a trainer of 4 pairs; other keywords are settings."""
 
     def make(model, train_dataset=None, peft_config=None, ref_model=None, eval_dataset=None, **settings):
-        defaults = dict(
-            output_dir=str(tmp_path / "out"),
-            **QUIET,
-            per_device_train_batch_size=4,
-            learning_rate=2e-2,
-            max_steps=4,
-        )
-        return FastDPOTrainer(
-            model,
-            ref_model=ref_model,
-            args=FastDPOConfig(**{**defaults, **settings}),
-            train_dataset=tiny_rows(4) if train_dataset is None else train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=TOKENIZER,
-            peft_config=peft_config,
-        )
+        settings = dict(per_device_train_batch_size=4, learning_rate=2e-2, max_steps=4) | settings
+        options = dict(ref_model=ref_model, eval_dataset=eval_dataset, peft_config=peft_config)
+        rows = tiny_rows(4) if train_dataset is None else train_dataset
+        return fast_trainer(tmp_path / "out", model, rows, options=options, **settings)
 
     return make
 

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -127,7 +126,6 @@ def test_ranks_that_would_train_alone_are_refused(tmp_path, monkeypatch, kind):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     print(json.dumps(run(sys.argv[1], 2, sys.argv[2])), flush=True)
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads at times abort a process that leaves the long way, with nothing left to do

@@ -4,20 +4,19 @@ import inspect
 
 import pytest
 import torch
-from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer, why_not_nemotron
+from tiny import tiny_model, tiny_rows, why_not_nemotron
+from trainers import fast_trainer
 
 datasets = pytest.importorskip("datasets")
 
-from dpo_fast import FastDPOConfig, FastDPOTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 def trainer_of(tmp_path, model, ref_model=None, **options):
-    settings = {**QUIET, "max_steps": 2, "per_device_train_batch_size": 3, **options}
-    args = FastDPOConfig(output_dir=str(tmp_path), **settings)
+    settings = {"max_steps": 2, "per_device_train_batch_size": 3, **options}
     data = datasets.Dataset.from_list(tiny_rows(6, seed=4))
-    return FastDPOTrainer(model, ref_model, args=args, train_dataset=data, processing_class=tiny_tokenizer())
+    return fast_trainer(tmp_path, model, data, options=dict(ref_model=ref_model), **settings)
 
 
 def losses(tmp_path, model, **options):

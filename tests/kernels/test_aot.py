@@ -10,7 +10,7 @@ import pytest
 
 
 def kernel_names() -> set[str]:
-    kernels = Path(__file__).parents[1] / "kernels"
+    kernels = Path(__file__).parents[2] / "kernels"
     defined = [line.split("(")[0] for file in kernels.glob("*.py") for line in file.read_text().splitlines()]
     return {n.removeprefix("def ").removesuffix("_kernel") for n in defined if n.startswith("def ") and "_kernel" in n}
 
@@ -22,7 +22,7 @@ SHARED_KIB = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99, "
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_compiled_kernels(target):
-    script = Path(__file__).with_name("aot_compile.py")
+    script = Path(__file__).parents[1] / "aot_compile.py"
     run = subprocess.run([sys.executable, str(script), target], capture_output=True, text=True)
     if "ROCm linker" in run.stderr:
         pytest.skip("this Triton comes without a linker for ROCm (3.4 does)")
@@ -41,5 +41,5 @@ def test_compiled_kernels(target):
 
 def test_no_kernel_relies_on_a_debug_barrier():
     """It orders threads on NVIDIA, by their machine code; on gfx942 a wave passes it with its loads in flight."""
-    kernels = Path(__file__).parents[1] / "kernels"
+    kernels = Path(__file__).parents[2] / "kernels"
     assert not [file.name for file in kernels.glob("*.py") if "debug_barrier" in file.read_text(encoding="utf-8")]

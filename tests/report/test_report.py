@@ -6,9 +6,9 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
+from html_pages import Balanced, check
 
 from dpo_fast.cli import main
 from dpo_fast.report import compare, record, run
@@ -36,26 +36,6 @@ LOG = [
     {"step": 9, "loss": 0.5, "rewards/chosen": 0.3, "rewards/rejected": -0.4, "rewards/margins": 0.7},
     {"step": 9, "train_runtime": 1.0},
 ]
-
-
-class Balanced(HTMLParser):
-    """Fails on a tag that is closed out of order or never."""
-
-    VOID = {"meta", "br", "line", "polyline", "circle"}
-
-    def __init__(self):
-        super().__init__()
-        self.open = []
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
 
 
 def test_page_is_self_contained_balanced_and_escaped():
@@ -262,12 +242,6 @@ RUN = {
     "log": LOG,
     "facts": {"how": [["reference", "<frozen>", "because <u>"]], "lengths": None, "notes": ["1 < 2"]},
 }
-
-
-def check(text: str) -> None:
-    parser = Balanced()
-    parser.feed(text)
-    assert parser.open == [] and not re.search(r'<script|src\s*=|href="[^#]|url\(|@import', text)
 
 
 def test_page_of_a_run_is_whole_and_escaped_while_it_trains_and_after():

@@ -1,6 +1,6 @@
 """One provider of `benchmarks.train_step` in a process of its own, so that its peak memory is its own.
 
-    python -m benchmarks.train_step_worker '{"provider": "trl", ...}'
+    python -m benchmarks.train_step.worker '{"provider": "trl", ...}'
 
 Builds the trainer, then waits for a line on stdin before each optimizer step, so that providers can take turns on one
 machine. Answers on stdout in lines of JSON: ready, one per step, done; whatever libraries print goes to stderr.
@@ -26,7 +26,7 @@ class Job:
     """What a worker does; knobs that are not of the provider are the same for all."""
 
     provider: str
-    folder: str  # what train_step_inputs.write_inputs wrote
+    folder: str  # what inputs.write_inputs wrote
     mode: str  # full, lora
     reference: str  # memory, precomputed
     checkpointing: bool

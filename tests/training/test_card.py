@@ -1,11 +1,10 @@
 """README.md beside a saved model."""
 
 import pytest
-from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
+from trainers import fast_trainer
 
 pytest.importorskip("datasets")
 
-from dpo_fast import FastDPOConfig, FastDPOTrainer
 from dpo_fast.training import card
 
 ROWS = [("data", "pairs | <b>"), ("loss", "sigmoid")]
@@ -13,10 +12,7 @@ LOG = [{"step": 0, "eval_loss": 0.6931}, {"step": 1, "loss": 0.6931}, {"step": 5
 
 
 def trainer_in(folder, **options):
-    args = FastDPOConfig(output_dir=str(folder), **{**QUIET, "save_strategy": "steps"}, save_steps=2, max_steps=2)
-    return FastDPOTrainer(
-        tiny_model(), args=args, train_dataset=tiny_rows(8), processing_class=tiny_tokenizer(), **options
-    )
+    return fast_trainer(folder, options=options, save_strategy="steps", save_steps=2, max_steps=2)
 
 
 def test_card_says_what_was_trained_and_is_written_anew(tmp_path):

@@ -32,10 +32,10 @@ from pathlib import Path
 
 import torch
 
-from .record import RESULTS, Record, add_arguments, table
-from .train_step_inputs import MIXES, SHAPES, packed_tokens, padded_tokens, real_tokens, write_inputs
-from .train_step_plot import plot
-from .train_step_worker import PROVIDERS, Job, reason_against
+from ..record import RESULTS, Record, add_arguments, table
+from .inputs import MIXES, SHAPES, packed_tokens, padded_tokens, real_tokens, write_inputs
+from .plot import plot
+from .worker import PROVIDERS, Job, reason_against
 
 BASELINE = "trl"
 COMPARED = {"": BASELINE, "_compact": "trl-compact"}  # suffix of a column -> with whom
@@ -58,7 +58,7 @@ class WorkerFailed(RuntimeError):
 
 
 class Worker:
-    """A provider's process; see train_step_worker."""
+    """A provider's process; see worker.py."""
 
     def __init__(self, job: Job, folder: Path):
         self.job, self.log = job, folder / f"{job.provider}.log"
@@ -67,7 +67,7 @@ class Worker:
         environment.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that spins would count as work
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.train_step_worker", job.dumps()],
+                [sys.executable, "-m", "benchmarks.train_step.worker", job.dumps()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -421,7 +421,3 @@ def report(result: dict) -> None:
         print(f"{provider}, largest difference: " + ", ".join(f"{k} {v:.2e}" for k, v in found.items()))
     for provider in wrong:
         print(f"{provider}: no speed, its curves are not those of {BASELINE}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,3 @@
+"""Whole optimizer steps of TRL's trainer and of ours: see run.py."""
+
+from .run import main as main
