@@ -83,6 +83,14 @@ class PreferenceScores(NamedTuple):
         pass
 
 
+# Under which names configs declare a factor of the logits
+_FACTORS = (
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+)
+
+
 @dataclass(frozen=True)
 class HeadTransform:
     """What a model does to its head's output: logits = softcap * tanh(scale * head(hidden) / softcap)."""
@@ -94,7 +102,7 @@ class HeadTransform:
     def from_config(cls, config) -> "HeadTransform":
         """Read the transform that the config declares, under any of the names that transformers' models use."""
         text = config.get_text_config()
-        declared = [getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+        declared = [getattr(text, name, None) for name in _FACTORS]
         scaling = getattr(text, "logits_scaling", None)
         if scaling is not None:  # a divisor (Granite, MiniCPM3), but a factor in HyperCLOVA X
             declared.append(scaling if text.model_type == "hyperclovax" else 1 / scaling)

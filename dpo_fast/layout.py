@@ -219,9 +219,23 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
         raise ValueError("shared_prefix_batch: got no pairs, expected at least one")
     groups = [([*p.chosen_prompt, *p.chosen], [*p.rejected_prompt, *p.rejected]) for p in pairs]
     prompts = [len(prompt) for p in pairs for prompt in (p.chosen_prompt, p.rejected_prompt)]
-    row, layout = pack(groups, _interleaved(len(pairs)))
+    return packed_batch(groups, prompts, _interleaved(len(pairs)))
+
+
+def packed_batch(
+    groups: Sequence[Sequence[Sequence[int]]],
+    prompts: Sequence[int],
+    ids: Sequence[int] | None = None,
+    across: bool = False,
+    comparisons: Iterable[tuple[int, int]] | None = None,
+) -> PreferenceBatch:
+    """Groups of token sequences as one packed row, of which all is scored but each sequence's prompt.
+
+    prompts: of each sequence, the length. groups, ids, across: as `pack` takes them. comparisons: (chosen, rejected)
+    ids; None: P pairs of 2P sequences."""
+    row, layout = pack(groups, ids, across)
     targets, predictors, sequence_ids, start = [], [], [], 0
-    counts = [0] * (2 * len(pairs))
+    counts = [0] * len(layout.ids)
     for sequence, tokens, prompt in zip(layout.ids, (s for group in groups for s in group), prompts, strict=True):
         first = max(prompt, 1)  # the first token has nothing to predict it
         counts[sequence] = max(len(tokens) - first, 0)
@@ -238,6 +252,7 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
         lengths=torch.tensor(counts, dtype=torch.int64),
         host_lengths=tuple(counts),
         layout=layout,
+        **({} if comparisons is None else {"comparisons": tuple(comparisons)}),
     )
 
 
