@@ -10,7 +10,7 @@ from benchmarks.train_step import run as train_step
 from benchmarks.train_step.worker import PROVIDERS, reason_against
 
 MIX, WARMUP, ROUNDS = "chat", 2 if CUDA else 1, 10 if CUDA else 3
-LONGEST, PAIRS = (2048, 8) if CUDA else (512, 2)  # tokens of prompt + completion, pairs a step
+LONGEST, PAIRS = (2048, 8) if CUDA else (512, 2)  # tokens of prompt + completion, pairs per step
 OPTIONS = ["--mix", MIX, "--steps", str(ROUNDS), "--warmup", str(WARMUP), "--rounds", "1", "--no-save"]
 OPTIONS += ["--longest", str(LONGEST), "--pairs", str(PAIRS)]
 

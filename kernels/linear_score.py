@@ -3,15 +3,16 @@
     z = transform(hidden weight^T + bias)        logp = (z_y - max_v z_v) - log sum_v exp(z_v - max)
 
 A GEMM whose epilogue is one step of an online softmax. Logits live in the fp32 accumulator and are never rounded nor
-written. A program owns BLOCK_N rows and a run of columns; it writes three floats a row (seven with statistics), and a
+written. A program owns BLOCK_N rows and a run of columns; it writes three floats per row (seven with statistics), and a
 second, tiny kernel merges the runs in a fixed order. Runs depend on V alone: a row's bits depend neither on the rows
 around it nor on the number of processors, so cached reference log-probs equal recomputed ones.
 
 Floor: 2 N V H operations at the GEMM rate. N=8192 H=4096 V=131,072 is 8.8 TFLOP, on an H200 (790 TFLOP/s in bf16,
-4.3 TB/s) 11.1 ms. A GEMM that writes an fp32 tile and a pass that reads it move 8 bytes a logit more, 2.0 ms whatever
-H is: 18 % of the GEMM at H=4096, 72 % at H=1024. So much can this kernel win, less what its GEMM (plain pointers, no
-multicast between neighbours, tensor cores idle during the epilogue) loses to a library's: expected to win for narrow
-models, open for wide ones until measured. Up to some 180 rows both wait for the weight, 0.25 ms for one read of it.
+4.3 TB/s) 11.1 ms. A GEMM that writes an fp32 tile and a pass that reads it move 8 bytes per logit more, 2.0 ms whatever
+H is: 18 % of the GEMM at H=4096, 72 % at H=1024. That is what this kernel can win. Its GEMM loses some of it to a
+library's: it has plain pointers, no multicast between neighbours, and tensor cores that idle during the epilogue. It is
+expected to win for narrow models; for wide ones that is open until it is measured. Up to some 180 rows both wait for
+the weight, 0.25 ms for one read of it.
 
 It has no gradient (a backward would recompute the tile), and its sums are grouped otherwise than those of a tiled GEMM:
 where policy and reference must agree to the last bit, score both in the same way.
@@ -58,7 +59,7 @@ def linear_score_fwd_kernel(
     FOLD_V: tl.constexpr,  # BLOCK_V or half of it
 ):
     """Programs that run together take the same columns for `group` blocks of rows, rows fastest: a weight tile is read
-    from memory once a group and from L2 otherwise, and the group's hidden states stay in L2 for all columns."""
+    from memory once per group and from L2 otherwise, and the group's hidden states stay in L2 for all columns."""
     blocks = tl.cdiv(N, BLOCK_N)
     first_block = tl.program_id(0) // (group * splits) * group
     within = tl.program_id(0) % (group * splits)

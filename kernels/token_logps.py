@@ -2,7 +2,7 @@
 
     logp = (z_y - max_v z_v) - log sum_v exp(z_v - max)            d logp / d z_v = [v = y] - p_v
 
-z is the transformed logit (numerics.py). No probability is stored: the forward keeps two floats a row (`row_max`,
+z is the transformed logit (numerics.py). No probability is stored: the forward keeps two floats per row (`row_max`,
 `log_sum`), from which the backward rebuilds each p_v. Subtracting the maximum first, and not the sum of both, keeps the
 digits that a large log-sum-exp would swallow. The same pass can report entropy, mean logit, top-1 hit and log sum p^2.
 """
@@ -42,9 +42,9 @@ def token_logps_fwd_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a row. LANES independent online softmaxes, each over WIDTH neighbouring columns a step: WIDTH is one
-    16-byte load, so a lane never leaves its thread and the loop has no exchange between threads, which wait only once,
-    at the end. Beyond one `exp` a logit, a step costs one a lane."""
+    """One program per row, with LANES independent online softmaxes. In a step a lane takes WIDTH neighbouring columns,
+    one 16-byte load. So a lane never leaves its thread, and threads wait for each other only at the end. A step takes
+    one `exp` per logit, and one per lane."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     if label == ignore_index:  # nothing of the row is read
@@ -225,9 +225,9 @@ def token_logps_bwd(
 
 
 def forward_config(V: int, element_size: int, target: str = "other") -> dict[str, int]:
-    """A rule where nothing was measured: four 16-byte loads in flight a thread, no more lanes than the row can fill. A
-    vocabulary that is no multiple of 16 is read a logit at a time, each with a predicate; a quarter of the lanes, one
-    and its eight 2-byte loads a thread, leave registers for them."""
+    """A rule where nothing was measured: four 16-byte loads in flight per thread, no more lanes than the row can fill.
+    A vocabulary that is no multiple of 16 is read logit by logit, each with a predicate. A quarter of the lanes, one
+    and its eight 2-byte loads per thread, leaves registers for them."""
     full, warps = constants(target, "token_logps_fwd", (1024, 8))
     width, full = 16 // element_size, full if V % 16 == 0 else full // 4
     lanes = min(full, triton.next_power_of_2(triton.cdiv(V, width)))
@@ -235,7 +235,7 @@ def forward_config(V: int, element_size: int, target: str = "other") -> dict[str
 
 
 def backward_config(V: int, target: str = "other") -> dict[str, int]:
-    """A rule where nothing was measured: two 16-byte bf16 loads a thread, one where predicates need the registers."""
+    """A rule where nothing was measured: two 16-byte bf16 loads per thread, one where predicates need the registers."""
     full, warps = constants(target, "token_logps_bwd", (4096, 8))
     block = min(full if V % 16 == 0 else full // 2, triton.next_power_of_2(V))
     return {"BLOCK_V": block, "num_warps": max(1, min(warps, block // 256))}

@@ -30,7 +30,7 @@ def plot(result: dict, path: Path) -> None:
     spread = [[row[f"{clock}_s"] - row[f"{clock}_min_s"] for row in rows]]
     spread += [[row[f"{clock}_max_s"] - row[f"{clock}_s"] for row in rows]]
     axes[0].barh(names, middle, xerr=spread, color=colours)
-    axes[0].set_title(f"{clock} seconds a step (median, range)")
+    axes[0].set_title(f"{clock} seconds per step (median, range)")
     axes[1].barh(names, [row["peak_mib"] / 1024 for row in rows], color=colours)
     axes[1].set_title("peak memory, GiB")
     axes[1].set_yticklabels([])
@@ -41,7 +41,7 @@ def plot(result: dict, path: Path) -> None:
             axis.plot(range(1, len(values[curve]) + 1), values[curve], color=COLOURS[provider], linewidth=width)
         axis.set_title(f"{curve.replace('_', ' ')} by step")
     figure.suptitle(
-        f"{result['shape']}, {result['mix']} mix, {result['mode']}, {result['pairs']} pairs a step, {result['dtype']}"
+        f"{result['shape']}, {result['mix']} mix, {result['mode']}, {result['pairs']} pairs per step, {result['dtype']}"
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step --mix chat --mode full --steps 4 --rounds 3
     python -m benchmarks.train_step --suite              # every line of the bar; on a GPU, 1B- and 8B-shaped models
-    python -m benchmarks.train_step --largest-batch      # on a GPU: pairs a step until memory runs out
+    python -m benchmarks.train_step --largest-batch      # on a GPU: pairs per step until memory runs out
     python -m benchmarks.train_step --smoke              # seconds, a tiny model
 
 Each provider has its own process, hence its own peak memory. On CPU all of them are loaded and take turns step by
@@ -279,7 +279,7 @@ def largest_batch(arguments, folder: Path, most: int = 512) -> dict:
 
         largest = search(fits, arguments.pairs, most)
         rows.append({"provider": provider, "largest_batch": largest, "pairs_per_s": speeds.get(largest)})
-        print(f"{provider}: {largest} pairs a step")
+        print(f"{provider}: {largest} pairs per step")
     base = next((row["largest_batch"] for row in rows if row["provider"] == BASELINE), None)
     for row in rows:
         row["times_larger"] = row["largest_batch"] / base if base else None
@@ -328,7 +328,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, over float32 weights")
-    parser.add_argument("--pairs", type=int, default=8 if cuda else 4, help="pairs a step")
+    parser.add_argument("--pairs", type=int, default=8 if cuda else 4, help="pairs per step")
     parser.add_argument("--steps", type=int, default=10 if cuda else 4, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3 if cuda else 1, help="steps before them")
     parser.add_argument("--rounds", type=int, default=1, help="times that everything is done, in new processes")
@@ -412,7 +412,7 @@ def report(result: dict) -> None:
     tokens = result["tokens_per_step"]
     print(
         f"{result['shape']} {result['dtype']}, {result['mix']} mix, {result['mode']}, reference {result['reference']}, "
-        f"gradient checkpointing {'on' if result['checkpointing'] else 'off'}, {result['pairs']} pairs a step: "
+        f"gradient checkpointing {'on' if result['checkpointing'] else 'off'}, {result['pairs']} pairs per step: "
         f"{tokens['real']:.0f} real tokens, in {tokens['padded']:.0f} positions padded or {tokens['packed']:.0f} packed"
     )
     wrong = wrong_providers(result)

@@ -132,7 +132,7 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_the_order_of_programs(mo
     for again in (score(hidden, weight, labels, config=SMALL), score(hidden[16:], weight, labels[16:], config=SMALL)):
         for name, value in again.items():
             assert torch.equal(value, together[name][-len(value) :]), name
-    monkeypatch.setattr(linear_score, "GROUP_BYTES", 2 * 16 * 24 * 4)  # two blocks of rows a group, then one
+    monkeypatch.setattr(linear_score, "GROUP_BYTES", 2 * 16 * 24 * 4)  # two blocks of rows per group, then one
     for name, value in score(hidden, weight, labels, config=SMALL).items():
         assert torch.equal(value, together[name]), name
 
