@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -422,7 +422,8 @@ def _options(attend) -> frozenset[str]:
 def _varlen(query, key, value, layout, scores: Scores) -> Tensor:
     """Flash attention aligns causality bottom-right, which is what own tokens behind shared ones need."""
     attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
-    known, options = _options(attend), {}
+    known = _options(attend)
+    options: dict[str, Any] = {}
     rows, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()  # the kernel reads whole heads; keys and values are copied anyway

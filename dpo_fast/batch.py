@@ -105,7 +105,8 @@ def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_
 
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    targets, sequence_ids, predictors, lengths = [], [], [], []
+    targets, sequence_ids, lengths = [], [], []
+    predictors: list[int] = []
     for row, (prompt, completion) in enumerate(rows):
         ids = [*prompt, *completion]
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)

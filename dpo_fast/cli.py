@@ -86,6 +86,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         print(f"  {EVALUATION_HINT}\n")
     if hint := _hardly_moved(result):
         print(f"  {hint}\n")
+    assert config.output_dir is not None  # transformers sets it
     out = Path(config.output_dir)
     _print_paths({"report": out / "report.html", "numbers": out / "results.json", "model": out}, result["png"])
     return 0
@@ -196,9 +197,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if (error.name or "dpo_fast").split(".")[0] == "dpo_fast":
+        name = error.name or "dpo_fast"
+        if name.split(".")[0] == "dpo_fast":
             raise
-        package = {"yaml": "pyyaml"}.get(error.name, error.name.split(".")[0].replace("_", "-"))
+        package = {"yaml": "pyyaml"}.get(name, name.split(".")[0].replace("_", "-"))
         return _say(arguments.command, f"the package {package} is missing: pip install {package}", 1)
     except KeyboardInterrupt:
         return _say(arguments.command, "interrupted", 130)

@@ -89,7 +89,8 @@ class Comparisons:
         """By union of what is compared, groups in the order of their first sequences; sequences that nothing compares
         are groups of one."""
         S, C, device = self.num_sequences, len(self.index), self.index.device
-        if self.host is None:
+        host = self.host
+        if host is None:
             rank = torch.arange(S, device=device).view(C, 2).t().flatten()
             sequences = [s for i in range(C) for s in (i, C + i)]
             return Groups(rank, torch.arange(C, device=device), sequences, list(range(0, S + 1, 2)), list(range(C + 1)))
@@ -100,12 +101,12 @@ class Comparisons:
                 parent[s] = s = parent[parent[s]]
             return s
 
-        for a, b in self.host:
+        for a, b in host:
             low, high = sorted((root(a), root(b)))
             parent[high] = low
         roots = [root(s) for s in range(S)]
         sequences = sorted(range(S), key=lambda s: (roots[s], s))
-        order = sorted(range(C), key=lambda c: (roots[self.host[c][0]], c))
+        order = sorted(range(C), key=lambda c: (roots[host[c][0]], c))
         rank = torch.empty(S, dtype=torch.int64)
         rank[sequences] = torch.arange(S)
         names = sorted(set(roots))
@@ -114,7 +115,7 @@ class Comparisons:
             torch.tensor(order, dtype=torch.int64, device=device),
             sequences,
             _ends([roots[s] for s in sequences], names),
-            _ends([roots[self.host[c][0]] for c in order], names),
+            _ends([roots[host[c][0]] for c in order], names),
         )
 
 

@@ -9,7 +9,8 @@ policy, and a copy that is trained does not move at all.
 import functools
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def _take_back(module: nn.Module, found: dict, foreign: list[str]) -> None:
     vars(module).pop("forward", None)
     vars(module).pop(ATTACHED, None)
     if OLD_FORWARD in found:  # the instance's forward is then accelerate's, which runs its hooks and calls this
-        module._old_forward = module.forward
+        setattr(module, OLD_FORWARD, module.forward)
         if hooked is not None:
             module.forward = hooked
 
@@ -122,7 +123,7 @@ def reached(value, seen: set[int] | None = None) -> Iterator:
         return
     seen.add(id(value))
     yield value
-    held = ()
+    held: Sequence[Any] = ()
     if isinstance(value, (nn.Module, Tensor)):
         pass
     elif isinstance(value, types.MethodType):
@@ -171,7 +172,7 @@ class WeightSample:
     leave_out: ids of parameters of adapters that the model has already; those may be made anew.
     """
 
-    def __init__(self, model: nn.Module, leave_out: set[int] = frozenset()):
+    def __init__(self, model: nn.Module, leave_out: Set[int] = frozenset()):
         self.had_adapters = bool(leave_out)
         self.before = [(name, p, _sample(p)) for name, p in model.named_parameters() if id(p) not in leave_out]
 

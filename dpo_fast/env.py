@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import torch
 
@@ -22,8 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def device() -> torch.device:
     """The device that a Trainer would use."""
-    if torch.accelerator.is_available():
-        return torch.device(torch.accelerator.current_accelerator().type)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        return torch.device(accelerator.type)
     return torch.device("cpu")
 
 
@@ -63,8 +65,8 @@ def describe_implementations(where: torch.device) -> list[str]:
 
 
 def describe_plans(N: int, H: int, V: int, dtype: torch.dtype, tile_mib: int | None, where: torch.device) -> list[str]:
-    common = dict(tile_mib=tile_mib, device_type=where.type, device_memory=device_memory(where))
-    cases = {
+    common: dict[str, Any] = dict(tile_mib=tile_mib, device_type=where.type, device_memory=device_memory(where))
+    cases: dict[str, dict[str, Any]] = {
         "reference, evaluation": dict(hidden_grad=False, head_grad=False),
         "frozen head (LoRA)": dict(head_grad=False),
         "trained head": dict(),

@@ -19,7 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -235,7 +235,7 @@ LEADING: "weakref.WeakSet[Callable]" = weakref.WeakSet()
 
 
 @functools.cache
-def _forward_of(model_class: type) -> Callable:
+def _forward_of(model_class: type[nn.Module]) -> Callable:
     """The forward for models of this class; wraps the class's own for its signature, which `generate` reads."""
 
     @functools.wraps(model_class.forward)
@@ -343,7 +343,8 @@ def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
 def backbone_of(model: nn.Module) -> nn.Module:
     """The module of an attached model whose output the head is given."""
     path = getattr(model, _STATE).backbone
-    return model.get_submodule(path) if path else model.base_model
+    backbone: Any = model.get_submodule(path) if path else model.base_model
+    return backbone
 
 
 def reasons_against_packed_rows(
@@ -353,7 +354,7 @@ def reasons_against_packed_rows(
 
     The first call runs the probe (probe.py), once per model object.
     """
-    base = _causal_lm(model)
+    base: Any = _causal_lm(model)
     state = attachment(base)  # the head's check finds the backbone
     if torch.compiler.is_compiling():  # hooks are part of what Dynamo traces
         return [] if state.packs else list(_reasons_not_compiled(base, device, training))
@@ -445,7 +446,8 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
     backbone is one, and what enters and leaves the head. Raises `ValueError` with the name of the model's class.
     """
     name = type(model).__name__
-    seen, left = {}, {}
+    seen: dict[str, Any] = {}
+    left: dict[nn.Module, Any] = {}
 
     def note(module, _args, out):  # the modules in the order in which they are left
         out = list(out.values()) if isinstance(out, dict) else out
@@ -459,7 +461,8 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
     ]
     try:
         with torch.no_grad():
-            ids = torch.arange(4, device=model.device).remainder_(model.config.get_text_config().vocab_size)
+            where: Any = model.device
+            ids = torch.arange(4, device=where).remainder_(model.config.get_text_config().vocab_size)
             logits = state.original(input_ids=ids.unsqueeze(0), use_cache=False).logits
     finally:
         for hook in hooks:

@@ -14,6 +14,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ def sequence_scores(tokens: TokenScores, batch: PreferenceBatch, ld_alpha: float
     """The sums over a batch's sequences of what a model gave for its tokens."""
     weights = None
     if ld_alpha is not None:
-        more = dict(dtype=tokens.logps.dtype, comparisons=batch.compared().index)
-        weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha, **more)
+        dtype, index = tokens.logps.dtype, batch.compared().index
+        weights = ld_dpo_token_weights(batch.sequence_ids, batch.lengths, ld_alpha, dtype=dtype, comparisons=index)
     return SequenceScores(sequence_logps(tokens.logps, batch.sequence_ids, len(batch.lengths), weights=weights), tokens)
 
 
@@ -82,13 +83,16 @@ def preference_step(
     mean_chosen_length: over all micro-batches and ranks of an optimizer step, see `linear_preference_loss`.
     aux_loss: compute a mixture of experts' balancing loss, too; it is not added to the loss.
     """
-    objective, knobs = objective.with_ld_alpha(ld_alpha), {"mean_chosen_length": mean_chosen_length}
+    objective = objective.with_ld_alpha(ld_alpha)
+    knobs: dict[str, Any] = {"mean_chosen_length": mean_chosen_length}
     if aux_loss:
         knobs["aux_loss"] = True
-    if isinstance(reference, Tensor) or (reference is not None and reference.tokens is None):
-        knobs["reference_logps"] = reference if isinstance(reference, Tensor) else reference.logps
-    elif reference is not None:
+    if isinstance(reference, Tensor):
+        knobs["reference_logps"] = reference
+    elif reference is not None and reference.tokens is not None:
         knobs["reference_token_logps"] = reference.tokens.logps
+    elif reference is not None:
+        knobs["reference_logps"] = reference.logps
     outputs = tuple(EXTRA_METRICS[name] for name in extra_metrics)
     return PreferenceStep(*model(batch, outputs=outputs, objective=objective, **knobs))
 
@@ -102,7 +106,7 @@ def step_metrics(
     if first is not None:
         losses, pairs = losses[:first], pairs.first(first)
         keep = torch.isin(sequence_ids, compared.index[:first].flatten())
-        tokens, sequence_ids = TokenScores(*(x if x is None else x[keep] for x in tokens)), sequence_ids[keep]
+        tokens, sequence_ids = TokenScores._make(x if x is None else x[keep] for x in tokens), sequence_ids[keep]
     pairs_counted = losses.new_full((), losses.numel())
     metrics = {
         "loss": (losses.sum(), pairs_counted),

@@ -5,7 +5,7 @@ calling one computes the product and nothing else. Any other module (hooked, qua
 forward of somebody's own) is called as it is, at the price of its (N, V) logits, and `head_tensors` says why.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +28,21 @@ def head_tensors(head: nn.Module, hidden: Tensor) -> HeadTensors | str:
     """What `head(hidden)` computes, for hidden states (N, H); or the reason why the module has to be called."""
     if reason := _what_hangs_on(head):
         return f"the output head has {reason}"
-    head = _active_copy(head)
+    layer: Any = _active_copy(head)
     low_rank = None
-    if hasattr(head, "lora_A") and hasattr(head, "base_layer"):
-        update = _lora_update(head, hidden)
+    if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
+        update = _lora_update(layer, hidden)
         if isinstance(update, str):
             return update
-        low_rank, head = update, head.base_layer
-    if not _is_linear(head):
-        return f"the output head is a {type(head).__name__} with a forward of its own"
-    if hasattr(head.weight, "ds_id"):
+        low_rank, layer = update, layer.base_layer
+    if not _is_linear(layer):
+        return f"the output head is a {type(layer).__name__} with a forward of its own"
+    if hasattr(layer.weight, "ds_id"):
         return "the output head's weight is partitioned by ZeRO-3"
-    tensors = head.weight, head.bias
+    tensors = layer.weight, layer.bias
     if foreign := [type(x).__name__ for x in tensors if x is not None and not _is_plain(x)]:
         return f"the output head's tensors are of the class {foreign[0]}"
-    return HeadTensors(_whole(head.weight), None if head.bias is None else _whole(head.bias), low_rank)
+    return HeadTensors(_whole(layer.weight), None if layer.bias is None else _whole(layer.bias), low_rank)
 
 
 def _what_hangs_on(head: nn.Module) -> str:
@@ -55,8 +55,8 @@ def _what_hangs_on(head: nn.Module) -> str:
                 return "hooks"
         replaced = replaced or "forward" in module.__dict__
         compiled = compiled or module._compiled_call_impl is not None
-    for kind in global_hooks():
-        for hook in kind.values():
+    for hooks in global_hooks():
+        for hook in hooks.values():
             # torch's own only look: which module runs, for a profiler or a counter of FLOPs
             if not str(getattr(hook, "__module__", "")).startswith("torch.utils."):
                 return "the hooks of all modules"
@@ -89,7 +89,8 @@ def _active_copy(head: nn.Module) -> nn.Module:
     if not (hasattr(head, "modules_to_save") and hasattr(head, "original_module") and _is_pefts(head)):
         return head
     active = [name for name in head.active_adapters if name in head.modules_to_save]
-    return head.original_module if head.disable_adapters or not active else head.modules_to_save[active[0]]
+    called: Any = head.original_module if head.disable_adapters or not active else head.modules_to_save[active[0]]
+    return called
 
 
 def _lora_update(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | None | str:

@@ -68,7 +68,8 @@ class SharedPrefixLayout:
         own = [n - k for n, k in zip(lengths, shared, strict=True)]
         starts = [0, *torch.tensor(own, dtype=torch.int64).cumsum(0).tolist()]
         until = torch.empty(starts[-1], dtype=torch.int32)
-        paths, pieces, runs, path = [], [], [], []
+        paths, pieces, runs = [], [], []
+        path: list[tuple[int, int]] = []
         for s, (n, k) in enumerate(zip(lengths, shared, strict=True)):
             paths.append(tuple(_first_tokens(path, k)))
             path = [*paths[-1], (s, n - k)]
@@ -154,7 +155,8 @@ def _first_tokens(path: Sequence[tuple[int, int]], count: int) -> list[tuple[int
 
 def _joined(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """(begin, end, position of its first token) of a sequence's runs, the last one first; pieces that meet are one."""
-    runs, position = [], 0
+    runs: list[tuple[int, int, int]] = []
+    position = 0
     for begin, end in pieces:
         if runs and runs[0][1] == begin:
             runs[0] = (runs[0][0], end, runs[0][2])
@@ -184,7 +186,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def shared_with_before(groups: Iterable[Sequence[Sequence[int]]], across: bool = False) -> list[int]:
     """How many first tokens each sequence shares with the one before it; with one of another group only if `across`,
     or a beginning-of-text token would join all groups of a row."""
-    shared, before = [], ()
+    shared: list[int] = []
+    before: Sequence[int] = ()
     for group in groups:
         before = before if across else ()
         for sequence in group:

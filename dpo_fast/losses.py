@@ -11,6 +11,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .logps import PairLogps
 
-LOSSES: dict[str, "Callable[[PairLogps, LossParams], Tensor]"] = {}
+LOSSES: dict[str, "RegisteredLoss"] = {}
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _EXP_LIMIT = 80.0  # exp(80) = 5.5e34: its products with beta and small integers stay finite in fp32
 _SQUARE_LIMIT = 1e18  # likewise for what is squared
@@ -66,6 +67,22 @@ class LossParams:
             )
         if self.discopop_tau <= 0:
             raise ValueError(f"discopop_tau must be positive, got {self.discopop_tau}")
+
+
+class RegisteredLoss(Protocol):
+    """A function that `loss` has registered; the attributes are its arguments."""
+
+    __name__: str
+    couples_pairs: bool
+    needs_reference: bool
+    needs_lengths: bool
+    f_divergence: bool
+    averages: bool
+    likelihood: Callable[[LossParams], float] | None
+    rewards: bool
+    check: Callable[[LossParams], None] | None
+
+    def __call__(self, pairs: PairLogps, params: LossParams, /) -> Tensor: ...
 
 
 def loss(
@@ -148,10 +165,14 @@ def probability(x: Tensor) -> Tensor:
 
 def token_counts(pairs: PairLogps) -> tuple[Tensor, Tensor]:
     """Numbers of scored tokens, (P,) each."""
-    for name in ("chosen_lengths", "rejected_lengths"):
-        if getattr(pairs, name) is None:
-            raise ValueError(f"this loss needs the completions' lengths, but PairLogps.{name} is None")
-    return pairs.chosen_lengths, pairs.rejected_lengths
+    return _token_count(pairs, "chosen_lengths"), _token_count(pairs, "rejected_lengths")
+
+
+def _token_count(pairs: PairLogps, name: str) -> Tensor:
+    value = getattr(pairs, name)
+    if value is None:
+        raise ValueError(f"this loss needs the completions' lengths, but PairLogps.{name} is None")
+    return value
 
 
 def lengths(pairs: PairLogps) -> tuple[Tensor, Tensor]:

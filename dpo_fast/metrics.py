@@ -5,6 +5,7 @@ Names are TRL's, and within a micro-step so are the values; between micro-steps 
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,21 @@ from torch import Tensor
 from .comparisons import Comparisons
 from .logps import PairLogps
 from .objective import Objective
-from .ops.stats import TokenStats
 
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, weight), both () on the device
+
+
+class TokenValues(Protocol):
+    """What `token_metrics` reads of `TokenStats` or `TokenScores`: (N,) each, or None."""
+
+    @property
+    def entropy(self) -> Tensor | None: ...
+
+    @property
+    def mean_logits(self) -> Tensor | None: ...
+
+    @property
+    def is_top1(self) -> Tensor | None: ...
 
 
 def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
@@ -49,6 +62,7 @@ def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metr
     likelihood = -weight * pairs.chosen.detach()
     if pairs.weights is not None:
         likelihood = likelihood * pairs.weights
+    assert pairs.chosen_lengths is not None  # a likelihood needs lengths
     tokens = pairs.chosen_lengths.to(losses.dtype)
     mean_length = tokens.mean() if pairs.mean_chosen_length is None else pairs.mean_chosen_length
     others = losses - likelihood / mean_length.clamp(min=1e-6)
@@ -59,7 +73,7 @@ def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metr
 
 
 def token_metrics(
-    stats: TokenStats, sequence_ids: Tensor, num_pairs: int, comparisons: Comparisons | None = None
+    stats: TokenValues, sequence_ids: Tensor, num_pairs: int, comparisons: Comparisons | None = None
 ) -> Metrics:
     """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
     top-1 accuracy of chosen. comparisons: None: of pairs. A token counts as chosen once for each comparison

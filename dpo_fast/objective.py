@@ -8,6 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,9 @@ class Objective:
                     f"log Z would not cancel; it fits {fit}"
                 )
         for part in self.parts:
-            if getattr(part, "check", None):
-                part.check(params)
+            check = getattr(part, "check", None)
+            if check:
+                check(params)
         if self.use_weighting and any(getattr(part, "couples_pairs", False) for part in self.parts):
             raise ValueError(f"use_weighting weighs each pair, but loss {', '.join(self.names)} sorts across pairs")
         alpha = self.ld_alpha
@@ -119,6 +121,7 @@ class Objective:
         total = None
         for _, value in self._terms(pairs):
             total = value if total is None else total + value
+        assert total is not None  # there is a loss
         return total if pairs.weights is None else total * pairs.weights
 
     @torch.no_grad()
@@ -196,7 +199,7 @@ def preference_loss(
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     objective = Objective(loss, weights=loss_weights, use_weighting=weights is not None, **params)
-    given = dict(
+    given: dict[str, Any] = dict(
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,

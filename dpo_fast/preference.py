@@ -150,8 +150,8 @@ def linear_preference_loss(
             hidden.device,
             **needs,
             separable=separable,
-            pair_lengths=[sum(size) for size in tokens.sizes] if separable else None,
-            sequences=max(map(len, tokens.sizes)) if separable else 2,
+            pair_lengths=[sum(size) for size in tokens.sizes] if tokens is not None else None,
+            sequences=max(map(len, tokens.sizes)) if tokens is not None else 2,
         )
     if plan.name not in ("pairwise", "pending"):
         return _output(terms, head_stats(op, head, labels, call), sequence_ids, asked, plan)

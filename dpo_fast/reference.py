@@ -15,7 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -165,11 +165,10 @@ def _unused_by_adapters(model: nn.Module) -> set[int]:
 
 def _how_it_computes(model: nn.Module) -> dict:
     """What its numbers depend on beside the weights."""
-    while not hasattr(model, "config") and hasattr(model, "module"):  # DDP and the like
-        model = model.module
-    while not hasattr(model, "config") and hasattr(model, "module"):  # DDP and the like
-        model = model.module
-    base = base_model_of(model)
+    inner: Any = model
+    while not hasattr(inner, "config") and hasattr(inner, "module"):  # DDP and the like
+        inner = inner.module
+    base = base_model_of(inner)
     config = {key: value for key, value in base.config.to_dict().items() if key not in _NOT_IN_THE_NUMBERS}
     device = next((p.device.type for p in base.parameters()), "cpu")
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
@@ -194,7 +193,7 @@ class _Kept:
     name: str
     copy: nn.Parameter
 
-    def swap(self, value: nn.Parameter) -> nn.Parameter:
+    def swap(self, value: nn.Parameter | None) -> nn.Parameter | None:
         """Put `value` into the table; returns what was there."""
         before = self.module._parameters[self.name]
         self.module._parameters[self.name] = value

@@ -1,5 +1,7 @@
 """The load-balancing loss of mixtures of experts, as TRL's padded rows have it."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .batch import PreferenceBatch
@@ -40,7 +42,8 @@ def balancing_loss(model: nn.Module, router_logits, token_weights: Tensor | None
     if token_weights is not None:
         token_weights = token_weights.to(router_logits[0].device)
     experts = getattr(config, names[0])
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, token_weights)
+    loss: Any = load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, token_weights)
+    return loss  # an int only where there are no router logits
 
 
 def token_weights(batch: PreferenceBatch) -> Tensor:

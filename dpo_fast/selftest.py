@@ -13,9 +13,9 @@ from .testing import EPS, assert_within_bound, head_bounds, make_logits, token_b
 
 
 def _gradients(function: Callable, *leaves: torch.Tensor):
-    leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    out = function(*leaves)
-    return out.detach(), torch.autograd.grad(out.sum(), leaves)
+    copies = [x.detach().clone().requires_grad_() for x in leaves]
+    out = function(*copies)
+    return out.detach(), torch.autograd.grad(out.sum(), copies)
 
 
 def check_logits(impl: str, dtype: torch.dtype, where: torch.device) -> None:
@@ -99,7 +99,8 @@ def run(where: torch.device) -> Iterator[tuple[str, str, str, float]]:
                     verdict = "pass"
                 except AssertionError as error:
                     verdict = f"FAIL: {error}"
-                yield check.__doc__.split(".")[0], f"{impl}, {str(dtype)[6:]}", verdict, time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                yield (check.__doc__ or "").split(".")[0], f"{impl}, {str(dtype)[6:]}", verdict, seconds
 
 
 def main(argv: list[str] | None = None) -> int:

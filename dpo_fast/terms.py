@@ -65,7 +65,7 @@ class PairTerms:
             mean_length = counts[comparisons.index[:, 0]].to(wide).mean()
         elif isinstance(mean_length, Tensor):
             check_tensor(op, "mean_chosen_length", mean_length, (), _FLOATS, scored.device)
-        elif isinstance(mean_length, numbers.Real) and 0 <= mean_length < math.inf:
+        elif _is_real(mean_length) and 0 <= mean_length < math.inf:
             mean_length = torch.full((), mean_length, dtype=wide, device=scored.device)
         else:
             raise ValueError(f"{op}: mean_chosen_length must be a number of tokens or None, got {mean_length!r}")
@@ -101,9 +101,23 @@ class PairTerms:
         if self.objective.use_weighting:
             log_weights = total(logps - values["log_sum_sq_probs"], None)[compared.places]
             pair_weights = wpo_weights(log_weights.flatten(), counts.flatten())
+        (chosen, rejected), (ref_chosen, ref_rejected) = sums[compared.places], reference
+        chosen_counts, rejected_counts = counts
         return PairLogps(
-            *sums[compared.places], *reference, *counts, pair_weights, exact, self.mean_length.to(sums.dtype)
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            chosen_counts,
+            rejected_counts,
+            pair_weights,
+            exact,
+            self.mean_length.to(sums.dtype),
         )
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, numbers.Real)
 
 
 def _check_ids(op: str, scored: Tensor, ids, comparisons: Comparisons) -> None:

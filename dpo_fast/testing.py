@@ -12,6 +12,7 @@ rounded to 16 bits), the budget finds what is careless. Both are checked whereve
 """
 
 import os
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def assert_within_bound(result: Tensor, oracle: Tensor, bound: "Tensor | float",
     allowed = bound + ulp(oracle.nan_to_num(posinf=0.0, neginf=0.0).abs() + bound, result.dtype)
     over = (found > 0) & ~((found <= allowed) & allowed.isfinite())
     if over.any():
-        worst = (found / allowed).nan_to_num(nan=torch.inf).argmax().item() if found.numel() > 1 else 0
+        worst = int((found / allowed).nan_to_num(nan=torch.inf).argmax()) if found.numel() > 1 else 0
         value, true = result.detach().reshape(-1)[worst].item(), oracle.reshape(-1)[worst].item()
         limit = allowed.reshape(-1)[worst].item()
         raise AssertionError(
@@ -184,8 +185,8 @@ def head_bounds(
     factors = [(hidden.double(), weight.double())]
     if low_rank is not None:
         factors.append((low_rank[0].double(), low_rank[1].double()))
-    logits = sum(left @ right.T for left, right in factors)
-    terms = sum(left.abs() @ right.abs().T for left, right in factors)
+    logits = cast(Tensor, sum(left @ right.T for left, right in factors))
+    terms = cast(Tensor, sum(left.abs() @ right.abs().T for left, right in factors))
     if bias is not None:
         logits, terms = logits + bias.double(), terms + bias.double().abs().nan_to_num(posinf=0.0)
     roundings = sum(left.shape[1] for left, _ in factors) + 2

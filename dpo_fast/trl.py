@@ -21,6 +21,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,9 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
     Raises RuntimeError when TRL does not ask for the forward that is offered to it.
     """
 
-    @functools.wraps(dpo_trainer.DPOTrainer.__init__)
+    args: dpo_trainer.DPOConfig
+
+    @functools.wraps(dpo_trainer.DPOTrainer.__init__)  # type: ignore[misc]  # mypy knows no decorated constructor
     def __init__(self, *args, layout: str | None = None, **kwargs):
         layout = _layout_asked_for(layout)
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
@@ -127,8 +130,8 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         if not installed:
             raise RuntimeError(_mismatch("does not call trl.trainer.dpo_trainer.add_fused_lm_head"))
         for model in (there.model for there in installed):  # proven before the first batch where they can run already
-            ours = _SEAMS in vars(model) and layout != "padded"
-            reasons = reasons_against_packed_rows(model) if ours and is_ready(model, self.args.device) else []
+            packs = _SEAMS in vars(model) and layout != "padded"
+            reasons = reasons_against_packed_rows(model) if packs and is_ready(model, self.args.device) else []
             if reasons:
                 _refuse_or_log(layout, reasons)
             attention.disable(model)
@@ -305,7 +308,7 @@ class _Installed:
 
     def __init__(self, model: nn.Module, outputs: tuple[str, ...], layout: str):
         self.model, self.outputs, self.layout = model, outputs, layout
-        self.in_use = None
+        self.in_use: dict | None = None
         self._install()
 
     def _install(self) -> None:
@@ -393,7 +396,8 @@ def _trls_head_is_right(model: nn.Module) -> bool:
     """Whether TRL's head gives the log-probs of the model's own logits on four tokens; True where it cannot run yet."""
     if not packing.is_ready(model):
         return True
-    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    where: Any = model.device
+    ids = torch.arange(1, 5, device=where).unsqueeze(0)
     found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]
     true = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -455,8 +459,8 @@ class _Rows:
 def _rows_of(model: nn.Module, layout: str, kwargs: dict, labels, shift_labels) -> _Rows:
     """Packed if nothing speaks against it, else as they come; in that case the reasons are logged, once."""
     if layout != "padded":
-        packed = reasons_against_packed_rows(model) or _reasons_against_batch(kwargs, labels)
-        packed = packed or _packed_once(kwargs, labels)
+        reasons = reasons_against_packed_rows(model) or _reasons_against_batch(kwargs, labels)
+        packed = reasons or _packed_once(kwargs, labels)
         if isinstance(packed, _Rows):
             return packed
         _refuse_or_log(layout, packed)

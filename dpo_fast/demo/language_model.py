@@ -71,7 +71,7 @@ def train_language_model(
         optimizer, max_lr=learning_rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
-    history = []
+    history: list[tuple[int, float]] = []
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=generator).tolist()

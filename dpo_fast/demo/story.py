@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -135,7 +136,7 @@ def _language_model(documents: list[Document], settings: Settings) -> tuple:
         seed=settings.seed,
         on_step=lambda step, steps, loss: progress(step, steps, f"loss {loss:.3f}"),
     )
-    answers = [
+    answers: list[dict[str, Any]] = [
         {"question": opinion.prompt.strip(), "answer": answer, "share": share}
         for opinion in OPINIONS
         for answer, share in answer_shares(documents, opinion.prompt).items()
@@ -195,7 +196,8 @@ def _align(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     shutil.rmtree(out / "trainer", ignore_errors=True)
-    return trainer.model.eval(), trainer.state.log_history
+    policy: Any = trainer.model
+    return policy.eval(), trainer.state.log_history
 
 
 def _pairs(name: str) -> datasets.Dataset:

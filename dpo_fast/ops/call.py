@@ -8,7 +8,7 @@ import numbers
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,11 +194,12 @@ class Call:
 def _checked_tile_mib(op: str, tile_mib: int | None) -> int | None:
     """The budget for a tile in MiB; DPO_FAST_TILE_MIB stands in for None where it is set."""
     source = "tile_mib"
-    if tile_mib is None and os.environ.get("DPO_FAST_TILE_MIB"):
-        source, tile_mib = "DPO_FAST_TILE_MIB", os.environ["DPO_FAST_TILE_MIB"]
-        tile_mib = int(tile_mib) if tile_mib.isdecimal() else tile_mib
-    if tile_mib is None:
+    value: Any = tile_mib
+    if value is None and os.environ.get("DPO_FAST_TILE_MIB"):
+        source, value = "DPO_FAST_TILE_MIB", os.environ["DPO_FAST_TILE_MIB"]
+        value = int(value) if value.isdecimal() else value
+    if value is None:
         return None
-    if not isinstance(tile_mib, numbers.Integral) or isinstance(tile_mib, bool) or tile_mib < 1:
-        raise ValueError(f"{op}: {source} must be an int of at least 1 or None, got {tile_mib!r}")
-    return int(tile_mib)
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{op}: {source} must be an int of at least 1 or None, got {value!r}")
+    return int(value)

@@ -8,6 +8,7 @@ non-finite inputs on every device.
 import math
 import numbers
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ def _number(op: str, name: str, value) -> float:
             f"{op}: {name} must be a number, got a tensor, which would get no gradient here. Give {name}.item(), or "
             "where it is learned or differs between tokens, scale hidden states or logits by it"
         )
-    if isinstance(value, (float, torch.SymFloat)):  # the latter is a number that a compiled graph leaves open
+    is_float = isinstance(value, (float, torch.SymFloat))  # the latter is a number that a compiled graph leaves open
+    if is_float:
         return value
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
@@ -71,11 +73,8 @@ def _number(op: str, name: str, value) -> float:
 
 
 def check_ignore_index(op: str, value) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (numbers.Integral, torch.SymInt))
-        or not -(2**63) <= value < 2**63
-    ):
+    is_integer = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+    if not (is_integer and -(2**63) <= value < 2**63):
         raise TypeError(f"{op}: ignore_index must be an int of 64 bits, got {value!r}")
     return int(value)
 
@@ -96,7 +95,8 @@ def edge_of(*inputs: Tensor | None) -> Tensor | None:
     """A zero with a path to the inputs that require gradients: it keeps their graph, but not their memory."""
     with torch.enable_grad():
         parts = [x[:0].sum() for x in inputs if x is not None and x.requires_grad]
-        return sum(parts) if parts else None
+        total: Any = sum(parts)  # an int where there are no parts
+        return total if parts else None
 
 
 class _Once(torch.autograd.Function):
@@ -130,6 +130,7 @@ def refuse_statistics(op: str, d_stats: Tensor | None, d_logps: Tensor | None) -
         return d_logps
     # Before torch 2.13 the tracing of a backward does not count as compiling: its tensors tell
     if torch.compiler.is_compiling() or type(d_stats) is not Tensor:
+        assert d_logps is not None  # as zeros come
         return d_logps.masked_fill((d_stats != 0).any(0), torch.nan)
     raise RuntimeError(
         f"{op}: a gradient by way of a statistic (entropy, mean_logits or log_sum_sq_probs), which has none. Detach "

@@ -125,7 +125,7 @@ def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = t
     if impl == "auto" and os.environ.get("DPO_FAST_IMPL", "auto") != "auto":
         impl, source = os.environ["DPO_FAST_IMPL"], "DPO_FAST_IMPL"
     if impl == "auto":
-        skipped = []
+        skipped: list[str] = []
         for candidate in IMPLEMENTATIONS:
             reasons = IMPLEMENTATIONS[candidate].reasons_against(device, dtype)
             if not reasons:

@@ -74,7 +74,8 @@ def token_logps_bwd(
     rows, scratch = _scratch(logits)
     for (block, where), (d_block, _) in zip(row_blocks(logits, rows), row_blocks(d_logits, rows), strict=True):
         d = scratch[: block.shape[0]].copy_(block)
-        d_columns_(d, *(x[where] for x in columns), call.transform)
+        label, top, total, c = (x[where] for x in columns)
+        d_columns_(d, label, top, total, c, call.transform)
         if not free_to_look(d) or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
             d.masked_fill_(ignored[where, None], 0)
         d_block.copy_(d)

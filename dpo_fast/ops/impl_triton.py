@@ -27,6 +27,9 @@ class Tile(TileBase):
     D takes the tile's place, and a buffer of its own where GEMMs take 16 bits. c is in it, but in fp16 (gemm.py).
     """
 
+    coefficient: Tensor | None
+    d: Tensor | None  # None until a gradient is asked for
+
     def _allocate(self, rows: int, columns: int) -> None:
         self.buffer = aligned(rows, columns, torch.float32, self.factors.lefts[0].device)
         self.knobs = _knobs(self.call)._replace(ignore_index=-2)  # no label is: those are usable

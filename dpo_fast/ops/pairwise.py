@@ -106,7 +106,7 @@ class PairwiseLossFunction(torch.autograd.Function):
         inputs = Head(hidden, weight, bias, down, up)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         gradients = [
-            torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
+            torch.zeros(x.shape, dtype=wide, device=x.device) if need and x is not None else None
             for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)
         ]
         values = hidden.new_zeros((1 + len(call.outputs), N), dtype=wide)
@@ -207,7 +207,9 @@ class _Run:
         for first in range(part.start, part.stop, self.rows):
             self.score(self.index(slice(first, min(first + self.rows, part.stop))))
 
-    def losses_and_slopes(self, groups: slice, compared: Compared, index) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def losses_and_slopes(
+        self, groups: slice, compared: Compared, index
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Losses (c,), d mean loss / d sequence log-prob (s,), the tokens' local sequence ids and weights (n,)."""
         ends = self.tokens.groups.sequence_ends
         local = self.tokens.ranks[index] - ends[groups.start]

@@ -81,6 +81,10 @@ class Tile(ABC):
     An implementation scores (`_score`), opens, and has the two products.
     """
 
+    ignored: Tensor | None  # (n,) bool of the tokens taken last; None where none is to be looked for
+    invalid: Tensor | None  # likewise
+    d_buffer: Tensor | None
+
     def __init__(self, call: Call, head: Head, rows: int, columns: int):
         self.call, self.factors, self.vocab = call, Factors(head, call.gemm_dtype), head.weight.shape[0]
         self.on_host = free_to_look(head.hidden)
@@ -102,7 +106,7 @@ class Tile(ABC):
         where a label is ignored, NaN log-probs where one is out of range. labels: (N,) of all tokens. gradient:
         whether `d_left` or `add_d_right` will be called."""
         out = self._score(self.take(index, labels), gradient)
-        if self.ignored is not None:
+        if self.ignored is not None and self.invalid is not None:
             for name in ("logps", "row_max"):  # the latter makes gradients NaN, too
                 out[name].masked_fill_(self.invalid, torch.nan)
             for name in ("logps", *self.call.outputs):
@@ -111,7 +115,7 @@ class Tile(ABC):
 
     def scored(self, coefficient: Tensor) -> Tensor:
         """(n,) -> (n, 1), 0 where the token is ignored and NaN where its label is out of range."""
-        if self.ignored is not None:
+        if self.ignored is not None and self.invalid is not None:
             coefficient = coefficient.masked_fill(self.ignored, 0).masked_fill_(self.invalid, torch.nan)
         return coefficient.unsqueeze(1)
 
@@ -161,6 +165,8 @@ class EagerTile(Tile):
     whole of D at once (`add_d_right`) needs a tile with all columns.
     """
 
+    sums: list[Tensor] | None  # exp(z - max) k right of each factor, where it is summed on the way
+
     def _allocate(self, rows: int, columns: int) -> None:
         like = self.factors.lefts[0].new_empty(0, dtype=self.factors.wide)
         self.buffer = logits_buffer(rows, columns, like, self.on_host)
@@ -184,7 +190,7 @@ class EagerTile(Tile):
 
     def _sum_directions(self, part: slice, factor: Tensor) -> None:
         first = self.sums is None
-        if first:
+        if self.sums is None:
             self.sums = [self.tile.new_empty((len(self.tile), right.shape[1])) for _, right in self.chunk]
         for total, (_, right) in zip(self.sums, self.chunk, strict=True):
             if not first:

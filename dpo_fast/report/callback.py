@@ -4,8 +4,9 @@ import contextlib
 import json
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,7 +31,7 @@ class ReportCallback(transformers.TrainerCallback):
         self.title, self.evaluate = title, evaluate
         self.run: dict = {}  # the record, see record.py
         self.more: dict = {}  # what it holds from the start, instead of what is found out
-        self._trainer = lambda: None
+        self._trainer: Callable[[], Any] = lambda: None
         self._written = self._mark = 0.0
 
     def introduce(self, trainer) -> None:

@@ -1,5 +1,7 @@
 """What an evaluation finds of single pairs, for both trainers."""
 
+from typing import Any
+
 import torch
 from accelerate.utils import gather_object
 
@@ -11,6 +13,8 @@ _COLUMNS = ("chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tok
 class PairEvaluation:
     """Part of a Trainer: its `prediction_step` calls `_note_pairs` where `_of_pairs` is a list."""
 
+    accelerator: Any  # the Trainer's
+    evaluate: Any  # the Trainer's
     _of_pairs: list[torch.Tensor] | None = None
 
     def evaluate_pairs(self, eval_dataset=None) -> tuple[dict[str, float], dict]:

@@ -3,8 +3,6 @@
 import html
 from pathlib import Path
 
-import transformers
-
 from dpo_fast.report.files import write_text
 from dpo_fast.report.record import versions
 from dpo_fast.report.run import SHOWN
@@ -74,8 +72,8 @@ def _section(base: str, rows: list[tuple[str, str]], log: list[dict]) -> list[st
 
 
 def _metrics(log: list[dict]) -> list[str]:
-    trained = next((logs for logs in reversed(log) if "loss" in logs), {})
-    evaluated = next((logs for logs in reversed(log) if "eval_loss" in logs), {})
+    trained: dict = next((logs for logs in reversed(log) if "loss" in logs), {})
+    evaluated: dict = next((logs for logs in reversed(log) if "eval_loss" in logs), {})
     cells = [(name, trained.get(name), evaluated.get(f"eval_{name}")) for name in SHOWN]
     return [
         f"| {name} | {'' if ours is None else f'{float(ours):.4f}'} | "
@@ -98,7 +96,7 @@ def _code(text: str) -> str:
     return f"`{text.replace('`', '')}`"
 
 
-def rows_of(trainer: transformers.Trainer, data: str, reference: tuple[str, str]) -> list[tuple[str, str]]:
+def rows_of(trainer, data: str, reference: tuple[str, str]) -> list[tuple[str, str]]:
     """(name, value): data, loss, beta, reference and what else of the settings decides about the model."""
     args, objective = trainer.args, trainer.objective
     losses = [

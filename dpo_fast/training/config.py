@@ -41,7 +41,8 @@ def _mapping(name: str, value) -> dict | None:
 
 def _names_what_is_unknown(config: type) -> type:
     """The dataclass, whose constructor names all arguments that it has not, with what they are called here."""
-    init = config.__init__
+    made: Any = config
+    init = made.__init__
     known = [field.name for field in fields(config) if field.init]
 
     @functools.wraps(init)
@@ -53,7 +54,7 @@ def _names_what_is_unknown(config: type) -> type:
             raise TypeError(f"{config.__name__} got unexpected keyword arguments: {', '.join(each)}")
         init(self, *args, **arguments)
 
-    config.__init__ = checked
+    made.__init__ = checked
     return config
 
 
@@ -79,7 +80,7 @@ class FastDPOConfig(LossParams, TrainingArguments):
     logging_steps: float = _option(10, "Log every that many steps; below 1, that share of all steps.")
     remove_unused_columns: bool = _option(False, "Must stay False: the trainer keeps only the columns it needs.")
     logging_nan_inf_filter: bool = _option(False, "Leave NaN and infinite losses out of the logs, at a sync per step.")
-    bf16: bool | None = _option(
+    bf16: bool | None = _option(  # type: ignore[assignment]  # a bool again after __post_init__
         None,
         "Autocast to bfloat16. Default: on an accelerator that has it, unless fp16 is set; not on CPU.",
         nargs="?",

@@ -161,7 +161,7 @@ def prepare_dataset(
     return _drop_unusable(dataset, name, [] if said is None else said)
 
 
-def _columns(dataset, name: str) -> tuple[list[str], list[dict]]:
+def _columns(dataset, name: str) -> tuple[list[str], list[Mapping]]:
     """The names of the columns, and some rows."""
     first = [decode_row(row) for row in itertools.islice(dataset, _LOOKED_AT)]
     columns = list(dict.fromkeys(key for row in first for key in row))
@@ -174,7 +174,7 @@ def _columns(dataset, name: str) -> tuple[list[str], list[dict]]:
     return columns, first
 
 
-def _check_columns(columns: Sequence[str], first: list[dict], tokenizer, name: str) -> bool:
+def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name: str) -> bool:
     """Whether the rows are tokenised; raises for columns that cannot be used, and names those that are not."""
     if images := _IMAGE_COLUMNS.intersection(columns):
         raise ValueError(f"{name} dataset has the column {images.pop()!r}: only text can be trained on")
@@ -201,7 +201,7 @@ def _check_columns(columns: Sequence[str], first: list[dict], tokenizer, name: s
     return False
 
 
-def _may_be_meant(column: str, first: list[dict]) -> bool:
+def _may_be_meant(column: str, first: list[Mapping]) -> bool:
     """Whether a column holds numbers, and not those of rows: a weight, a margin, a score."""
     values = [row.get(column) for row in first]
     numbers = any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
@@ -225,7 +225,7 @@ def _aliases(columns: Iterable[str], name: str) -> list[str]:
     return [c for c in others if c.lower() in _ALIASES[name].split() or c in close or name in c.lower().split("_")]
 
 
-def _check_no_prompt(columns: Sequence[str], first: list[dict], name: str) -> None:
+def _check_no_prompt(columns: Sequence[str], first: list[Mapping], name: str) -> None:
     """Raise ValueError where a column that may hold the prompt is nowhere in chosen and rejected."""
     rows = [row for row in first if not _begins_with_a_question(row.get("chosen"))]
     for column in _aliases(columns, "prompt"):
@@ -246,6 +246,15 @@ def _is_inside(text, values: list) -> bool:
     return isinstance(text, str) and bool(text.strip()) and json.dumps(text.strip())[1:-1] in json.dumps(values)
 
 
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """What tokens depend on beside the rows and the tokenizer: a cache of other versions is not taken."""
+    code = hashlib.sha256(
+        b"".join(Path(file).read_bytes() for file in (__file__, rows.__file__, reference_columns.__file__))
+    ).hexdigest()
+    return (dpo_fast.__version__, transformers.__version__, tokenizers.__version__, code)
+
+
 @dataclass
 class _RowProcessor:
     """What `datasets` maps over rows; a plain object with all it depends on, so that caches are keyed by it."""
@@ -264,7 +273,9 @@ class _RowProcessor:
             return self._process(decode_row(row), index, columnar=JSON_ROW not in row)
 
     def _process(self, row: Mapping, index: int, columnar: bool) -> dict:
-        notes, reason = {}, ""
+        notes: dict[str, str] = {}
+        reason = ""
+        ids: Sequence[list[int]]
         if self.tokenized:
             ids = [_token_ids(row.get(name), f"row {index}: {name}") for name in TOKEN_COLUMNS]
         else:
@@ -272,8 +283,8 @@ class _RowProcessor:
             reason = why_unusable(*pair.whole)
             options = template_options(row, index, self.tokenizer, columnar)
             if not reason:
-                found = tokenize(pair, self.tokenizer, index, **{**self.template_options, **options})
-                ids, notes = (found.prompt, found.chosen, found.rejected), found.notes
+                tokens = tokenize(pair, self.tokenizer, index, **{**self.template_options, **options})
+                ids, notes = (tokens.prompt, tokens.chosen, tokens.rejected), tokens.notes
                 if self.prompts and row.get("prompt") is None:
                     notes["no prompt"] = ""
         reason = reason or why_unusable(*ids[1:])
@@ -282,14 +293,14 @@ class _RowProcessor:
             name: reference_columns.checked_sum(row.get(name), f"row {index}: {name}")
             for name in self.reference_columns
         }
-        pair = self.truncation(found)
-        reason = reason or why_unusable_truncated(pair)
-        if sums and pair != Truncation()(found):
+        kept = self.truncation(found)
+        reason = reason or why_unusable_truncated(kept)
+        if sums and kept != Truncation()(found):
             notes["sums cut"] = ""
         if not reason:
-            self._check_limits(pair, index, notes)
+            self._check_limits(kept, index, notes)
         said = {_REASON: reason, _NOTES: json.dumps(notes) if notes else ""}
-        return {**found, **sums, LENGTH_COLUMN: row_tokens(pair), **said}
+        return {**found, **sums, LENGTH_COLUMN: row_tokens(kept), **said}
 
     def _check_limits(self, pair: TokenPair, index: int, notes: dict) -> None:
         limits = self.limits
@@ -322,15 +333,6 @@ def _token_ids(value, where: str) -> list[int]:
     return list(value)
 
 
-@functools.cache
-def _versions() -> tuple[str, ...]:
-    """What tokens depend on beside the rows and the tokenizer: a cache of other versions is not taken."""
-    code = hashlib.sha256(
-        b"".join(Path(file).read_bytes() for file in (__file__, rows.__file__, reference_columns.__file__))
-    ).hexdigest()
-    return (dpo_fast.__version__, transformers.__version__, tokenizers.__version__, code)
-
-
 def row_tokens(pair: TokenPair) -> int:
     """Tokens that a pair adds to a shared-prefix row: what samplers go by."""
     return row_length([([*pair.chosen_prompt, *pair.chosen], [*pair.rejected_prompt, *pair.rejected])])
@@ -340,7 +342,8 @@ class _ReportOnce:
     """Filter of a stream: says once per reason and process what is dropped and what is odd; the number is not known."""
 
     def __init__(self, name: str):
-        self.name, self.seen = name, set()
+        self.name = name
+        self.seen: set[str] = set()
 
     def __call__(self, row: dict) -> bool:
         if row[_REASON] and row[_REASON] not in self.seen:
@@ -370,7 +373,8 @@ def _drop_unusable(dataset: datasets.Dataset, name: str, said: list[str]) -> dat
         raise ValueError(f"{name} dataset: none of the {total} pairs can be trained on: {why}")
     if dropped:
         say(f"{name} dataset: {dropped} of {total} pairs dropped: {why}")
-    numbers, first = Counter(), {}
+    numbers: Counter[str] = Counter()
+    first: dict[str, tuple[int, str]] = {}
     for index, notes in enumerate(dataset[_NOTES]):
         for key, example in json.loads(notes or "{}").items():
             numbers[key] += 1

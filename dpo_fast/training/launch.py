@@ -101,8 +101,8 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     command = command_line(["dpo-fast", "train", *([str(config_file)] if config_file else []), *options])
     values, given = recipe.read(config_file, options, keys_of(Job, FastDPOConfig))
     if missing := [name for name in ("model", "dataset") if name not in values]:
-        options = ", ".join(f"--{name}" for name in missing)
-        raise BadInput(f"missing: {options} (or the same in the YAML file, as in `{missing[0]}: ...`)")
+        needed = ", ".join(f"--{name}" for name in missing)
+        raise BadInput(f"missing: {needed} (or the same in the YAML file, as in `{missing[0]}: ...`)")
     out = str(Path("runs") / (config_file.stem if config_file else "train"))
     given.setdefault("output_dir", out)
     of_job = {field.name for field in dataclasses.fields(Job)} & set(values)

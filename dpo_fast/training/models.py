@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import transformers
@@ -170,7 +171,7 @@ def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0: of modules, and of the numbers that layers hand to functions under names
     such as attention_dropout, resid_pdrop, activation_dropout and layerdrop. Layers that read them off the config in
     each call (Falcon's) get a config of their own: the model's is saved with it."""
-    without = {}
+    without: dict[int, Any] = {}
     for module in model.modules():
         for name in _dropout_read_off_the_config(module):
             config = without.setdefault(id(module.config), copy.copy(module.config))

@@ -103,7 +103,7 @@ def _answers(trainer: FastDPOTrainer, prompts: list[list[int]], max_new_tokens: 
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     training = model.training
     model.eval()
-    texts = []
+    texts: list[str] = []
     for prompt in prompts:
         room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
         input_ids = torch.tensor([prompt], device=trainer.args.device)

@@ -77,16 +77,21 @@ def _check_loggers(config: FastDPOConfig) -> None:
             raise BadInput(f"report_to: {name} needs a package that is not here: pip install {name.replace('_', '-')}")
 
 
+def _value(choice) -> str:
+    """Of a member of one of transformers' enumerations."""
+    return choice.value
+
+
 def _check_optimizer(config: FastDPOConfig) -> None:
     if any("=" not in item for item in (config.optim_args or "x=").split(",")):
         raise BadInput(f"optim_args must be as in 'momentum=0.9, nesterov=true', got {config.optim_args!r}")
     try:
         transformers.Trainer.get_optimizer_cls_and_kwargs(config)
     except ImportError as error:
-        raise BadInput(f"optim={config.optim.value}: {one_line(error)}") from error
+        raise BadInput(f"optim={_value(config.optim)}: {one_line(error)}") from error
     except ValueError as error:  # without a model, some say that they need one
         if isinstance(error.__context__, ImportError) or not re.search(r"\bmodel\b", str(error)):
-            raise BadInput(f"optim={config.optim.value}: {one_line(error)}") from error
+            raise BadInput(f"optim={_value(config.optim)}: {one_line(error)}") from error
 
 
 def _check_schedule(config: FastDPOConfig) -> None:
@@ -101,6 +106,6 @@ def _check_schedule(config: FastDPOConfig) -> None:
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise BadInput(
-            f"lr_scheduler_type={config.lr_scheduler_type.value} with lr_scheduler_kwargs="
+            f"lr_scheduler_type={_value(config.lr_scheduler_type)} with lr_scheduler_kwargs="
             f"{config.lr_scheduler_kwargs or {}}: {one_line(error)}"
         ) from error

@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 SIDES = ("chosen", "rejected")
 ASKING = ("system", "developer", "user")  # roles whose messages a model does not write
@@ -107,7 +108,7 @@ def _split_messages(prompt: str | list | None, chosen: list, rejected: list, at:
         start = shared if whole else 0
         prompt = chosen[:start]
     else:
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        given: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         start = _end_of_prompt_in(chosen[:shared], given)
         notes += ["doubled"] * bool(start)
         prompt = chosen[:start] or given
@@ -216,7 +217,7 @@ def template_options(row: Mapping, index: int | str = "?", tokenizer=None, colum
     """Arguments of the chat template that a row carries: `tools` (a list, or JSON; an empty one is none) and
     `chat_template_kwargs`. Raises for what is no JSON, and for arguments that are not the template's own."""
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
-    found = {}
+    found: dict[str, Any] = {}
     for name, value, kind in (("tools", tools, list), ("chat_template_kwargs", options, dict)):
         if isinstance(value, str):
             try:
@@ -265,8 +266,9 @@ def tokenize(pair: Pair, tokenizer, index: int | str = "?", **options) -> Tokens
     if isinstance(pair.chosen, str):
         prompt_ids = _text_ids(tokenizer, pair.prompt)
         full = [_text_ids(tokenizer, pair.prompt + text, end=True) for text in (pair.chosen, pair.rejected)]
-        return _cut(tokenizer, prompt_ids, *full, notes, "")
-    prompt, ask = pair.prompt, {"add_generation_prompt": True}
+        return _cut(tokenizer, prompt_ids, full[0], full[1], notes, "")
+    prompt: Any = pair.prompt
+    ask = {"add_generation_prompt": True}
     sides = [prompt + pair.chosen, prompt + pair.rejected]
     if pair.prefill:
         ask = {"continue_final_message": True}
@@ -287,7 +289,7 @@ def tokenize(pair: Pair, tokenizer, index: int | str = "?", **options) -> Tokens
                 notes.setdefault("left out", f"{side}, the {message['role']}'s {_short(lost)}")
     full = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     prompt_ids = tokenizer(asked, add_special_tokens=False)["input_ids"] if asked else []
-    return _cut(tokenizer, prompt_ids, *full, notes, _text_of(prompt[-1]) if prompt else "")
+    return _cut(tokenizer, prompt_ids, full[0], full[1], notes, _text_of(prompt[-1]) if prompt else "")
 
 
 def _cut(tokenizer, prompt_ids: list, chosen: list, rejected: list, notes: dict, last: str) -> Tokens:

@@ -52,7 +52,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
 def fill_batches(order: Sequence[int], lengths: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
     """Cut `order` into consecutive batches of at most `budget` tokens, each of at least one pair."""
-    batches, taken, longest = [], 0, 0
+    batches: list[list[int]] = []
+    taken = longest = 0
     for index in order:
         longest = max(longest, lengths[index])
         taken = longest * (len(batches[-1]) + 1) if padded and batches else taken + lengths[index]

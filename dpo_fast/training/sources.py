@@ -142,7 +142,7 @@ def _json_values(path: Path) -> Iterator[tuple[str, object]]:
             yield f"element {number}", row
     except json.JSONDecodeError as error:
         raise BadInput(f"cannot be read: line {max(number, error.lineno)} is no JSON: {error}") from error
-    except UnicodeError as error:
+    except UnicodeDecodeError as error:
         raise BadInput(
             f"is not in UTF-8 ({error.reason}: 0x{error.object[error.start]:02x}); convert it, as in: "
             f"iconv -f ENCODING -t UTF-8 {path.name}"

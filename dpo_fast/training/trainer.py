@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -21,6 +22,7 @@ from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_
 from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
+from dpo_fast.objective import Objective
 from dpo_fast.prepared import check_ranks, prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
@@ -65,6 +67,10 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     The other arguments are those of `transformers.Trainer`; those of its, and of TRL's, that have no meaning here are
     refused with the reason (`NOT_TAKEN`).
     """
+
+    args: FastDPOConfig
+    objective: Objective
+    _said: list[str]  # what was said of the data
 
     def __init__(
         self,
@@ -325,8 +331,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             metrics = step_metrics(step, batch, self.objective, first=count)
             metrics |= loss_metrics(step.losses[:count], pairs, self.objective)
             if "aux_loss" in metrics:
-                total, pairs = metrics["loss"]
-                metrics["loss"] = total + self.router_aux_loss_coef * metrics["aux_loss"][0], pairs
+                total, weight = metrics["loss"]
+                metrics["loss"] = total + self.router_aux_loss_coef * metrics["aux_loss"][0], weight
             self._sums["eval"].add(metrics)
         return step
 
@@ -352,7 +358,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     # --- loops -----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):  # type: ignore[override]  # no trial
         """As `Trainer.train`; raises ValueError for a directory that is not a checkpoint of such a model."""
         if isinstance(resume_from_checkpoint, (str, Path)):
             resume_from_checkpoint = str(resume_from_checkpoint)
@@ -378,7 +384,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     def _own_models(self) -> list[torch.nn.Module]:
         others = [self.reference.model] if isinstance(self.reference, reference.FrozenModel) else []
-        return [self.model, *(model for model in others if model is not self.model)]
+        policy: Any = self.model
+        return [policy, *(model for model in others if model is not self.model)]
 
     def _attach(self) -> None:
         """Attach what is not, or not any more: after an earlier training, or as something replaced a forward."""
@@ -489,7 +496,8 @@ def check_collator(data_collator, dataset) -> None:
     """Raise TypeError for a collator that makes something else of the first row than a `PreferenceBatch`."""
     if not callable(data_collator):
         raise TypeError(f"data_collator must be callable, got {type(data_collator).__name__}")
-    if dataset is None or not has_length(dataset) or not len(dataset):
+    sized = has_length(dataset)
+    if not sized or not len(dataset):
         return
     name = getattr(data_collator, "__name__", type(data_collator).__name__)
     expected = (
