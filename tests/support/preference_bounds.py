@@ -26,10 +26,15 @@ def loss_bounds(pairs, objective, d_tokens: "Tensor | float" = 0.0, relative: "T
     def losses(x):
         return objective(replace(pairs, chosen=x[:P], rejected=x[P:]))
 
+    def parts(x):  # the means of each loss by itself: in their sum, slopes may cancel, but not their roundings
+        terms = [value for _, value in objective._terms(replace(pairs, chosen=x[:P], rejected=x[P:]))]
+        return torch.stack(terms if pairs.weights is None else [value * pairs.weights for value in terms]).mean(1)
+
     first = torch.autograd.functional.jacobian(losses, sums).abs()
     second = torch.autograd.functional.hessian(lambda x: losses(x).mean(), sums).abs()
     coefficient = torch.autograd.functional.jacobian(lambda x: losses(x).mean(), sums).abs()
-    d_coefficient = second @ d_sums + LOSS_ROUNDINGS * EPS * coefficient.max()
+    largest = torch.autograd.functional.jacobian(parts, sums).abs().sum(0).max()
+    d_coefficient = second @ d_sums + LOSS_ROUNDINGS * EPS * largest
     d_coefficient += coefficient * torch.cat([torch.as_tensor(relative).expand(P)] * 2)
     d_losses = first @ d_sums + (LOSS_ROUNDINGS * EPS + relative) * (1 + losses(sums).abs())
     return d_sums, d_losses, coefficient, d_coefficient
