@@ -395,10 +395,11 @@ def _causal(query, key, value, layout, scores: Scores) -> Tensor:
 
 def _mask(layout, n: int, m: int, window: int | None, device) -> Tensor:
     """(n, m) bool, True where a query sees a key; kept for the other layers."""
-    if (n, m, window) not in layout.cache:
+    masks = layout.kept.masks
+    if (n, m, window) not in masks:
         mask = torch.ones((n, m), dtype=torch.bool, device=device).tril_(m - n)
-        layout.cache[n, m, window] = mask if window is None else mask.triu_(m - n - window + 1)
-    return layout.cache[n, m, window]
+        masks[n, m, window] = mask if window is None else mask.triu_(m - n - window + 1)
+    return masks[n, m, window]
 
 
 @functools.cache
@@ -448,15 +449,15 @@ def _flex(query, key, value, layout, scores: Scores) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     window = scores.window
-    if ("blocks", window) not in layout.cache:
-        layout.cache["blocks", window] = block_mask(layout, window)
+    if window not in layout.kept.block_masks:
+        layout.kept.block_masks[window] = block_mask(layout, window)
     attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
     out = attend(
         query,
         key,
         value,
         score_mod=None if scores.softcap is None else _cap(layout, scores.softcap, query),
-        block_mask=layout.cache["blocks", window],
+        block_mask=layout.kept.block_masks[window],
         scale=scores.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -476,11 +477,12 @@ def _cap(layout, largest: float, query: Tensor):
     It captures a tensor: a number would be an input of the compiled graph, which the kernel cannot read.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    if ("cap", largest, dtype) not in layout.cache:
+    caps = layout.kept.caps
+    if (largest, dtype) not in caps:
         limit = torch.full((), largest, dtype=dtype, device=query.device)
 
         def cap(score, *_):
             return limit * torch.tanh(score / limit)
 
-        layout.cache["cap", largest, dtype] = cap
-    return layout.cache["cap", largest, dtype]
+        caps[largest, dtype] = cap
+    return caps[largest, dtype]

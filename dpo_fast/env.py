@@ -18,6 +18,7 @@ LEVELS = {
     "level 2, linear_token_logps": "tiles of logits between GEMMs",
     "level 3, linear_preference_loss": "tiles of logits between GEMMs",
 }
+DESCRIPTION = "versions, the device, which implementation runs and why not the others, the head's plan."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,7 +81,7 @@ def describe_plans(N: int, H: int, V: int, dtype: torch.dtype, tile_mib: int | N
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dpo-fast env", description=__doc__.split(":", 1)[1].strip())
+    parser = argparse.ArgumentParser(prog="dpo-fast env", description=DESCRIPTION)
     parser.add_argument("--N", type=int, default=8192, help="scored tokens in a batch")
     parser.add_argument("--H", type=int, default=4096, help="width of the hidden states")
     parser.add_argument("--V", type=int, default=128_256, help="vocabulary")

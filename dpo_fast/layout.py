@@ -15,6 +15,7 @@ begin with in common, if anything. Prompts that truncation has cut differently s
 Attention (attention.py): a token attends to the tokens before it in a sequence that both belong to; nothing else.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,15 @@ class CalledModules:
 
     def __init__(self):
         self.modules: set = set()
+
+
+@dataclass
+class ForLayers:
+    """What the first layer of a model makes of a layout, and the others take."""
+
+    masks: dict = field(default_factory=dict)  # (queries, keys, window) -> (n, m) bool
+    block_masks: dict = field(default_factory=dict)  # window -> FlexAttention's
+    caps: dict = field(default_factory=dict)  # (soft-cap, dtype) -> FlexAttention's score_mod
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class SharedPrefixLayout:
     runs: (
         Tensor  # (R, 3, S) int32: a sequence is at most R runs of the row, its own tokens' first: begin, end, position
     )
-    cache: dict = field(default_factory=dict, compare=False, repr=False)  # what every layer needs again
+    copies: dict = field(default_factory=dict, compare=False, repr=False)  # device -> this layout there
+    kept: ForLayers = field(default_factory=ForLayers, compare=False, repr=False)
     called: CalledModules = field(default_factory=CalledModules, compare=False, repr=False)
 
     @classmethod
@@ -105,17 +116,15 @@ class SharedPrefixLayout:
         """T, tokens in the row."""
         return len(self.positions)
 
-    @property
+    @functools.cached_property
     def own(self) -> list[int]:
         """Tokens of each sequence that it does not share with the one before it: what it adds to the row."""
         return [n - k for n, k in zip(self.lengths, self.shared, strict=True)]
 
-    @property
+    @functools.cached_property
     def longest(self) -> tuple[int, int]:
         """Longest query run and longest key run of variable-length attention."""
-        if "longest" not in self.cache:  # every layer asks
-            self.cache["longest"] = max(self.own, default=0), max(self.lengths, default=0)
-        return self.cache["longest"]
+        return max(self.own, default=0), max(self.lengths, default=0)
 
     def sequences_per_token(self) -> Tensor:
         """(T,) fp32: how many sequences contain each token of the row."""
@@ -124,7 +133,7 @@ class SharedPrefixLayout:
 
     def _map(self, function) -> "SharedPrefixLayout":
         tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors, cache={})
+        return replace(self, **tensors, copies={}, kept=ForLayers())
 
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -133,9 +142,9 @@ class SharedPrefixLayout:
         """The same on `device`, made once: layers of a model may be spread over several."""
         if self.index.device == device:
             return self
-        if device not in self.cache:
-            self.cache[device] = self.to(device)
-        return self.cache[device]
+        if device not in self.copies:
+            self.copies[device] = self.to(device)
+        return self.copies[device]
 
     def pin_memory(self) -> "SharedPrefixLayout":
         return self._map(Tensor.pin_memory)
@@ -237,7 +246,8 @@ def packed_batch(
     prompts: of each sequence, the length. groups, ids, across: as `pack` takes them. comparisons: (chosen, rejected)
     ids; None: P pairs of 2P sequences."""
     row, layout = pack(groups, ids, across)
-    targets, predictors, sequence_ids, start = [], [], [], 0
+    targets: list[int] = []
+    predictors, sequence_ids, start = [], [], 0
     counts = [0] * len(layout.ids)
     for sequence, tokens, prompt in zip(layout.ids, (s for group in groups for s in group), prompts, strict=True):
         first = max(prompt, 1)  # the first token has nothing to predict it

@@ -18,6 +18,7 @@ from .logps import PairLogps
 from .losses import LOSSES, LossParams, lengths
 
 _KNOBS = tuple(field.name for field in fields(LossParams))
+_UNGIVEN = {"weights": None, "use_weighting": False, **{field.name: field.default for field in fields(LossParams)}}
 _COUNTS = (torch.int64, torch.int32, torch.float32, torch.float64)  # 16-bit floats cannot count to 300
 
 
@@ -99,6 +100,17 @@ class Objective:
                 f"ld_alpha={alpha} does not fit loss {', '.join(unfit)}: it would weigh down the end of long chosen "
                 "completions in their likelihood; leave out one of the two"
             )
+
+    @classmethod
+    def of(cls, op: str, loss, ld_alpha: float | None, **knobs) -> "Objective":
+        """`loss` with these knobs; `loss` itself where it is an Objective. ValueError where that is given knobs, too:
+        of those it has its own."""
+        if not isinstance(loss, Objective):
+            return cls(loss, ld_alpha=ld_alpha, **knobs)
+        given = [name for name, value in knobs.items() if name not in _UNGIVEN or value != _UNGIVEN[name]]
+        if given:
+            raise ValueError(f"{op}: loss is an Objective, which has its own {', '.join(given)}; give it there")
+        return loss.with_ld_alpha(ld_alpha)
 
     def with_ld_alpha(self, alpha: float | None) -> "Objective":
         """The same with LD-DPO's token weights; itself where `alpha` is None. ValueError where it has others."""

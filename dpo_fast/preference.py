@@ -88,7 +88,7 @@ def linear_preference_loss(
     use_weighting: WPO's weights of pairs.
     sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves
       the synchronisation that counting costs.
-    mean_chosen_length: chosen tokens a pair, on average over all that is averaged in the end, where that is more than
+    mean_chosen_length: chosen tokens per pair, on average over all that is averaged in the end, where that is more than
       these P pairs (micro-batches, ranks): what losses with a likelihood (sft, cpo, orpo) divide by.
 
     `out.loss.backward()` gives the gradients of hidden, weight, bias and low_rank. The plan is `ops.plan.plan_head`'s.
@@ -99,20 +99,8 @@ def linear_preference_loss(
     Raises TypeError for dtypes, ValueError for shapes, devices, ids and labels out of range, and what losses refuse.
     """
     op = "linear_preference_loss"
-    if not isinstance(loss, Objective):
-        objective = Objective(
-            loss,
-            weights=loss_weights,
-            use_weighting=use_weighting,
-            ld_alpha=ld_alpha,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            **params,
-        )
-    elif (loss_weights, use_weighting, beta, label_smoothing, params) != (None, False, 0.1, 0.0, {}):
-        raise ValueError(f"{op}: loss is an Objective, which has its own knobs; give loss_weights, beta ... to it")
-    else:
-        objective = loss.with_ld_alpha(ld_alpha)
+    knobs = dict(weights=loss_weights, use_weighting=use_weighting, beta=beta, label_smoothing=label_smoothing)
+    objective = Objective.of(op, loss, ld_alpha, **knobs, **params)
     head = Head.make(op, hidden, weight, bias, low_rank, labels)
     transform = Transform.make(op, logit_softcap, temperature, logit_scale)
     call = Call.of_head(op, head, outputs, transform, ignore_index, tile_mib, impl)

@@ -63,7 +63,8 @@ except ImportError as error:
 logger = logging.getLogger("dpo_fast")
 
 LAYOUTS = ("auto", "shared_prefix", "padded")
-_SEAMS = "_dpo_fast_trl"
+_SEAMS = "_dpo_fast_trl"  # of a model: the forwards that are installed on it
+_PACKED = "_dpo_fast_packed"  # of a batch's labels: what they were packed with, and the packed row
 _CONSTRUCTING = threading.RLock()
 
 
@@ -265,7 +266,7 @@ class _Nothing:
 
 @contextlib.contextmanager
 def _in_trl(**replacements) -> Iterator[None]:
-    """Replace names of `trl.trainer.dpo_trainer`; those that it has not (BaseTunerLayer without PEFT) stay absent.
+    """Replace names of `trl.trainer.dpo_trainer`; one that it does not have (BaseTunerLayer without PEFT) is left out.
 
     One thread at a time; nested uses unwind in order.
     """
@@ -504,10 +505,10 @@ def _reasons_against_batch(kwargs: dict, labels) -> list[str]:
 def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
     """`_pack` for the policy's and the reference's forward of a batch: kept with its labels, and gone with them."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-    known = getattr(labels, _SEAMS, None)
+    known = getattr(labels, _PACKED, None)
     if known is None or known[0] is not ids or known[1] is not mask:
         known = ids, mask, _pack(ids, mask, labels)
-        setattr(labels, _SEAMS, known)
+        setattr(labels, _PACKED, known)
     packed = known[2]
     if not isinstance(packed, _Rows):
         return packed

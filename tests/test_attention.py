@@ -206,7 +206,8 @@ def test_cuda_waits_for_nothing():
     inputs = [x.detach() for x in cuda_inputs(layout)]
     for knobs in ({}, dict(window=64), dict(softcap=5.0)):
         shared_prefix_attention(*inputs, layout, scaling=0.125, **knobs)  # compiles
-        layout.cache.clear()
+        layout.copies.clear()
+        layout.kept.masks.clear()
         torch.cuda.set_sync_debug_mode("error")
         try:
             shared_prefix_attention(*inputs, layout, scaling=0.125, **knobs)

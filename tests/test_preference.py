@@ -602,7 +602,10 @@ BAD = {
     "reference shape": (dict(reference_logps=torch.zeros(3)), r"reference_logps must have shape \(6\), got \(3,\)"),
     "reference halves": (dict(reference_logps=(torch.zeros(3), torch.zeros(2))), r"reference_logps\[1\] must have"),
     "reference thirds": (dict(reference_logps=[torch.zeros(2)] * 3), "a pair of them, got 3 elements"),
-    "knob beside an objective": (dict(loss=Objective(), beta=0.5), "loss is an Objective, which has its own knobs"),
+    "knob beside an objective": (
+        dict(loss=Objective(), beta=0.5),
+        "loss is an Objective, which has its own beta; give it there",
+    ),
     "reference missing": (dict(reference_logps=None), "loss sigmoid needs reference_logps, got None"),
     "both": (dict(reference_token_logps=torch.zeros(27)), "not both"),
     "lengths": (dict(sequence_lengths=[1] * 6), "sequence_lengths must be 6 counts that sum to N=27"),

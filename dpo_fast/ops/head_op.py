@@ -1,8 +1,8 @@
 """The registered ops of level 2, by plan (plan.py). No (N, V) tensor exists in any.
 
-score      one GEMM a tile, nothing kept
+score      one GEMM per tile, nothing kept
 frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its rows
-recompute  the forward keeps two floats a token; the backward rebuilds the logits, vocabulary slice by slice
+recompute  the forward keeps two floats per token; the backward rebuilds the logits, vocabulary slice by slice
 """
 
 import os

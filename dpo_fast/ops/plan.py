@@ -85,7 +85,7 @@ def plan_head(
     plans are the same for equal sizes, unless a pair is longer than a tile: policy and reference are scored by the same
     GEMMs. On CPU the plans that take whole rows have fewer of them.
     """
-    if min(N, H, V - 1, 0 if tile_mib is None else tile_mib - 1) < 0 or H < 1:
+    if N < 0 or H < 1 or V < 1 or (tile_mib is not None and tile_mib < 1):
         raise ValueError(f"plan_head: sizes must be positive, got N={N}, H={H}, V={V}, tile_mib={tile_mib}")
     half, on_cpu = dtype in (torch.float16, torch.bfloat16), device_type == "cpu"
     logit_bytes = 6 if half and not on_cpu else 4  # fp32, and there D as 16-bit GEMMs take it

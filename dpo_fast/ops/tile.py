@@ -158,7 +158,7 @@ class EagerTile(Tile):
     """A tile on the eager path, stored column by column on CPU.
 
     `fold` leaves exp(z - max) k in the tile, unnormalised: 1 / sum and the coefficient c become factors of rows of the
-    thin operands, and the one-hot term an exact row of `right`. One pass writes the tile, none is owed to c.
+    thin operands, and the one-hot term an exact row of `right`. One pass writes the tile, and c needs no further one.
 
     With fewer columns than the vocabulary has, a tile passes over it slice by slice and the softmax is online: sums so
     far are rescaled when the maximum grows. exp(z - max) k right is then summed on the way (`d_left`); what needs the

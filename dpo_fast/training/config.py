@@ -111,8 +111,8 @@ class FastDPOConfig(LossParams, TrainingArguments):
     )
     layout: str = _option(
         "auto",
-        "shared_prefix: one packed row, each prompt once, no padding; padded: two rows a pair; auto: the first, where "
-        "the model can run it.",
+        "shared_prefix: one packed row, each prompt once, no padding; padded: two rows per pair; auto: the first, "
+        "where the model can run it.",
         choices=list(LAYOUTS),
     )
     tokens_per_batch: int | None = _option(

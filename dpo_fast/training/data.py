@@ -4,8 +4,8 @@
       prepare_dataset   -> columns prompt_ids, chosen_ids, rejected_ids; unusable pairs dropped, and counted
       PairCollator      -> truncation, PreferenceBatch
 
-Token ids are kept whole until the collator truncates them, so a prepared dataset does not depend on lengths but
-through which pairs were dropped, and preparing it again changes nothing.
+Token ids are kept whole until the collator truncates them, so lengths decide only which pairs a prepared dataset
+drops. Preparing it again changes nothing.
 """
 
 import difflib
