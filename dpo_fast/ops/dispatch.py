@@ -58,6 +58,7 @@ IMPLEMENTATIONS = {
 IMPLS = (*IMPLEMENTATIONS, "reference")
 
 
+@functools.cache
 def implementation(impl: str) -> ModuleType:
     """The module. For registered ops, in which nothing is traced."""
     return importlib.import_module(f"{__package__}.{IMPLEMENTATIONS[impl].module}")

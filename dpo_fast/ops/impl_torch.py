@@ -52,7 +52,7 @@ def token_logps_fwd(logits: Tensor, labels: Tensor, out: dict[str, Tensor], call
     parts = []
     for block, where in row_blocks(logits, rows):
         x = scratch[: block.shape[0]].copy_(block)
-        part = Partial(block.shape[0], call.outputs, x, whole=True)
+        part = Partial(call.outputs, whole=True)
         part.fold_(x, target_ids[where], 0, call.transform)
         parts.append(part)
     for name, value in Partial.of_rows(parts).results(vocab, call.transform).items():
@@ -75,7 +75,7 @@ def token_logps_bwd(
     for (block, where), (d_block, _) in zip(row_blocks(logits, rows), row_blocks(d_logits, rows), strict=True):
         d = scratch[: block.shape[0]].copy_(block)
         label, top, total, c = (x[where] for x in columns)
-        d_columns_(d, label, top, total, c, call.transform)
+        d_columns_(d, label, top, total, c, call.transform, whole=True)
         if not free_to_look(d) or ignored[where].any():  # 0 * NaN is NaN: an ignored row may hold anything
             d.masked_fill_(ignored[where, None], 0)
         d_block.copy_(d)

@@ -8,6 +8,7 @@ of the logits: 1 / sum and the coefficients go to the thin operands of GEMMs. Wh
 """
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,114 +23,132 @@ _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a c
 class Partial:
     """The softmax of n rows after some of their columns. All are (n, 1); sums are relative to `row_max`.
 
-    outputs: which statistics; like: a tensor with the dtype and device of the logits. whole: rows come in one piece,
-    and are summed in that dtype; else sums of slices are added in fp64 (but on MPS, which has none): which slices there
-    are then changes hardly a bit.
+    outputs: which statistics. whole: rows come in one piece with their labels, and are summed in the logits' dtype.
+    Else sums of slices are added in fp64, but on MPS, which has none: which slices there are changes hardly a bit.
     """
 
-    def __init__(self, n: int, outputs: Iterable[str], like: Tensor, whole: bool = False):
-        # Not -inf: a row of all -inf then sums to 0, not NaN
-        self.row_max = like.new_full((n, 1), torch.finfo(like.dtype).min)
-        self.target = like.new_zeros((n, 1))  # the label's logit, as far as `Transform.bend_` goes
-        self.whole, self.empty = whole, True
-        wide = like.dtype if whole or like.device.type == "mps" else torch.float64
-        self.sum_exp = like.new_zeros((n, 1), dtype=wide)
-        self.stats = {name: torch.zeros_like(self.sum_exp) for name in outputs}
+    row_max: Tensor  # the first `fold_` makes these
+    target: Tensor  # the label's logit, as far as `Transform.bend_` goes; 0 where it was not among the columns
+    sums: dict[str, Tensor]  # exp: of exp(z - max); and of the statistics, by name
+
+    def __init__(self, outputs: Iterable[str], whole: bool = False):
+        self.outputs, self.whole, self.empty = tuple(outputs), whole, True
 
     def rescale(self, row_max: Tensor) -> Tensor:
         """Make the sums relative to `row_max`, no smaller than now: (n, 1), what they were multiplied by."""
-        shift = (self.row_max.to(self.sum_exp.dtype) - row_max).clamp_(min=-1e4)  # exp(-inf) is 0, but 0 x -inf NaN
+        sums = self.sums
+        shift = (self.row_max.to(sums["exp"].dtype) - row_max).clamp_(min=-1e4)  # exp(-inf) is 0, but 0 x -inf NaN
         factor = shift.exp()
-        if "entropy" in self.stats:  # sum of exp(z - max) (z - max)
-            self.stats["entropy"].add_(self.sum_exp * shift).mul_(factor)
-        if "log_sum_sq_probs" in self.stats:  # sum of exp(z - max)^2
-            self.stats["log_sum_sq_probs"].mul_(factor.square())
-        self.row_max, self.sum_exp = row_max, self.sum_exp * factor
+        if "entropy" in sums:  # sum of exp(z - max) (z - max)
+            sums["entropy"].add_(sums["exp"] * shift).mul_(factor)
+        if "log_sum_sq_probs" in sums:  # sum of exp(z - max)^2
+            sums["log_sum_sq_probs"].mul_(factor.square())
+        self.row_max = row_max
+        sums["exp"] = sums["exp"] * factor
         return factor
 
-    def fold_(self, x: Tensor, label: Tensor, first: int, transform: Transform, gradient: bool = False) -> Tensor:
+    def fold_(
+        self, x: Tensor, label: Tensor, first: int, transform: Transform, gradient: bool = False
+    ) -> Tensor | None:
         """Fold in raw logits x (n, width), the columns from `first` on, and leave exp(z - max) in their place; times
-        k = dz/dx / slope where a `gradient` is to follow. Returns what earlier sums were multiplied by, (n, 1)."""
-        stats = self.stats
-        copied = transform.softcap is not None or "entropy" in stats or "log_sum_sq_probs" in stats
+        k = dz/dx / slope where a `gradient` is to follow. Returns what earlier sums were multiplied by, (n, 1); None
+        where there were none."""
+        outputs, factor = self.outputs, None
+        copied = transform.softcap is not None or "entropy" in outputs or "log_sum_sq_probs" in outputs
         transform.bend_(x)
-        here, inside = column_of(label - first, x.shape[1])
-        self.target = torch.where(inside, x.gather(1, here), self.target)
+        column = _Column.of(label, first, x.shape[1], self.whole)
+        hit = column.is_label(x.argmax(1, keepdim=True)) if "is_top1" in outputs else None
+        target = column.of_label(x, 0.0 if self.empty else self.target)
         top = transform.stretch_(x.amax(1, keepdim=True))
-        if "is_top1" in stats:
-            hit = inside & (x.argmax(1, keepdim=True) == here)
-            better = (top > self.row_max) | self.empty
-            stats["is_top1"] = torch.where(better, hit.to(self.sum_exp.dtype), stats["is_top1"])
-        row_max = torch.maximum(self.row_max, top)
-        factor = self.rescale(row_max)
-        self.empty = False
+        if self.empty:
+            # Not -inf: a row of all -inf then sums to 0, not NaN
+            self.row_max, self.sums = top.clamp_(min=torch.finfo(x.dtype).min), {}
+        else:
+            before = self.row_max
+            factor = self.rescale(torch.maximum(before, top))
+        if hit is not None:
+            hit = self._wide(hit if self.empty else torch.where(top > before, hit, self.sums["is_top1"] != 0), x)
+            self.sums["is_top1"] = hit
+        self.target, self.empty = target, False
         for block in blocks_of_columns(x, copied):
             k = None if transform.softcap is None or not gradient else transform.bend_slope(block)
             z = transform.stretch_(block)
-            if "mean_logits" in stats:
-                stats["mean_logits"] += z.sum(1, keepdim=True)
-            z.sub_(row_max)
-            shifted = z.clone() if "entropy" in stats else None
-            self.sum_exp += self._sum(z.exp_())
+            if "mean_logits" in outputs:
+                self._add("mean_logits", z.sum(1, keepdim=True))
+            z.sub_(self.row_max)
+            shifted = z.clone() if "entropy" in outputs else None
+            self._add("exp", self._sum(z.exp_()))
             if shifted is not None:
-                stats["entropy"] += torch.where(z > 0, shifted.mul_(z), 0).sum(1, keepdim=True)
-            if "log_sum_sq_probs" in stats:
-                stats["log_sum_sq_probs"] += z.square().sum(1, keepdim=True)
+                self._add("entropy", torch.where(z > 0, shifted.mul_(z), 0).sum(1, keepdim=True))
+            if "log_sum_sq_probs" in outputs:
+                self._add("log_sum_sq_probs", z.square().sum(1, keepdim=True))
             if k is not None:
                 z.mul_(k)
         return factor
+
+    def _wide(self, x: Tensor, logits: Tensor) -> Tensor:
+        """In the dtype of sums."""
+        return x.to(logits.dtype if self.whole or x.device.type == "mps" else torch.float64)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = self._wide(value, value)
 
     def _sum(self, x: Tensor) -> Tensor:
         """(n, 1): of `CPU_COLUMNS` columns in x's dtype, of these sums in a wider one, however wide x is."""
         if self.whole:
             return x.sum(1, keepdim=True)
-        sums = [part.sum(1, keepdim=True) for part in x.split(CPU_COLUMNS, 1)]
-        return torch.cat(sums, 1).sum(1, keepdim=True, dtype=self.sum_exp.dtype)
+        sums = torch.cat([part.sum(1, keepdim=True) for part in x.split(CPU_COLUMNS, 1)], 1)
+        return sums.sum(1, keepdim=True, dtype=None if x.device.type == "mps" else torch.float64)
 
     def combine(self, other: "Partial") -> None:
-        """Add what is known of further columns of the same rows, of which none was folded in here. A label's column is
-        in one of the two; the other's `target` is 0."""
-        row_max = torch.maximum(self.row_max, other.row_max)
-        if "is_top1" in self.stats:  # of equal logits the first is the largest
-            theirs, ours = other.stats["is_top1"], self.stats["is_top1"]
-            self.stats["is_top1"] = torch.where(other.row_max > self.row_max, theirs, ours)
+        """Add what is known of further columns of the same rows, of which none was folded in here. Both move to the
+        larger maximum."""
+        before, theirs = self.row_max, other.row_max
+        row_max = torch.maximum(before, theirs)
         self.rescale(row_max)
         other.rescale(row_max)
         self.target = self.target + other.target
-        self.sum_exp += other.sum_exp
-        for name in self.stats.keys() - {"is_top1"}:
-            self.stats[name] += other.stats[name]
+        for name, total in other.sums.items():
+            if name == "is_top1":  # of equal logits the first is the largest
+                self.sums[name] = torch.where(theirs > before, total, self.sums[name])
+            else:
+                self.sums[name] = self.sums[name] + total
 
     @classmethod
     def of_rows(cls, parts: "list[Partial]") -> "Partial":
         """One of more rows, one after another."""
-        if len(parts) == 1:
-            return parts[0]
         rows = parts[0]
-        rows.row_max, rows.target, rows.sum_exp = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("row_max", "target", "sum_exp")
-        )
-        rows.stats = {name: torch.cat([part.stats[name] for part in parts]) for name in rows.stats}
+        if len(parts) > 1:
+            rows.row_max = torch.cat([part.row_max for part in parts])
+            rows.target = torch.cat([part.target for part in parts])
+            rows.sums = {name: torch.cat([part.sums[name] for part in parts]) for name in rows.sums}
         return rows
 
     def results(self, vocab: int, transform: Transform) -> dict[str, Tensor]:
         """Name -> (n,): logps, row_max, log_sum and the statistics, once all `vocab` columns are in."""
-        sum_exp, log_sum, stats = self.sum_exp, self.sum_exp.log(), dict(self.stats)
+        found = dict(self.sums)
+        sum_exp = found.pop("exp")
+        log_sum = sum_exp.log()
         target = transform.stretch_(self.target.clone())
-        logps = torch.where(sum_exp == 0, -torch.inf, target - self.row_max - log_sum)
-        if "mean_logits" in stats:
-            stats["mean_logits"] = stats["mean_logits"] / vocab
-        if "entropy" in stats:
-            stats["entropy"] = log_sum - stats["entropy"] / sum_exp
-        if "log_sum_sq_probs" in stats:
-            stats["log_sum_sq_probs"] = stats["log_sum_sq_probs"].log() - 2 * log_sum
-        found = {"logps": logps, "row_max": self.row_max, "log_sum": log_sum, **stats}
+        if "mean_logits" in found:
+            found["mean_logits"] = found["mean_logits"] / vocab
+        if "entropy" in found:
+            found["entropy"] = log_sum - found["entropy"] / sum_exp
+        if "log_sum_sq_probs" in found:
+            found["log_sum_sq_probs"] = found["log_sum_sq_probs"].log() - 2 * log_sum
+        found["logps"] = torch.where(sum_exp == 0, -torch.inf, target - self.row_max - log_sum)
+        found |= {"row_max": self.row_max, "log_sum": log_sum}
         return {name: value.squeeze(1).to(target.dtype) for name, value in found.items()}
 
 
-def d_columns_(x: Tensor, label: Tensor, row_max: Tensor, log_sum: Tensor, c: Tensor, transform: Transform) -> Tensor:
-    """Raw logits x (n, width) -> diag(c) D in their place; label counts from the first column, and may lie outside. All
-    but x are (n, 1)."""
+def d_columns_(
+    x: Tensor, label: Tensor, row_max: Tensor, log_sum: Tensor, c: Tensor, transform: Transform, whole: bool = False
+) -> Tensor:
+    """Raw logits x (n, width) -> diag(c) D in their place. label counts from the first column, and may lie outside,
+    unless rows are `whole`. All but x are (n, 1)."""
     log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)  # a row of all -inf: p = 0
     scale, start = c * -transform.slope, 0
     for block in blocks_of_columns(x, copied=transform.softcap is not None):
@@ -137,8 +156,7 @@ def d_columns_(x: Tensor, label: Tensor, row_max: Tensor, log_sum: Tensor, c: Te
         bent = None if transform.softcap is None else block.clone()
         z = transform.stretch_(block)
         z.sub_(row_max).sub_(log_sum).exp_()
-        here, inside = column_of(label - start, z.shape[1])
-        z.scatter_add_(1, here, -inside.to(z.dtype))
+        _Column.of(label, start, z.shape[1], whole and z.shape == x.shape).subtract_(z)
         z.mul_(scale)
         if bent is not None:
             z.addcmul_(z, bent.square_(), value=-1)
@@ -155,6 +173,31 @@ def blocks_of_columns(x: Tensor, copied: bool) -> Iterator[Tensor]:
     yield from x.split(max(1, limit // max(1, x.shape[0] * x.element_size())), 1)
 
 
-def column_of(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`column` as an address among `width` columns, and whether it is one of them."""
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)
+class _Column(NamedTuple):
+    """Where labels are among some columns."""
+
+    here: Tensor  # (n, 1) int64, an address in any case
+    inside: Tensor | None  # (n, 1) bool, whether it is the label's; None: each is
+
+    @classmethod
+    def of(cls, label: Tensor, first: int, width: int, whole: bool) -> "_Column":
+        """label: (n, 1), counted from where `first` is; whole: all columns are here, each label among them."""
+        if whole:
+            return cls(label, None)
+        column = label - first
+        return cls(column.clamp(0, width - 1), (column >= 0) & (column < width))
+
+    def of_label(self, x: Tensor, other: Tensor | float) -> Tensor:
+        """(n, 1): x at the labels, `other` where they are not here."""
+        found = x.gather(1, self.here)
+        return found if self.inside is None else torch.where(self.inside, found, other)
+
+    def is_label(self, column: Tensor) -> Tensor:
+        """(n, 1) bool: whether a column, counted from the first of these, is the label's."""
+        hit = column == self.here
+        return hit if self.inside is None else hit & self.inside
+
+    def subtract_(self, x: Tensor) -> None:
+        """x -= 1 at the labels."""
+        one = torch.full_like(self.here, -1, dtype=x.dtype) if self.inside is None else -self.inside.to(x.dtype)
+        x.scatter_add_(1, self.here, one)

@@ -177,25 +177,24 @@ class EagerTile(Tile):
     def _score(self, label: Tensor, gradient: bool) -> dict[str, Tensor]:
         transform, n, (_, columns) = self.call.transform, label.numel(), self.sizes
         self.label, self.sums = label.unsqueeze(1), None
-        partial = Partial(n, self.call.outputs, self.buffer)
+        partial = Partial(self.call.outputs)
         for start in range(0, self.vocab, columns):
             part = slice(start, min(start + columns, self.vocab))
             self.tile = self._fill(n, part)
             factor = partial.fold_(self.tile, self.label, start, transform, gradient)
             if gradient and columns < self.vocab:
                 self._sum_directions(part, factor)
-        self.sum_exp = partial.sum_exp.masked_fill(partial.sum_exp == 0, 1).to(self.tile.dtype)
+        self.sum_exp = partial.sums["exp"].masked_fill(partial.sums["exp"] == 0, 1).to(self.tile.dtype)
         self.target_slope = None if transform.softcap is None else transform.bend_slope(partial.target)
         return partial.results(self.vocab, transform)
 
-    def _sum_directions(self, part: slice, factor: Tensor) -> None:
-        first = self.sums is None
+    def _sum_directions(self, part: slice, factor: Tensor | None) -> None:
         if self.sums is None:
             self.sums = [self.tile.new_empty((len(self.tile), right.shape[1])) for _, right in self.chunk]
         for total, (_, right) in zip(self.sums, self.chunk, strict=True):
-            if not first:
+            if factor is not None:
                 total.mul_(factor.to(total.dtype))
-            times_right(self.tile, right[part], total, accumulate=not first)
+            times_right(self.tile, right[part], total, accumulate=factor is not None)
 
     def d_left(self, k: int, coefficient: Tensor) -> Tensor:
         right = self.chunk[k][1]

@@ -28,7 +28,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def folded(x, label, first: int, transform: Transform) -> Partial:
-    partial = Partial(len(x), STATS, x)
+    partial = Partial(STATS)
     partial.fold_(x.clone(), label, first, transform)
     return partial
 
