@@ -9,11 +9,12 @@ from torch import Tensor
 from .comparisons import Comparisons
 from .logps import PairLogps
 from .objective import Objective
-from .ops.call import Call, Head, Transform
+from .ops.call import Call, Head
 from .ops.dispatch import choose_impl
 from .ops.linear import head_stats
 from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
 from .ops.plan import HeadPlan, oracle_plan
+from .ops.softmax import Transform
 from .ops.stats import TokenStats, check_outputs
 from .terms import PairTerms, check_lengths
 

@@ -29,7 +29,7 @@ def test_selftest_passes_and_fails(capsys, monkeypatch):
     assert "all passed" in out and "triton, bfloat16" in out
     monkeypatch.setattr(selftest, "CHECKS", {"values": selftest.check_logits})
 
-    monkeypatch.setattr("dpo_fast.ops.call.Transform.stretch_", lambda _, t: t.mul_(1.001))
+    monkeypatch.setattr("dpo_fast.ops.softmax.Transform.stretch_", lambda _, t: t.mul_(1.001))
     assert selftest.main([]) == 1
     assert re.search("FAIL: values: .* out of bounds", capsys.readouterr().out)
 

@@ -1,4 +1,4 @@
-"""What is fixed for one call of level 1, 2 or 3: how logits become z, the head's tensors, the knobs.
+"""What is fixed for one call of level 1, 2 or 3: the head's tensors, the knobs.
 
 Registered ops take tensors, numbers and text, no objects: `Call.flat` and `unflat` turn the knobs into these and back.
 Numbers stay numbers, which a compiled graph may leave open.
@@ -20,50 +20,12 @@ from .checks import (
     check_ignore_index,
     check_labels,
     check_tensor,
-    check_transform,
     checking,
 )
 from .dispatch import choose_impl, device_memory, free_to_look, plan_device
 from .plan import HeadPlan, plan_head
+from .softmax import Transform
 from .stats import check_outputs
-
-
-class Transform(NamedTuple):
-    """z = softcap tanh(x scale / softcap) / temperature."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @classmethod
-    def make(cls, op: str, softcap: float | None, temperature: float, scale: float = 1.0) -> "Transform":
-        """Checked: TypeError for what is no number, ValueError for one out of range."""
-        softcap, temperature, scale = check_transform(op, softcap, temperature, scale)
-        return cls(scale, softcap, temperature)
-
-    @property
-    def slope(self) -> float:
-        """dz/dx without the soft-cap's share."""
-        return self.scale / self.temperature
-
-    @property
-    def oracle(self) -> dict[str, float | None]:
-        """As `ops.oracle` takes them."""
-        return dict(logit_scale=self.scale, logit_softcap=self.softcap, temperature=self.temperature)
-
-    def bend_(self, x: Tensor) -> Tensor:
-        """In place, as far as the soft-cap's tanh, whose square its slope needs; `stretch_` goes on to z."""
-        if self.scale != 1.0:
-            x.mul_(self.scale)
-        return x if self.softcap is None else x.div_(self.softcap).tanh_()
-
-    def stretch_(self, t: Tensor) -> Tensor:
-        if self.softcap is not None:
-            t.mul_(self.softcap)
-        return t if self.temperature == 1.0 else t.div_(self.temperature)
-
-    def bend_slope(self, t: Tensor) -> Tensor:
-        return t.square().neg_().add_(1)
 
 
 class Head(NamedTuple):
@@ -134,7 +96,7 @@ class Call:
     impl: str  # that runs, never "auto"
     plan: str = "-"  # its name; "-" where logits are given, which need none
     tile_mib: int | None = None
-    dtype: str = "-"  # of the GEMMs
+    dtype: torch.dtype = torch.float32  # of the GEMMs; logits that are given need none
 
     @classmethod
     def of_logits(cls, op: str, logits: Tensor, outputs: Iterable[str], transform: Transform, ignore_index, impl):
@@ -148,16 +110,14 @@ class Call:
         tile_mib, hidden = _checked_tile_mib(op, tile_mib), head.hidden
         hidden_grad, head_grad = head.gradients()
         plan = "recompute" if head_grad else "frozen" if hidden_grad else "score"
-        dtype = str(head.gemm_dtype()).removeprefix("torch.")
-        return cls(
-            transform, ignore_index, outputs, choose_impl(op, impl, hidden.device, hidden.dtype), plan, tile_mib, dtype
-        )
+        impl = choose_impl(op, impl, hidden.device, hidden.dtype)
+        return cls(transform, ignore_index, outputs, impl, plan, tile_mib, head.gemm_dtype())
 
     def flat(self) -> tuple[list[float], list[int], str]:
         """(floats, ints, text): what a registered op takes."""
         scale, softcap, temperature = self.transform
         floats = [scale, 0.0 if softcap is None else softcap, temperature]
-        text = " ".join((self.impl, self.plan, self.dtype, *self.outputs))
+        text = " ".join((self.impl, self.plan, str(self.dtype).removeprefix("torch."), *self.outputs))
         return floats, [self.ignore_index, 0 if self.tile_mib is None else self.tile_mib], text
 
     @classmethod
@@ -166,11 +126,7 @@ class Call:
         ignore_index, tile_mib = ints
         impl, plan, dtype, *outputs = text.split()
         transform = Transform(scale, softcap or None, temperature)
-        return cls(transform, ignore_index, tuple(outputs), impl, plan, tile_mib or None, dtype)
-
-    @property
-    def gemm_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        return cls(transform, ignore_index, tuple(outputs), impl, plan, tile_mib or None, getattr(torch, dtype))
 
     def sizes(self, weight: Tensor, N: int) -> HeadPlan:
         """The plan of N tokens, for the tiles' sizes."""
@@ -182,7 +138,7 @@ class Call:
         """`plan_head` of (N, H, V) on a device, with this call's knobs."""
         return plan_head(
             *sizes,
-            self.gemm_dtype,
+            self.dtype,
             **needs,
             tile_mib=self.tile_mib,
             device_type=plan_device(self.impl, device),

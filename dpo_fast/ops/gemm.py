@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .call import Transform
 from .dispatch import fp32_products, free_to_look
 from .plan import row_stride
+from .softmax import Transform
 
 _SLICE_BYTES = 8 << 20  # of a 16-bit weight upcast at a time, where its GEMMs take fp32
 _PRODUCT_BYTES = 64 << 20  # of an fp32 product at a time, where it cannot be added where it belongs

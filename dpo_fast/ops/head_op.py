@@ -48,7 +48,7 @@ def head_forward(
         kit = implementation(call.impl)
         fused = kit.linear_score if os.environ.get("DPO_FAST_FUSED_SCORE") == "1" else None
         if fused is not None and down is None and call.plan == "score":
-            (factor,) = Factors(head, call.gemm_dtype).rows(slice(None))
+            (factor,) = Factors(head, call.dtype).rows(slice(None))
             out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
             fused(factor, bias, labels, out | dict(zip(call.outputs, extras.unbind(0), strict=True)), call)
             return results

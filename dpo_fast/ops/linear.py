@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from .call import Call, Head, Transform
+from .call import Call, Head
 from .checks import edge_of
 from .head_op import head_forward
 from .oracle import oracle_logits, oracle_token_stats
+from .softmax import Transform
 from .stats import STATS, TokenStats
 
 

@@ -7,7 +7,7 @@ One read of the logits forward, one read and one write backward; no softmax is s
 import torch
 from torch import Tensor
 
-from .call import Call, Transform
+from .call import Call
 from .checks import (
     FLOATS,
     INTEGERS,
@@ -20,6 +20,7 @@ from .checks import (
 )
 from .dispatch import free_to_look, implementation
 from .oracle import oracle_token_stats
+from .softmax import Transform
 from .stats import STATS, TokenStats
 
 

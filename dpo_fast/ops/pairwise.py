@@ -242,7 +242,7 @@ class _Run:
         self.score(index)
         losses, slopes, local, weights = self.losses_and_slopes(groups, compared, index)
         # A pair beyond a hinge's margin owes nothing; looking is free on CPU only
-        if free_to_look(slopes) and not slopes.any():
+        if self.tile.on_host and not slopes.any():
             return losses
         coefficient = slopes[local] if weights is None else slopes[local] * weights
         self.add_gradients(index, coefficient, self.d_rights, self.d_bias)

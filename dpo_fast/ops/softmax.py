@@ -1,4 +1,4 @@
-"""The eager softmax of rows whose columns come some at a time: partial sums, and D where the softmax is known.
+"""How logits become z; the eager softmax of rows whose columns come some at a time, and D where it is known.
 
 What folding in more columns and combining with other partial sums share is `rescale`: sums move to a larger maximum.
 
@@ -13,11 +13,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Transform
+from .checks import check_transform
 from .dispatch import free_to_look
 from .plan import CPU_COLUMNS
 
 _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
+
+
+class Transform(NamedTuple):
+    """z = softcap tanh(x scale / softcap) / temperature."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def make(cls, op: str, softcap: float | None, temperature: float, scale: float = 1.0) -> "Transform":
+        """Checked: TypeError for what is no number, ValueError for one out of range."""
+        softcap, temperature, scale = check_transform(op, softcap, temperature, scale)
+        return cls(scale, softcap, temperature)
+
+    @property
+    def slope(self) -> float:
+        """dz/dx without the soft-cap's share."""
+        return self.scale / self.temperature
+
+    @property
+    def oracle(self) -> dict[str, float | None]:
+        """As `ops.oracle` takes them."""
+        return dict(logit_scale=self.scale, logit_softcap=self.softcap, temperature=self.temperature)
+
+    def bend_(self, x: Tensor) -> Tensor:
+        """In place, as far as the soft-cap's tanh, whose square its slope needs; `stretch_` goes on to z."""
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        return x if self.softcap is None else x.div_(self.softcap).tanh_()
+
+    def stretch_(self, t: Tensor) -> Tensor:
+        if self.softcap is not None:
+            t.mul_(self.softcap)
+        return t if self.temperature == 1.0 else t.div_(self.temperature)
+
+    def bend_slope(self, t: Tensor) -> Tensor:
+        return t.square().neg_().add_(1)
 
 
 class Partial:

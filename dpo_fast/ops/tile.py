@@ -86,7 +86,7 @@ class Tile(ABC):
     d_buffer: Tensor | None
 
     def __init__(self, call: Call, head: Head, rows: int, columns: int):
-        self.call, self.factors, self.vocab = call, Factors(head, call.gemm_dtype), head.weight.shape[0]
+        self.call, self.factors, self.vocab = call, Factors(head, call.dtype), head.weight.shape[0]
         self.on_host = free_to_look(head.hidden)
         # What GEMMs take D as
         self.operand = gemm_operand(head.hidden.new_empty(0, dtype=self.factors.dtypes[0])).dtype

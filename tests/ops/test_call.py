@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dpo_fast import linear_preference_loss, linear_token_logps, logits_token_logps
-from dpo_fast.ops.call import Call, Head, Transform
+from dpo_fast.ops.call import Call, Head
+from dpo_fast.ops.softmax import Transform
 from dpo_fast.ops.stats import STATS
 
 CALLS = [
@@ -17,7 +18,11 @@ CALLS = [
         [(1.0, None, 1.0), (-0.1, 30.0, 1 / 3), (0.0, 1e-300, 1e300)],
         [-100, 0, 2**63 - 1, -(2**63)],
         [(), ("entropy",), STATS],
-        [("torch", "-", None, "-"), ("triton", "recompute", 1, "bfloat16"), ("reference", "frozen", 256, "float64")],
+        [
+            ("torch", "-", None, torch.float32),
+            ("triton", "recompute", 1, torch.bfloat16),
+            ("reference", "frozen", 256, torch.float64),
+        ],
     )
 ]
 
@@ -41,7 +46,8 @@ def test_the_plan_follows_what_trains(train):
     head = Head(**{name: x.requires_grad_(name in train) for name, x in tensors.items()})
     call = Call.of_head("op", head, (), Transform(), -100, None, "torch")
     head_trains = {"weight", "bias", "up"} & set(train)
-    assert call.plan == ("recompute" if head_trains else "frozen" if train else "score") and call.dtype == "float32"
+    assert call.plan == ("recompute" if head_trains else "frozen" if train else "score")
+    assert call.dtype == torch.float32
     with torch.no_grad():
         assert Call.of_head("op", head, (), Transform(), -100, None, "torch").plan == "score"
 

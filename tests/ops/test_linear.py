@@ -8,9 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.ops import impl_triton, tile
-from dpo_fast.ops.call import Call, Transform
+from dpo_fast.ops.call import Call
 from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
 from dpo_fast.ops.plan import plan_head
+from dpo_fast.ops.softmax import Transform
 from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import (
     assert_within_bound,
@@ -406,7 +407,7 @@ def test_opcheck_and_compile(needs):
     op = torch.ops.dpo_fast.linear_token_logps_fwd.default
     without_backward = ("test_schema", "test_faketensor")  # statistics have none
     for stats, tests in (((), None), (("entropy",), without_backward)):
-        call = Call(Transform(), -100, stats, "torch", plan, 1, "float32")
+        call = Call(Transform(), -100, stats, "torch", plan, 1, torch.float32)
         arguments = (*tensors.values(), None, None, None, labels, *call.flat())
         torch.library.opcheck(op, arguments, **({} if tests is None else {"test_utils": tests}))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dpo_fast import logits_token_logps, logits_token_stats
-from dpo_fast.ops.call import Call, Transform
+from dpo_fast.ops.call import Call
 from dpo_fast.ops.impl_torch import row_blocks
 from dpo_fast.ops.impl_triton import row_strides
 from dpo_fast.ops.oracle import oracle_token_stats
+from dpo_fast.ops.softmax import Transform
 from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import assert_within_bound, assert_within_budget, make_generator, make_logits, token_bounds
 

@@ -5,10 +5,10 @@ import torch
 
 from dpo_fast import linear_preference_loss, linear_token_logps, logits_token_logps
 from dpo_fast.ops import impl_torch, softmax, tile
-from dpo_fast.ops.call import Call, Head, Transform
+from dpo_fast.ops.call import Call, Head
 from dpo_fast.ops.dispatch import implementation
 from dpo_fast.ops.oracle import oracle_token_stats
-from dpo_fast.ops.softmax import Partial
+from dpo_fast.ops.softmax import Partial, Transform
 from dpo_fast.ops.stats import STATS
 
 N, V = 12, 90

@@ -70,13 +70,13 @@ def test_imports_follow_the_arrows(file, part):
 # The floors of the house, from the ground: a module imports from lower floors alone, at its top or inside a function
 FLOORS = """
 0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks kernels.numerics
-   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared
+   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared report
    report.charts report.files testing training training.aliases training.rows training.sampler training.sources
-1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses ops.call
-   ops.oracle report report.png report.record report.svg training.written
-2  demo.language_model layout objective ops.gemm ops.logits ops.sequence ops.softmax report.page report.pairs
-   router training.keys
-3  block_mask demo.pages demo.story metrics ops.tile report.run terms training.recipe
+1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
+   ops.oracle ops.softmax report.png report.record report.svg training.written
+2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
+   training.keys
+3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
 4  attention ops.head_op ops.impl_torch ops.impl_triton ops.pairwise report.callback report.compare
    training.card
 5  env ops.linear probe
