@@ -15,7 +15,6 @@ begin with in common, if anything. Prompts that truncation has cut differently s
 Attention (attention.py): a token attends to the tokens before it in a sequence that both belong to; nothing else.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -116,12 +115,12 @@ class SharedPrefixLayout:
         """T, tokens in the row."""
         return len(self.positions)
 
-    @functools.cached_property
+    @property
     def own(self) -> list[int]:
         """Tokens of each sequence that it does not share with the one before it: what it adds to the row."""
         return [n - k for n, k in zip(self.lengths, self.shared, strict=True)]
 
-    @functools.cached_property
+    @property
     def longest(self) -> tuple[int, int]:
         """Longest query run and longest key run of variable-length attention."""
         return max(self.own, default=0), max(self.lengths, default=0)

@@ -30,7 +30,7 @@ THOROUGH = {
 
 # Processes that tests start import the checkout that is tested, installed or not, and what its tests share
 _TESTS = Path(__file__).resolve().parent
-_PATHS = (str(_TESTS.parent), str(_TESTS / "support"), os.environ.get("PYTHONPATH"))
+_PATHS = (str(_TESTS.parent), str(_TESTS), str(_TESTS / "support"), os.environ.get("PYTHONPATH"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 if not torch.cuda.is_available():
