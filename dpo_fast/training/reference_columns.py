@@ -31,10 +31,11 @@ class DataColumns:
     """The reference of data that bring its log-probs; see `dpo_fast.reference` for the others."""
 
     def __call__(self, policy, batch: PreferenceBatch) -> SequenceScores:
-        if "reference_token_logps" in batch:
-            return sequence_scores(TokenScores(batch.reference_token_logps), batch)
-        if "reference_logps" in batch:
-            return SequenceScores(batch.reference_logps)
+        tokens, sums = batch.get("reference_token_logps"), batch.get("reference_logps")
+        if tokens is not None:
+            return sequence_scores(TokenScores(tokens), batch)
+        if sums is not None:
+            return SequenceScores(sums)
         raise ValueError(
             "reference log-probs came with the data or were precomputed and the reference model is gone, but this "
             "batch has none; give the data set to the trainer when it is built"
@@ -46,7 +47,7 @@ class DataColumns:
 
 def serve(batch: PreferenceBatch) -> bool:
     """Whether the rows of a batch brought their reference log-probs."""
-    return "reference_token_logps" in batch or "reference_logps" in batch
+    return any(batch.get(name) is not None for name in ("reference_token_logps", "reference_logps"))
 
 
 def check(sets: Iterable, objective: Objective, given_reference: bool, precompute: bool) -> bool:

@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 import datasets  # noqa: E402
 
 from dpo_fast import reference  # noqa: E402
+from dpo_fast.batch import PreferenceBatch  # noqa: E402
 from dpo_fast.training import reference_columns, references  # noqa: E402
 from dpo_fast.training.data import PairCollator, Truncation  # noqa: E402
 from dpo_fast.training.reference_columns import DataColumns  # noqa: E402
@@ -500,6 +501,7 @@ def test_columns_of_a_batch():
     assert DataColumns()(None, batch).logps.tolist() == [-1.5, -1.5, -2.5, -2.5]
     without = {name: value for name, value in rows[0].items() if not name.startswith("ref")}
     assert not reference_columns.serve(PairCollator(0, Truncation())([without]))
+    assert not reference_columns.serve(PreferenceBatch(reference_logps=None))  # of somebody's own builder
     with pytest.raises(ValueError, match="this batch has none"):
         DataColumns()(None, PairCollator(0, Truncation())([without]))
     with pytest.raises(ValueError, match="2 of 4 reference log-probs are missing in this batch"):
