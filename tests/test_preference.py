@@ -7,6 +7,7 @@ import pytest
 import torch
 from loss_cases import SMOOTHING
 from preference_bounds import bounds_of, check_within_bounds
+from random_head import random_head
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast import LOSSES, Objective, linear_preference_loss
@@ -24,17 +25,7 @@ def make(lengths=(5, 3, 7, 4, 6, 2), H=16, V=301, dtype=torch.float32, seed=0, s
     """P = len(lengths) / 2 pairs; lengths are [chosen ..., rejected ...]."""
     generator = make_generator(seed)
     N = sum(lengths)
-
-    def normal(*shape, std=1.0):
-        return (torch.randn(*shape, generator=generator) * std).to(dtype)
-
-    tensors = dict(
-        hidden=normal(N, H),
-        weight=normal(V, H, std=2 / math.sqrt(H)),
-        bias=normal(V),
-        down=normal(N, 3),
-        up=normal(V, 3, std=0.3),
-    )
+    tensors = random_head(generator, N, H, V, dtype, 3, up_std=0.3)
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     if shuffled:
         ids = ids[torch.randperm(N, generator=generator)]

@@ -1,10 +1,10 @@
 """Level 2 against the fp64 oracle: values, statistics, and gradients for each subset of inputs that can require one."""
 
 import itertools
-import math
 
 import pytest
 import torch
+from random_head import random_head
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_fast.ops import impl_triton, tile
@@ -37,17 +37,7 @@ def impl(request, monkeypatch):
 
 def make(N=23, H=32, V=1001, dtype=torch.float32, rank=4, seed=0):
     generator = make_generator(seed)
-
-    def normal(*shape, std=1.0):
-        return (torch.randn(*shape, generator=generator) * std).to(dtype)
-
-    tensors = dict(
-        hidden=normal(N, H),
-        weight=normal(V, H, std=2 / math.sqrt(H)),
-        bias=normal(V),
-        down=normal(N, rank),
-        up=normal(V, rank, std=0.5),
-    )
+    tensors = random_head(generator, N, H, V, dtype, rank, up_std=0.5)
     labels = torch.randint(V, (N,), generator=generator)
     labels[1::7] = -100
     return tensors, labels

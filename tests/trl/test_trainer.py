@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -14,13 +14,9 @@ from dpo_fast import FastDPOConfig, FastDPOTrainer
 from dpo_fast.training.data import Truncation, prepare_dataset
 
 SETTINGS = dict(
-    use_cpu=True,
-    report_to="none",
-    disable_tqdm=True,
-    save_strategy="no",
+    **QUIET,
     bf16=False,
     per_device_train_batch_size=3,
-    logging_steps=1,
     max_steps=8,
     learning_rate=1e-3,
 )

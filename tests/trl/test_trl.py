@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -350,15 +350,11 @@ def test_installed_twice_and_copied():
 # --- whole trainings -----------------------------------------------------------------------------------------------
 
 SETTINGS = dict(
-    use_cpu=True,
-    report_to="none",
-    disable_tqdm=True,
-    save_strategy="no",
+    **QUIET,
     bf16=False,
     per_device_train_batch_size=3,
     per_device_eval_batch_size=4,
     gradient_checkpointing=False,
-    logging_steps=1,
     max_steps=3,
     learning_rate=1e-3,
 )
