@@ -11,7 +11,7 @@ suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/bud
 # Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo notebooks bench check test test-all test-machines fuzz scan lint floor ceiling clean
+.PHONY: demo notebooks bench check test test-all test-machines fuzz faults scan lint floor ceiling clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,11 @@ test-machines: $(STAMP)
 # 2,000 random calls of each public op, 200 in Triton's interpreter, 20 compiled; FUZZ="--seed 1" for the same again
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
+
+# 40 runs that are killed, half of them in a save, and taken up again: each ends as one that was left alone does, to the
+# bit; FAULTS="--seed 1" for other moments
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/faults.py $(FAULTS)
 
 # Every causal language model type of the installed transformers, packed and padded; writes docs/models.md
 scan: $(STAMP)

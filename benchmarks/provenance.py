@@ -17,7 +17,7 @@ GIVEN = "DPO_FAST_COMMIT"  # the commit, where a checkout travels without its re
 _MEASURE = "benchmarks/measure.py"
 _HEAD = ("kernels", "dpo_fast/ops", "dpo_fast/preference.py", "dpo_fast/objective.py", "dpo_fast/losses.py")
 _HEAD += ("dpo_fast/comparisons.py", "dpo_fast/logps.py", "dpo_fast/terms.py", "benchmarks/head_providers.py", _MEASURE)
-_NOT_IN_A_STEP = ("demo", "data", "report", "cli.py", "env.py", "selftest.py", "testing.py")
+_NOT_IN_A_STEP = ("demo", "data", "report", "cli.py", "env.py", "selftest.py", "testing.py", "text.py")
 _AROUND_A_STEP = (
     "launch",
     "recipe",
@@ -29,6 +29,8 @@ _AROUND_A_STEP = (
     "outcome",
     "facts",
     "card",
+    "checkpoints",
+    "folder",
 )
 _NOT_IN_A_STEP += tuple(f"training/{name}.py" for name in _AROUND_A_STEP)
 

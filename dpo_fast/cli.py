@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import dpo_fast
+from dpo_fast.text import shown
 
 MATPLOTLIB_HINT = "(PNG charts need matplotlib: pip install matplotlib, then run this again)"
 EVALUATION_HINT = "(no pairs are held out: eval_split: 0.1 evaluates on a tenth of them, before and after)"
@@ -68,10 +69,18 @@ def run_train(arguments: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(arguments.rest):
         print(launch.help_text())
         return 0
+    job = trainer = None
     try:
         job, config = launch.read_job(arguments.rest)
         trainer = launch.make_trainer(job, config)
         result = outcome.train(trainer, job)
+    except outcome.Finished as finished:
+        print(shown(f"dpo-fast train: {finished}"))
+        return 0
+    except KeyboardInterrupt:
+        return _say("train", outcome.interrupted(trainer, job), 130)
+    except outcome.Diverged as error:
+        return _say("train", str(error), 1)
     except launch.BadInput as error:
         return _say("train", str(error), 2)
     except torch.OutOfMemoryError as error:
@@ -81,7 +90,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         if isinstance(error, ValueError) and not preflight.is_said(error):
             raise
         return _say("train", launch.one_line(error), 1)
-    print(f"\n{run.summary(result)}\n")
+    print(shown(f"\n{run.summary(result)}\n"))
     if not result["has_evaluation"]:
         print(f"  {EVALUATION_HINT}\n")
     if hint := _hardly_moved(result):
@@ -108,7 +117,7 @@ def _hardly_moved(result: dict) -> str | None:
 def _say(command: str, sentence: str, status: int) -> int:
     if status != 2:  # a progress bar may stand on the line
         print(file=sys.stderr)
-    print(f"dpo-fast {command}: {sentence}", file=sys.stderr)
+    print(shown(f"dpo-fast {command}: {sentence}"), file=sys.stderr)
     return status
 
 

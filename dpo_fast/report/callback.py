@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 
+from dpo_fast.text import without_secrets
+
 from . import record, run
 from .files import write_text
 
@@ -147,8 +149,9 @@ class ReportCallback(transformers.TrainerCallback):
 
     def write(self, folder: Path) -> None:
         """Write both files from what is kept of the run."""
-        write_text(folder / record.RESULTS, json.dumps(self.run, indent=1, default=str) + "\n")
-        write_text(folder / record.REPORT, run.page(self.run))
+        numbers = json.dumps(record.plain(self.run), indent=1, default=str) + "\n"
+        write_text(folder / record.RESULTS, without_secrets(numbers))
+        write_text(folder / record.REPORT, without_secrets(run.page(self.run)))
 
 
 @contextlib.contextmanager
@@ -159,9 +162,11 @@ def reporting(trainer) -> Iterator[None]:
         callback.introduce(trainer)
     try:
         yield
-    finally:
-        for callback in callbacks:
-            callback.close(trainer.args, trainer.state)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what has ended the training may be a full disk, and is what counts
+            for callback in callbacks:
+                callback.close(trainer.args, trainer.state)
+        raise
 
 
 def _evaluated(log: list[dict]) -> dict:

@@ -6,17 +6,14 @@ import importlib.metadata
 import json
 import math
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import dpo_fast
+from dpo_fast.text import HIDDEN, is_secret, without_assigned_secrets, without_secrets
 
-SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
-_INSIDE = re.compile(r"""((?:\b|_)(?:token|password|secret|api_key)["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}]+)""")
-HIDDEN = "(not shown)"
 RESULTS, REPORT = "results.json", "report.html"
 KEPT_PAIRS = 2000  # of an evaluation, in results.json
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "triton")
@@ -61,7 +58,7 @@ def seeds(args) -> dict:
 
 def plain(value, name: str = ""):
     """`value` as JSON holds it; what is called like a secret is hidden."""
-    if SECRET.search(name) and value not in (None, ""):
+    if isinstance(value, str) and value and is_secret(name):
         return HIDDEN
     if isinstance(value, enum.Enum):
         return value.value
@@ -81,11 +78,11 @@ def command_line(words: list[str]) -> str:
     shown, hide = [], False
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")
-        secret = word.startswith("--") and SECRET.search(name.replace("-", "_")) is not None
-        word = _INSIDE.sub(rf"\1{HIDDEN}", word)  # of a mapping
+        secret = word.startswith("--") and is_secret(name)
+        word = without_assigned_secrets(word)  # of a mapping
         shown.append(HIDDEN if hide else f"--{name}={HIDDEN}" if secret and equals else word)
         hide = secret and not equals
-    return shlex.join(shown)
+    return without_secrets(shlex.join(shown))
 
 
 def own_command() -> str | None:

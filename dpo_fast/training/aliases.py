@@ -51,6 +51,7 @@ RENAMED = {
     "wandb_run_id": "run_name",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "overwrite_output_dir": "overwrite",
     "no_cuda": "use_cpu",
     "use_mps_device": "use_cpu",
     "torchdynamo": "torch_compile_backend",
@@ -72,7 +73,6 @@ _WANDB = "set %s in the environment"
 _HELD_OUT = "write eval_split: {value}, which below 1 is a held-out share of dataset"
 _FINISHED = "leave it out: the report has the curves"
 _CACHE = "leave it out: what is tokenised is cached by the data's fingerprint"
-_WRITES = "leave it out: output_dir is written to as it is"
 _DOES = "leave it out: dpo-fast train trains with DPO"
 _FSDP = "put it into fsdp_config"
 _EXTRA_LORA = "put %s: {value} into lora_kwargs"
@@ -184,7 +184,6 @@ OTHERWISE = {
     "half_precision_backend": "leave it out: transformers has one",
     "fp16_opt_level": "leave it out: transformers has no apex any more",
     # output
-    "overwrite_output_dir": _WRITES,
     "save_safetensors": "leave it out: weights are always saved so",
     "plot_loss": _FINISHED,
     "logging_dir": "leave it out: TENSORBOARD_LOGGING_DIR in the environment says so",

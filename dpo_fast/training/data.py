@@ -27,6 +27,7 @@ import transformers
 import dpo_fast
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
 from dpo_fast.layout import row_length, shared_prefix_batch
+from dpo_fast.text import printable
 
 from . import reference_columns, rows
 from .rows import ASKING, NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
@@ -422,7 +423,7 @@ def format_example(pair: TokenPair, tokenizer, colour: bool = False) -> str:
         ("chosen", pair.chosen_prompt, pair.chosen),
         ("rejected", pair.rejected_prompt, pair.rejected),
     ):
-        context, scored = tokenizer.decode(prompt), tokenizer.decode(completion)
+        context, scored = printable(tokenizer.decode(prompt)), printable(tokenizer.decode(completion))
         lines.append(f"{side} ({len(prompt)} prompt tokens, {len(completion)} scored between >> and <<):")
         lines.append(f"{dim}{context}{reset}>>{bold}{scored}{reset}<<")
     return "\n".join(lines)

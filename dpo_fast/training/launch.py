@@ -49,6 +49,9 @@ class Job:
     )
     samples: int = field(default=4, metadata={"help": "Prompts to answer before and after, for the report."})
     sample_tokens: int = field(default=64, metadata={"help": "Longest sample answer, in tokens."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Write into output_dir though it holds a model of somebody else's."}
+    )
     given: dict[str, str] = field(init=False, default_factory=dict)  # keys that were set, as text, for the report
     command: str | None = field(init=False, default=None)  # the command line, for the report
 

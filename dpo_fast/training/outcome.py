@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -14,44 +15,113 @@ from dpo_fast.report import ReportCallback
 from dpo_fast.report.charts import training_curves
 from dpo_fast.report.png import can_draw_png, draw_png
 
+from . import checkpoints, folder
 from .launch import Job
 from .models import limits
-from .sources import BadInput
+from .sources import BadInput, one_line
 from .trainer import FastDPOTrainer
 
 logger = logging.getLogger("dpo_fast")
 
 
-def train(trainer: FastDPOTrainer, job: Job) -> dict:
-    """Train, save the model, results.json, report.html and PNGs in `output_dir`; returns the record of the run.
+COMMAND = "dpo-fast train"
 
-    Raises BadInput for a metric_for_best_model that evaluation does not give and for no step, and what the training
-    raises.
+
+class Diverged(Exception):
+    """The training ended with numbers that are not finite; the message is one sentence."""
+
+
+class Finished(Exception):
+    """A run that is to be taken up again has nothing left to do; the message is one sentence."""
+
+
+def train(trainer: FastDPOTrainer, job: Job) -> dict:
+    """Train, save results.json, report.html, PNGs and the model in `output_dir`; returns the record of the run.
+
+    Raises Finished where a run is taken up again that was finished, BadInput for a checkpoint that does not fit, for a
+    metric_for_best_model that evaluation does not give and for no step, Diverged where the end is not finite (the model
+    is not saved then), OSError for what cannot be written, and what the training raises.
     """
     if _length(trainer.train_dataset) is not None:
         _check_steps(trainer, len(trainer.get_train_dataloader()))
     out = Path(trainer.args.output_dir)
+    asked = trainer.args.resume_from_checkpoint or None
+    marker = folder.read(out)
+    trainer.run_id = marker.run if asked and marker else ""
+    try:
+        checkpoint = trainer.checkpoint_to_resume(asked)
+    except checkpoints.Unfit as error:
+        raise BadInput(one_line(error)) from error
+    if asked and marker and marker.finished:
+        _check_unfinished(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        trainer.run_id = folder.begin(out, COMMAND, job.command, resumes=asked is not None)
     prompts = _sample_prompts(trainer, job.samples)
     texts_before = _answers(trainer, prompts, job.sample_tokens)
     report = ReportCallback(f"DPO on {Path(job.dataset).name}")
     report.more = {"job": dataclasses.asdict(job), "command": job.command}
     trainer.add_callback(_CheckMetric())
     trainer.add_callback(report)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or None)
-    _check_steps(trainer, trainer.state.global_step)
-    texts_after = _answers(trainer, prompts, job.sample_tokens)
-    trainer.save_model()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint or asked)
+    except checkpoints.Unfit as error:
+        raise BadInput(one_line(error)) from error
+    diverged = _diverged(trainer)
+    texts_after = [""] * len(prompts) if diverged else _answers(trainer, prompts, job.sample_tokens)
     report.run["samples"] = [
         {"prompt": trainer.processing_class.decode(prompt, skip_special_tokens=True), "before": old, "after": new}
         for prompt, old, new in zip(prompts, texts_before, texts_after, strict=True)
     ]
     report.run["png"] = []
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():  # the numbers first: they are small, and a disk may be full
         charts = training_curves(report.run["log"])
         if charts and can_draw_png():
             report.run["png"] = [str(draw_png(charts, out / "training.png"))]
         report.write(out)
+    if diverged:
+        raise Diverged(f"{diverged}; the model is not saved, {out} holds the report and the numbers")
+    with checkpoints.writing("the model", out):
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder.finish(out)
     return report.run
+
+
+def _check_unfinished(trainer: FastDPOTrainer, checkpoint: Path | None) -> None:
+    """Raise Finished unless a finished run is to be trained further than it was."""
+    was = f"the run in {trainer.args.output_dir} was finished"
+    if checkpoint is None:
+        raise Finished(f"{was}, and has left no checkpoint to go on from; nothing was trained")
+    done, total = checkpoints.step_of(checkpoint), trainer.steps_in_all()
+    if done >= total:
+        raise Finished(f"{was}, at step {done} of {total}; nothing was trained")
+
+
+def _diverged(trainer: FastDPOTrainer) -> str | None:
+    """What is not finite at the end: weights, or the last loss that was logged."""
+    since = f", since step {trainer.first_bad_step}" if trainer.first_bad_step else ""
+    losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+    if not trainer.is_finite():
+        what = "weights are not finite"
+    elif losses and not math.isfinite(losses[-1]):
+        what = f"the loss is {losses[-1]}"
+    else:
+        return None
+    kept = checkpoints.newest(Path(trainer.args.output_dir), trainer.run_id)
+    return f"the training has diverged: {what}{since}" + (f"; {kept} was written before that" if kept and since else "")
+
+
+def interrupted(trainer: FastDPOTrainer | None, job: Job | None) -> str:
+    """What Ctrl-C leaves: how far training was, and how it goes on."""
+    if trainer is None or job is None or not trainer.run_id:
+        return "interrupted, before training had begun"
+    said = f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}"
+    checkpoint = checkpoints.newest(Path(trainer.args.output_dir), trainer.run_id)
+    if checkpoint is None:
+        return f"{said}; there is no checkpoint yet (save_steps is {trainer.args.save_steps:g})"
+    command = job.command or COMMAND
+    option = "--resume_from_checkpoint"
+    return f"{said}; {command if option in command else f'{command} {option}'} goes on from {checkpoint.name}"
 
 
 class _CheckMetric(transformers.TrainerCallback):

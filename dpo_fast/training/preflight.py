@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers.integrations import integration_utils
 
+from . import folder
 from .config import FastDPOConfig
 from .sources import BadInput, one_line
 
@@ -31,17 +32,15 @@ def check(job, config: FastDPOConfig) -> None:
                 f"{name} needs data to evaluate on: set eval_dataset (or eval_split, a split of dataset), or leave "
                 f"{name} out"
             )
-    out, model = Path(config.output_dir), Path(job.model)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"output_dir: {str(out)!r} is a file")
-    if out.is_dir() and model.is_dir() and out.samefile(model):
-        raise BadInput(f"output_dir: {str(out)!r} is the model's own folder, which would be overwritten")
+    out = Path(config.output_dir)
+    reads = {"model": job.model, "ref_model": job.ref_model}
+    folder.check(out, reads=reads, overwrite=job.overwrite, by="dpo-fast train")
     _check_resume(config.resume_from_checkpoint, out)
 
 
 def _check_resume(resume: str | bool | None, out: Path) -> None:
-    if resume is True and (not out.is_dir() or transformers.trainer_utils.get_last_checkpoint(out) is None):
-        raise BadInput(f"resume_from_checkpoint: there is no checkpoint in output_dir, {str(out)!r}")
+    if resume is True and folder.read(out) is None and not any(out.glob("checkpoint-*")):
+        raise BadInput(f"resume_from_checkpoint: there is no checkpoint in output_dir, {str(out)!r}, and no run")
     if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
         raise BadInput(
             f"resume_from_checkpoint must be a folder with a trainer_state.json, or true for the last one of "

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_fast.report.record import HIDDEN, SECRET
+from dpo_fast import text
+from dpo_fast.report.record import plain
 
 from .aliases import hint_for
 from .keys import Key, Wrong, accepted, convert, takes
@@ -31,7 +32,9 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
         problems += [f"{config_file}: {problem}" for problem in _unknown(written, keys)]
     from_options = read_options(options, keys)
     problems += _unknown(from_options, keys)
-    written = {name: value for name, value in {**written, **from_options}.items() if name in keys}
+    written = {**written, **from_options}
+    text.remember({name: value.text for name, value in written.items() if isinstance(value, Text)})
+    written = {name: value for name, value in written.items() if name in keys}
     values, given = {}, {}
     for name, value in written.items():
         try:
@@ -39,7 +42,8 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
         except Wrong as error:
             where = f"{config_file}: " if name not in from_options else ""
             problems.append(f"{where}{error}")
-        given[name] = HIDDEN if SECRET.search(name) else _shown(values.get(name), value)
+        given[name] = _shown(name, values.get(name), value)
+    text.remember(values)
     if problems:
         raise BadInput("; ".join(problems))
     return Values(values, given)
@@ -58,12 +62,12 @@ def _unknown(written: dict[str, Any], keys: dict[str, Key]) -> list[str]:
 
 def hint_of(name: str, value, keys: Iterable[str]) -> str:
     """What to write instead of an unknown key: other projects' names first, then names that look alike."""
-    plain = name.replace("-", "_")
-    if hint := hint_for(plain, show(value)):
+    underscored = name.replace("-", "_")
+    if hint := hint_for(underscored, text.HIDDEN if text.is_secret(name) else show(value)):
         return hint
-    if plain.startswith("no_") and plain[3:] in keys:
-        return f"write {plain[3:]}: false"
-    close = difflib.get_close_matches(plain, keys, n=3, cutoff=0.5)
+    if underscored.startswith("no_") and underscored[3:] in keys:
+        return f"write {underscored[3:]}: false"
+    close = difflib.get_close_matches(underscored, keys, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -99,11 +103,12 @@ def read_options(options: list[str], keys: dict[str, Key]) -> dict[str, Any]:
     return found
 
 
-def _shown(typed, value) -> str:
-    """For the report: what was written, on one line; secrets inside of mappings are left out."""
+def _shown(name: str, typed, value) -> str:
+    """For the report: what was written, on one line, without secrets."""
+    if text.is_secret(name):
+        return text.HIDDEN
     if isinstance(value, Text) and not isinstance(typed, dict):
         return "null" if value.is_null and typed is None else value.text
     if isinstance(value, list):
         return " ".join(entry.text if isinstance(entry, Text) else show(entry) for entry in value) or "[]"
-    hidden = {name: HIDDEN if SECRET.search(str(name)) else entry for name, entry in (typed or {}).items()}
-    return json.dumps(hidden, default=str)
+    return json.dumps(plain(typed or {}), default=str)

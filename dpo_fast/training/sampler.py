@@ -1,4 +1,4 @@
-"""Batches of as many pairs as fit a budget of tokens, an alternative to a fixed number of pairs."""
+"""Which pairs share a batch, and their order: drawn from a seed and the epoch, so that a resumed run has the same."""
 
 from collections.abc import Iterator, Sequence
 
@@ -48,6 +48,33 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+
+class GroupsOfEpoch(Sampler[int]):
+    """transformers' `LengthGroupedSampler`, drawn from `seed` and the epoch instead of the global generator."""
+
+    def __init__(self, grouped, seed: int):
+        self.grouped, self.seed, self.epoch = grouped, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.grouped)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def set_epoch(loader, epoch: int) -> None:
+    """Tell every sampler below a DataLoader: where batches are skipped, accelerate does not reach them all."""
+    for name in ("batch_sampler", "sampler"):
+        below = getattr(loader, name, None)
+        if below is not None:
+            if hasattr(below, "set_epoch"):
+                below.set_epoch(epoch)
+            set_epoch(below, epoch)
 
 
 def fill_batches(order: Sequence[int], lengths: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
+import logging
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import transformers
 from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
-from dpo_fast import reference
+from dpo_fast import reference, text
 from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
 from dpo_fast.forward import attach, is_attached, release
@@ -26,9 +28,10 @@ from dpo_fast.objective import Objective
 from dpo_fast.prepared import check_ranks, prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
+from dpo_fast.report.record import plain
 from dpo_fast.router import router_coefficient
 
-from . import card, facts, models, reference_columns, references
+from . import card, checkpoints, facts, models, reference_columns, references
 from .config import FastDPOConfig
 from .data import (
     LENGTH_COLUMN,
@@ -36,7 +39,10 @@ from .data import (
     format_example,
     prepare_dataset,
 )
-from .sampler import TokenBudgetBatchSampler
+from .finite import LossWatch, are_finite
+from .sampler import GroupsOfEpoch, TokenBudgetBatchSampler, set_epoch
+
+logger = logging.getLogger("dpo_fast")
 
 # Arguments of other trainers -> what to do instead
 NOT_TAKEN = {
@@ -93,6 +99,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
                 raise TypeError(f"FastDPOTrainer takes no {name}: {NOT_TAKEN[name]}")
         args = FastDPOConfig() if args is None else args
         check_arguments(model, ref_model, args)
+        text.remember(vars(args))
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if (
             args.use_liger_kernel
@@ -150,7 +157,9 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             self._layout = models.choose_layout(args, args.device, *self._own_models())
             self.data_collator = dataclasses.replace(data_collator, layout=self._layout[0])
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
-        self._counts = {"pairs": 0, "tokens": 0, "scored": 0}
+        self._counts, self._losses = {"pairs": 0, "tokens": 0, "scored": 0}, LossWatch(tokenizer)
+        self._passes = self._batches = 0  # over a stream
+        self.run_id = ""  # what its checkpoints are marked with
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         if args.print_example and train_dataset is not None and self.is_world_process_zero():
@@ -281,6 +290,11 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and how many pairs they hold on average over the ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches and not has_length(self.train_dataset):
+            if batches:
+                self._say_left_out(len(batches), num_batches)
+            batches = []  # Trainer would add their gradients to the next pass's first step
+        self._batches += len(batches)
         pairs = sum(batch.num_pairs for batch in batches)
         tokens = sum(batch.num_chosen_tokens for batch in batches)
         self._counts["pairs"] += pairs
@@ -291,6 +305,15 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             pairs, tokens = self.accelerator.reduce(counts, reduction="mean")
         self._mean_chosen_length = tokens / pairs if batches else None
         return batches, pairs
+
+    def _say_left_out(self, count: int, needed: int) -> None:
+        if self._passes == 0:
+            logger.warning(
+                "the last batches of a pass over the stream (%d of gradient_accumulation_steps=%d) are left out, as "
+                "they make no whole optimizer step",
+                count,
+                needed,
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the pairs of the batch, or, in training, the batch's share of the mean over the optimizer step:
@@ -322,6 +345,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
                 aux_loss=self.router_aux_loss_coef != 0.0,
             )
         if model.training:
+            self._losses.add(self.state.global_step + 1, step, batch)
             metrics = step_metrics(step, batch, self.objective)
             del metrics["loss"]  # Trainer logs its own
             self._sums["train"].add(metrics | term_metrics(step.pairs, self.objective))
@@ -358,16 +382,80 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     # --- loops -----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):  # type: ignore[override]  # no trial
-        """As `Trainer.train`; raises ValueError for a directory that is not a checkpoint of such a model."""
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            check_checkpoint(Path(resume_from_checkpoint), self.model)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`. True: from the newest whole checkpoint of output_dir, which a line names; from the start
+        where a run was killed before it had one.
+
+        Raises ValueError for a directory that is not a whole checkpoint of such a model, and where no step was trained.
+        """
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if checkpoint is not None:
+            logger.warning("resuming from %s, at step %d", checkpoint, checkpoints.step_of(checkpoint))
+        elif resume_from_checkpoint is True:
+            logger.warning("no whole checkpoint in %s yet: training begins at step 0", self.args.output_dir)
         self._sums["train"], self._unproven = MetricSums(), self._must_agree
-        self._counts = dict.fromkeys(self._counts, 0)
+        self._counts, self._losses = dict.fromkeys(self._counts, 0), LossWatch(self.processing_class)
         with self._models_in_use(), reporting(self):
             prepare_anew(self)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        if self.state.global_step == 0:
+            kind = "data" if has_length(self.train_dataset) else "stream"
+            raise ValueError(f"no step was trained: the {kind} made no batch, or none that fills an optimizer step")
+        return output
+
+    def steps_in_all(self) -> int:
+        """Optimizer steps of a whole training."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def checkpoint_to_resume(self, resume: str | Path | bool | None) -> Path | None:
+        """What `train` goes on from, checked; None where it begins."""
+        if resume is None or resume is False:
+            return None
+        out = Path(str(self.args.output_dir))
+        checkpoint = checkpoints.newest(out, self.run_id) if resume is True else Path(str(resume))
+        if checkpoint is None:
+            if not any(out.glob("checkpoint-*")) and not self.run_id:
+                raise checkpoints.Unfit(
+                    f"resume_from_checkpoint=True, but there is no checkpoint in output_dir, {str(out)!r}"
+                )
+            return None
+        copied = self.reference.adapter if isinstance(self.reference, reference.FrozenAdapter) else None
+        checkpoints.check(checkpoint, self.model, unseen=copied)
+        return checkpoint
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, *rest
+    ):
+        """As `Trainer`'s, but where a finished run is taken up there is nothing to do, and a stream goes on where it
+        was, also in a later pass."""
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, *rest
+        )
+        if resume_from_checkpoint is None:
+            return epochs, batches
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0
+        if has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return epochs, batches
+        progress = checkpoints.read_progress(Path(resume_from_checkpoint))
+        if progress is None:
+            logger.warning("%s does not say how far the stream was read: one pass is assumed", resume_from_checkpoint)
+            return epochs, batches
+        return progress.passes, progress.batches
+
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        """As `Trainer`'s; every sampler is told the epoch, also below those that accelerate puts around it to skip."""
+        set_epoch(train_dataloader, epoch)
+        resumed = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
+        self._passes, self._batches = epoch, kwargs["steps_trained_in_current_epoch"] if resumed else 0
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        """As `Trainer`'s; groups by length are drawn from seed and epoch, so that a resumed run has the same."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return GroupsOfEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     @contextlib.contextmanager
     def _models_in_use(self):
@@ -393,17 +481,63 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             if not is_attached(model):
                 attach(model, impl=self.args.impl, tile_mib=self.args.tile_mib)
 
+    def _save_checkpoint(self, model, trial):
+        """As `Trainer`'s, of finite weights only. A folder of that name is no checkpoint any more before the first of
+        its files is written, and is gone if they cannot be written."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if not self.is_finite():
+            logger.warning("%s is not written: weights of the model are not finite", folder)
+            return
+        if self.args.should_save:
+            (folder / checkpoints.STATE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with checkpoints.writing(f"checkpoint-{self.state.global_step}", folder):
+                if self.args.should_save:
+                    progress = self.run_id, self.args.world_size, self._passes, self._batches
+                    checkpoints.write_progress(folder, checkpoints.Progress(*progress))
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    @property
+    def first_bad_step(self) -> int | None:
+        """The first step of this training whose loss was not finite, as far as logs have shown."""
+        return self._losses.first
+
+    def is_finite(self) -> bool:
+        """Whether every parameter that trains is, on all ranks; waits for the device."""
+        finite = are_finite(self.model)
+        return bool(self.accelerator.reduce(finite, reduction="mean").item() == 1)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """As `Trainer`'s, which before transformers 5.23 loads no adapter but those in sub-folders where there is one:
-        one named "default" is in none. Which adapters are active stays as it is."""
+        """As `Trainer`'s, and right where that is not: before transformers 5.23 it loads no adapter but those in
+        sub-folders where there is one (one named "default" is in none), and it leaves out weights that are saved under
+        other names, as experts are. Which adapters are active stays as it is."""
         model = self.model if model is None else model
+        folder = Path(resume_from_checkpoint)
+        if not self.is_fsdp_enabled and checkpoints.is_renamed(folder, model):
+            checkpoints.load_renamed(folder, model)
+            return
         with references.keep_adapters(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            in_root = any(Path(resume_from_checkpoint).glob("adapter_model.*"))
+            in_root = any(folder.glob("adapter_model.*"))
             if in_root and models.is_peft_model(model) and {"default"} < set(model.peft_config):
                 model.load_adapter(resume_from_checkpoint, "default", is_trainable="default" in model.active_adapters)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As `Trainer`'s; raises ValueError for an optimizer of another kind or of other parameters."""
+        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            checkpoints.check_optimizer(Path(checkpoint), self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self):
+        folder = Path(self.state.best_model_checkpoint)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not sharded and folder.is_dir() and checkpoints.is_renamed(folder, self.model):
+            checkpoints.load_renamed(folder, self.model)
+            return
         with references.keep_adapters(self.model):
             super()._load_best_model()
 
@@ -411,7 +545,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         """As `Trainer`'s, with a model card; a README.md that somebody else has put there stays as it is."""
         folder = Path(output_dir or self.args.output_dir)
         ours = card.is_ours(card.read(folder))
-        with references.unseen(self.reference), models.without_progress_bar():
+        with references.unseen(self.reference), models.without_progress_bar(), without_tokens(self.args):
             super()._save(output_dir, state_dict)
         if ours:
             card.write(folder, self._base_name, self._card_rows(), self.state.log_history)
@@ -469,12 +603,26 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log of training steps: one reduction, one sync."""
+        if "loss" in logs or "train_loss" in logs:
+            self._losses.check(self.args.process_index if self.args.world_size > 1 else None)
         if "loss" in logs:
             logs.update(self._sums["train"].means(self._sum_over_ranks))
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, packed: Tensor) -> Tensor:
         return self.accelerator.reduce(packed, reduction="sum")
+
+
+@contextlib.contextmanager
+def without_tokens(args: FastDPOConfig) -> Iterator[None]:
+    """Hide the hub's tokens, which would lie in training_args.bin and be pushed with the model."""
+    secret = {name: value for name, value in vars(args).items() if value is not None and text.is_secret(name)}
+    options = args.model_init_kwargs
+    vars(args).update(dict.fromkeys(secret), model_init_kwargs=options and plain(options))
+    try:
+        yield
+    finally:
+        vars(args).update(secret, model_init_kwargs=options)
 
 
 def check_arguments(model, ref_model, args) -> None:
@@ -510,20 +658,3 @@ def check_collator(data_collator, dataset) -> None:
         raise TypeError(f"{expected}; {reason}. Omit it to have one") from error
     if not isinstance(batch, PreferenceBatch):
         raise TypeError(f"{expected}; it makes a {type(batch).__name__}. Omit it to have one")
-
-
-def check_checkpoint(path: Path, model: torch.nn.Module) -> None:
-    """Raise ValueError unless `path` holds a Trainer's checkpoint of a model like this one."""
-    needed = ["trainer_state.json", "adapter_config.json" if models.is_peft_model(model) else "config.json"]
-    missing = [name for name in needed if not (path / name).is_file()]
-    if missing:
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else "no such directory"
-        raise ValueError(
-            f"resume_from_checkpoint={str(path)!r} is not a checkpoint of this training: it has no "
-            f"{' and no '.join(missing)} (there: {found or 'nothing'})"
-        )
-    if not models.is_peft_model(model):
-        saved = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if saved != model.config.model_type:
-            ours = model.config.model_type
-            raise ValueError(f"resume_from_checkpoint={str(path)!r} holds a {saved!r} model, this trainer a {ours!r}")

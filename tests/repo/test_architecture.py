@@ -72,10 +72,11 @@ FLOORS = """
 0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks kernels.numerics
    kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared report
    report.charts report.files testing training training.aliases training.rows training.sampler training.sources
+   text
 1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
    ops.oracle ops.softmax report.png report.record report.svg training.written
 2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
-   training.keys
+   training.folder training.keys
 3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
 4  attention ops.head_op ops.impl_torch ops.impl_triton ops.pairwise report.callback report.compare
    training.card
@@ -83,8 +84,8 @@ FLOORS = """
 6  packing preference selftest
 7  forward
 8  functional
-9  reference training.reference_columns
-10 drift training.data
+9  reference training.finite training.reference_columns
+10 drift training.checkpoints training.data
 11 training.config training.facts
 12 training.models training.preflight trl
 13 training.references
