@@ -32,6 +32,7 @@ class Command(NamedTuple):
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="write into --out though it holds files of others")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another model (default: %(default)s)")
 
 
@@ -39,9 +40,17 @@ def run_demo(arguments: argparse.Namespace) -> int:
     """Train, align, measure, report; status 1 when a claimed effect did not come about."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing may wait for a network
+    from dpo_fast.training import folder
+    from dpo_fast.training.sources import BadInput
+
+    try:
+        folder.check(arguments.out, reads={}, overwrite=arguments.overwrite, by="dpo-fast demo")
+    except BadInput as error:
+        return _say("demo", str(error), 2)
     print("dpo-fast demo: about two minutes on a CPU, no downloads", flush=True)
     from dpo_fast.demo import console, pages, story
 
+    folder.begin(arguments.out, "dpo-fast demo", None, resumes=False)
     console.quiet_libraries()
     results = story.run(arguments.out, story.Settings(seed=arguments.seed))
     paths = pages.write(results, arguments.out)
@@ -75,7 +84,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         trainer = launch.make_trainer(job, config)
         result = outcome.train(trainer, job)
     except outcome.Finished as finished:
-        print(shown(f"dpo-fast train: {finished}"))
+        if trainer is not None and trainer.is_world_process_zero():
+            print(shown(f"dpo-fast train: {finished}"))
         return 0
     except KeyboardInterrupt:
         return _say("train", outcome.interrupted(trainer, job), 130)
@@ -90,6 +100,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         if isinstance(error, ValueError) and not preflight.is_said(error):
             raise
         return _say("train", launch.one_line(error), 1)
+    if not trainer.is_world_process_zero():
+        return 0
     print(shown(f"\n{run.summary(result)}\n"))
     if not result["has_evaluation"]:
         print(f"  {EVALUATION_HINT}\n")

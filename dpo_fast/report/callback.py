@@ -163,6 +163,9 @@ def reporting(trainer) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for callback in trainer.callback_handler.callbacks:  # or it is drawn once more, below what is said of the end
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()
         with contextlib.suppress(OSError):  # what has ended the training may be a full disk, and is what counts
             for callback in callbacks:
                 callback.close(trainer.args, trainer.state)

@@ -24,6 +24,8 @@ from torch import nn
 from dpo_fast.reference import is_peft_model
 from dpo_fast.report.files import write_text
 
+from .folder import UNMARKED
+
 logger = logging.getLogger("dpo_fast")
 
 STATE, PROGRESS = "trainer_state.json", "dpo_fast_progress.json"
@@ -63,12 +65,14 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not re.search(r"inline_container|PytorchStreamWriter|write", text):
-            raise
         there = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
         free = shutil.disk_usage(there).free
-        full = re.search(r"No space left|unexpected pos|[Qq]uota|os error 28", text) or free < 2**20
-        reason = "the disk is full" if full else text.removesuffix(".")
+        of_torch = re.search(r"inline_container|PytorchStreamWriter|iostream|basic_ios", text)
+        if isinstance(error, RuntimeError) and not (of_torch or free < 2**20):
+            raise
+        full = re.search(r"No space left|[Qq]uota|os error 28", text) or free < 2**20
+        limited = re.search(r"unexpected pos|File too large", text)
+        reason = "the disk is full" if full else "files may not be as large here" if limited else text.removesuffix(".")
         raise OSError(
             f"{what} could not be written to {str(folder)!r}: {reason}; {free / 2**20:,.0f} MiB are free there"
         ) from error
@@ -186,8 +190,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]] | None:
 # --- which one -----------------------------------------------------------------------------------------------------
 
 
-def newest(folder: Path, run: str = "") -> Path | None:
-    """The whole checkpoint of most steps in `folder`; a line names those that are passed over, and why.
+def newest(folder: Path, run: str = "", *, say: bool = False) -> Path | None:
+    """The whole checkpoint of most steps in `folder`; `say`: a line names those that are passed over, and why.
 
     run: of this run, where it is known; checkpoints that another one has left in the folder do not count.
     """
@@ -198,14 +202,14 @@ def newest(folder: Path, run: str = "") -> Path | None:
     for steps in sorted(by_steps, reverse=True):
         path = by_steps[steps]
         progress = read_progress(path)
-        if run and progress is not None and progress.run not in ("", run):
+        if run not in ("", UNMARKED) and progress is not None and progress.run not in ("", UNMARKED, run):
             passed_over.append(f"{path.name} (of an earlier run)")
         elif reasons := faults(path):
             passed_over.append(f"{path.name} ({'; '.join(reasons)})")
         else:
             chosen = path
             break
-    if passed_over:
+    if passed_over and say:
         logger.warning("%s: passed over %s", folder, ", ".join(passed_over))
     return chosen
 

@@ -15,6 +15,7 @@ from dpo_fast.functional import EXTRA_METRICS
 from dpo_fast.losses import LOSSES, LossParams, knob
 from dpo_fast.objective import Objective
 from dpo_fast.ops.dispatch import IMPLS
+from dpo_fast.report.record import plain
 
 from .data import LAYOUTS, TRUNCATION_MODES, Truncation
 
@@ -198,6 +199,11 @@ class FastDPOConfig(LossParams, TrainingArguments):
             raise ValueError(f"extra_metrics must be a list of {', '.join(EXTRA_METRICS)}, got {self.extra_metrics!r}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the trainer keeps only the columns it needs itself")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, what loggers get; without secrets in mappings."""
+        found = super().to_dict()
+        return {name: plain(value) if isinstance(value, dict) else value for name, value in found.items()}
 
     def objective(self) -> Objective:
         """The checked combination of losses that these arguments ask for."""

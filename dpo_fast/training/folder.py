@@ -15,12 +15,13 @@ from .sources import BadInput
 logger = logging.getLogger("dpo_fast")
 
 MARKER = "dpo_fast_run.json"
+UNMARKED = "unmarked"  # a run that was killed before it had a marker, or of another command: any checkpoint counts
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz"}
 _OTHERS = ("*config.json", "*.index.json", "tokenizer*", RESULTS, REPORT, "training*.png")
 
 
 class Marker(NamedTuple):
-    """run: marks the checkpoints, "" where another command has begun the run. begun: when. finished: whether all that
+    """run: marks the checkpoints. begun: when. finished: whether all that
     the command writes is there."""
 
     written_by: str
@@ -76,11 +77,11 @@ def _is_of_a_model(path: Path) -> bool:
 def begin(out: Path, by: str, command: str | None, resumes: bool) -> str:
     """Mark the folder, and say what is in it of an earlier run; returns the run's name.
 
-    Where a run is taken up again, its marker stays; one that another command has begun has no name.
+    Where a run is taken up again, its marker stays.
     """
     earlier = read(out)
     if resumes:
-        marker = earlier or Marker(by, "", command, _now())
+        marker = earlier or Marker(by, UNMARKED, command, _now())
         _write(out, marker._replace(finished=False))
         return marker.run
     if earlier is not None:

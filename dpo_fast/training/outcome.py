@@ -47,7 +47,7 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     out = Path(trainer.args.output_dir)
     asked = trainer.args.resume_from_checkpoint or None
     marker = folder.read(out)
-    trainer.run_id = marker.run if asked and marker else ""
+    trainer.run_id = (marker.run if marker else folder.UNMARKED) if asked else ""
     try:
         checkpoint = trainer.checkpoint_to_resume(asked)
     except checkpoints.Unfit as error:
@@ -63,7 +63,7 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     trainer.add_callback(_CheckMetric())
     trainer.add_callback(report)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint or asked)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except checkpoints.Unfit as error:
         raise BadInput(one_line(error)) from error
     diverged = _diverged(trainer)

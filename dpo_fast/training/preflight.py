@@ -39,8 +39,8 @@ def check(job, config: FastDPOConfig) -> None:
 
 
 def _check_resume(resume: str | bool | None, out: Path) -> None:
-    if resume is True and folder.read(out) is None and not any(out.glob("checkpoint-*")):
-        raise BadInput(f"resume_from_checkpoint: there is no checkpoint in output_dir, {str(out)!r}, and no run")
+    if resume is True and not out.is_dir():
+        raise BadInput(f"resume_from_checkpoint: there is no run to go on with, as there is no folder {str(out)!r}")
     if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
         raise BadInput(
             f"resume_from_checkpoint must be a folder with a trainer_state.json, or true for the last one of "

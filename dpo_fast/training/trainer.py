@@ -389,10 +389,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         Raises ValueError for a directory that is not a whole checkpoint of such a model, and where no step was trained.
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None and self.is_world_process_zero():
             logger.warning("resuming from %s, at step %d", checkpoint, checkpoints.step_of(checkpoint))
-        elif resume_from_checkpoint is True:
-            logger.warning("no whole checkpoint in %s yet: training begins at step 0", self.args.output_dir)
         self._sums["train"], self._unproven = MetricSums(), self._must_agree
         self._counts, self._losses = dict.fromkeys(self._counts, 0), LossWatch(self.processing_class)
         with self._models_in_use(), reporting(self):
@@ -412,13 +410,19 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if resume is None or resume is False:
             return None
         out = Path(str(self.args.output_dir))
-        checkpoint = checkpoints.newest(out, self.run_id) if resume is True else Path(str(resume))
-        if checkpoint is None:
-            if not any(out.glob("checkpoint-*")) and not self.run_id:
+        if resume is True:
+            first = self.is_world_process_zero()
+            checkpoint = checkpoints.newest(out, self.run_id, say=first)
+            if checkpoint is None and not any(out.glob("checkpoint-*")) and not self.run_id:
                 raise checkpoints.Unfit(
                     f"resume_from_checkpoint=True, but there is no checkpoint in output_dir, {str(out)!r}"
                 )
-            return None
+            if checkpoint is None:
+                if first:
+                    logger.warning("no whole checkpoint in %s yet: training begins at step 0", out)
+                return None
+        else:
+            checkpoint = Path(str(resume))
         copied = self.reference.adapter if isinstance(self.reference, reference.FrozenAdapter) else None
         checkpoints.check(checkpoint, self.model, unseen=copied)
         return checkpoint
@@ -497,9 +501,10 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
                     progress = self.run_id, self.args.world_size, self._passes, self._batches
                     checkpoints.write_progress(folder, checkpoints.Progress(*progress))
                 super()._save_checkpoint(model, trial)
-        except OSError:
+        except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
+            kept = checkpoints.newest(folder.parent, self.run_id)
+            raise OSError(f"{error}; {kept.name} is whole" if kept else str(error)) from error
 
     @property
     def first_bad_step(self) -> int | None:

@@ -26,7 +26,8 @@ def show(value) -> str:
     if isinstance(value, Text):
         return "null" if value.plain and value.text in ("", "~", "null") else repr(value.text)
     if isinstance(value, list):
-        return f"[{', '.join(x.text if isinstance(x, Text) else reprlib.repr(x) for x in value[:20])}]"
+        shown = f"[{', '.join(x.text if isinstance(x, Text) else reprlib.repr(x) for x in value[:20])}]"
+        return shown if len(shown) <= 200 else f"{shown[:200]}..."
     return reprlib.repr(value)
 
 

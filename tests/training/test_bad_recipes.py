@@ -370,7 +370,7 @@ REFUSED_EARLY = {
     "none at the start either": ({"eval_on_start": True}, "eval_on_start needs data to evaluate on"),
     "Liger's layers on the CPU": ({"use_liger_kernel": True}, "use_liger_kernel needs"),
     "a checkpoint that is none": ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint must be .*'nowhere'"),
-    "no checkpoint yet": ({"resume_from_checkpoint": True}, "there is no checkpoint in output_dir"),
+    "no checkpoint yet": ({"resume_from_checkpoint": True}, "there is no run to go on with"),
     "an adapter without a rank": ({"lora_alpha": 8, "lora_dropout": 0.1}, "lora_alpha, lora_dropout: .* lora_r"),
     "an adapter's keyword": ({"lora_r": 2, "lora_kwargs": {"dora": 1}}, "lora_kwargs: dora is not of peft.LoraConfig"),
 }

@@ -198,7 +198,7 @@ def test_checkpoints_of_an_earlier_run_do_not_count(copy, caplog):
     out = copy()
     for step, run in ((2, "ours"), (4, "theirs")):
         checkpoints.write_progress(out / f"checkpoint-{step}", checkpoints.Progress(run))
-    assert checkpoints.newest(out, "ours").name == "checkpoint-2"
+    assert checkpoints.newest(out, "ours", say=True).name == "checkpoint-2"
     assert "passed over checkpoint-4 (of an earlier run)" in caplog.text
     assert checkpoints.newest(out).name == "checkpoint-4"
     (out / "checkpoint-4" / checkpoints.PROGRESS).unlink()  # another trainer's
@@ -249,7 +249,9 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path, monkeypa
     from safetensors import SafetensorError
 
     errors = {
-        "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3003840 vs 3003728"),
+        "torch": RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 3003840 vs 3003728: No space left"
+        ),
         "safetensors": SafetensorError("I/O error: No space left on device (os error 28)"),
         "os": OSError(28, "No space left on device"),
     }

@@ -1,5 +1,5 @@
-"""A trained adapter that is killed and resumed ends where one that was left alone does, bit for bit on CPU; `faults` has
-the other kinds of runs."""
+"""A trained adapter that is killed and resumed ends where one that was left alone does, bit for bit on CPU; other kinds
+of runs: faults.py."""
 
 import os
 import signal
