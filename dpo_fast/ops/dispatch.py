@@ -77,6 +77,16 @@ def free_to_look(x: torch.Tensor) -> bool:
     return x.device.type in _HOST_DEVICES
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether a check may look at values: they lie on the host, and nothing traces, compiles or vectorises."""
+    return (
+        not torch.compiler.is_compiling()
+        and free_to_look(x)
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 @functools.cache
 def fp32_products(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether torch multiplies 16-bit matrices of `dtype` into an fp32 one on `device`: (as a result, and added to it).
