@@ -127,6 +127,11 @@ def _log_once(op: str, impl: str, device_type: str, why: str) -> None:
     logger.info("%s: impl=%r on %s%s", op, impl, device_type, f" ({why})" if why else "")
 
 
+def check_impl(op: str, impl: str, source: str = "impl") -> None:
+    if not isinstance(impl, str) or impl not in ("auto", *IMPLS):
+        raise ValueError(f"{op}: {source} must be one of 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
 def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The implementation that runs for `impl`; DPO_FAST_IMPL stands in for "auto" where it is set.
 
@@ -144,8 +149,7 @@ def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = t
                     _log_once(op, candidate, device.type, "; ".join(skipped))
                 return candidate
             skipped += [f"not {candidate}: {reason}" for reason in reasons]
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: {source} must be one of 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    check_impl(op, impl, source)
     reasons = reasons_against(impl, device, dtype)
     if reasons:
         raise ValueError(f"{op}: {source}={impl!r} cannot run: " + "; ".join(reasons))
