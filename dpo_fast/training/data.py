@@ -148,6 +148,9 @@ def prepare_dataset(
     names, first = _columns(dataset, name)
     tokenized = _check_columns(names, first, tokenizer, name)
     keep = [column for column in reference_columns.SUMS if column in names]
+    if len(keep) == 1:
+        (missing,) = set(reference_columns.SUMS) - set(keep)
+        raise ValueError(f"{name} dataset has the column {keep[0]}, but no {missing}: a reference's sums come in pairs")
     prompts = "prompt" in names
     process = _RowProcessor(
         tokenizer, truncation, tokenized, prompts, tuple(keep), limits, dict(template_options or {})
@@ -189,7 +192,7 @@ def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name
         raise ValueError(
             f"{name} dataset has the columns {', '.join(sorted(columns))}; expected prompt, chosen, rejected (text or "
             f"chat messages), or chosen, rejected with a common beginning, or {', '.join(TOKEN_COLUMNS)}"
-            + (f" ({'; '.join(hints)}: rename_column() says so)" if hints else "")
+            + (f" ({'; '.join(hints)}: rename the columns, in the file or with rename_column())" if hints else "")
         )
     if "prompt" not in columns:
         _check_no_prompt(columns, first, name)
@@ -233,7 +236,8 @@ def _check_no_prompt(columns: Sequence[str], first: list[Mapping], name: str) ->
         if given and not any(_is_inside(row[column], [row.get(side) for side in SIDES]) for row in given):
             raise ValueError(
                 f"{name} dataset has no column prompt, but {column}, which is in neither chosen nor rejected: if it is "
-                f"the prompt, rename it, as in dataset.rename_column({column!r}, 'prompt'); if it is not, remove it"
+                f"the prompt, rename it to prompt in the file, or with dataset.rename_column({column!r}, 'prompt'); if "
+                "it is not, remove it"
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from safetensors import SafetensorError
 
@@ -56,10 +57,12 @@ class Job:
         for name in ("model", "dataset", "eval_dataset", "ref_model"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
-        for name, least in (("samples", 0), ("sample_tokens", 1), ("lora_r", 1)):
+        for name, least in (("samples", 0), ("sample_tokens", 1), ("lora_r", 1), ("lora_alpha", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
         if self.held_out is not None:
             if not 0 < self.held_out < 1:
                 raise ValueError(f"eval_split must be a name, or a share above 0 and below 1, got {self.eval_split}")
@@ -127,11 +130,11 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
 
 def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
     """Load what the job names. Raises BadInput for a model, data or packages that are missing or cannot be used."""
-    preflight.check(job, config)
-    for name in ("model", "ref_model"):
-        _check_model_path(name, getattr(job, name))
-    peft_config = _peft_config(job)
     try:
+        preflight.check(job, config)
+        for name in ("model", "ref_model"):
+            _check_model_path(name, getattr(job, name))
+        peft_config = _peft_config(job)
         train_dataset = load_pairs(job.dataset, job.dataset_config, job.dataset_split)
         eval_dataset = None
         if job.held_out is not None:
@@ -153,7 +156,8 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
     except ImportError as error:
         raise preflight.missing_package(error) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput(one_line(error)) from error
+        whole = {} if job.held_out else {"train": job.dataset, "eval": job.eval_dataset or job.dataset}
+        raise BadInput(preflight.with_row(preflight.sentence(error), error, whole)) from error
     except SafetensorError as error:
         raise BadInput(f"weights cannot be read: {one_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -165,9 +169,18 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             raise BadInput(f"model_init_kwargs: {one_line(error)}") from error
         if "ignore_mismatched_sizes" in str(error):
             raise BadInput("weights do not have the sizes that the model's config.json says") from error
+        if preflight.being_read(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise BadInput(preflight.sentence(error)) from error
         if isinstance(error, RuntimeError) or not preflight.is_said(error):
             raise
-        raise BadInput(one_line(error)) from error
+        whole = {} if job.held_out else {"train": job.dataset, "eval": job.eval_dataset or job.dataset}
+        raise BadInput(preflight.with_row(one_line(error), error, whole)) from error
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a library raises that reads what the user has named: KeyError, EOFError ...
+        if preflight.being_read(error):
+            raise BadInput(preflight.sentence(error)) from error
+        raise
 
 
 def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

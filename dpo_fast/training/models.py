@@ -123,11 +123,26 @@ def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
             f"processing_class must be a tokenizer, got {type(processing_class).__name__}; only text can be trained on"
         )
     if processing_class is not None:
-        return processing_class
+        return check_tokenizer(processing_class)
     path = getattr(model.config, "_name_or_path", "")
     if not path:
         raise ValueError("processing_class is needed: the model was not loaded from a path that may hold a tokenizer")
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    return check_tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
+
+
+def check_tokenizer(tokenizer):
+    """The same; TypeError for what is none, ValueError for one that makes no token ids of a word."""
+    kind = type(tokenizer).__name__
+    missing = [name for name in ("__call__", "decode", "eos_token_id", "pad_token_id") if not hasattr(tokenizer, name)]
+    if missing or isinstance(tokenizer, type):
+        raise TypeError(f"processing_class must be a tokenizer, got {'a class' if kind == 'type' else kind}")
+    try:
+        ids = tokenizer("a")["input_ids"]
+    except Exception as error:  # tokenizers raises a bare one
+        raise ValueError(f"the tokenizer ({kind}) cannot be used: {type(error).__name__}: {error}") from error
+    if not (isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
+        raise ValueError(f"the tokenizer ({kind}) makes no list of token ids of 'a', but {ids!r:.100}")
+    return tokenizer
 
 
 def add_adapter(model: nn.Module, peft_config) -> nn.Module:
@@ -143,7 +158,10 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(peft_config).__name__}")
     with warnings.catch_warnings():  # PEFT asks transformers 5.23 for this by its old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return peft.get_peft_model(model, peft_config)
+        try:
+            return peft.get_peft_model(model, peft_config)
+        except Exception as error:  # whatever PEFT and torch say of a setting: KeyError, NotImplementedError ...
+            raise ValueError(f"peft_config: {type(error).__name__}: {error}") from error
 
 
 def check_adapter(model: nn.Module) -> None:
@@ -160,6 +178,9 @@ def check_adapter(model: nn.Module) -> None:
 def check_reference(model, ref_model) -> None:
     """Raise for a reference that is the policy."""
     same = ref_model is model or (is_peft_model(model) and ref_model is base_model_of(model))
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        if not (isinstance(given, (str, nn.Module)) or name == "ref_model" and given is None):
+            raise TypeError(f"{name} must be a model or the path of one, got {type(given).__name__}")
     if ref_model is not None and not isinstance(ref_model, str) and same:
         raise ValueError(
             "ref_model is the same object as model: it would move with the policy. Omit it to use a frozen copy of the "

@@ -163,6 +163,7 @@ def _messages(value, where: str, columnar: bool):
             raise TypeError(
                 f"{where} is {type(value).__name__}: expected all columns as text or all as lists of chat messages"
             )
+        _check_text(value or "", where)
         return value
     return [_message(message, f"{where}: message {i}", columnar) for i, message in enumerate(value)]
 
@@ -186,7 +187,16 @@ def _message(message, where: str, columnar: bool) -> dict:
             part = part.get("text")
         if not isinstance(part, str):
             raise TypeError(f"{where}: content is {type(part).__name__}, expected text")
+        _check_text(part, where)
     return message
+
+
+def _check_text(text: str, where: str) -> None:
+    """ValueError for half of a surrogate pair, which JSON can hold as \\ud800, but no encoding of text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half of a character, {text[error.start]!r}, which is no text") from error
 
 
 def without_none(value):
