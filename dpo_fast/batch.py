@@ -105,8 +105,8 @@ def largest_id(op: str, sequences: Iterable[Sequence[int]]) -> int:
             if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds):
                 raise TypeError(f"{op}: token ids must be ints, got {describe(ids)}")
             low, high = min(low, *ids), max(high, *ids)
-    if low < 0:
-        raise ValueError(f"{op}: token ids are at least 0, got {low}")
+    if low < 0 or high >= 2**31:
+        raise ValueError(f"{op}: token ids are at least 0 and below 2**31, got {low if low < 0 else high}")
     return int(high)
 
 

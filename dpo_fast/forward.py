@@ -19,6 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,11 @@ from . import attention, packing
 from .batch import PreferenceBatch
 from .copies import ATTACHED, OLD_FORWARD, base_model_of, compute_with_own_weights, reached
 from .heads import head_tensors
-from .layout import separate_rows
+from .layout import SharedPrefixLayout, separate_rows
 from .logps import PairLogps
 from .objective import Objective
 from .ops.call import check_tile_mib
+from .ops.checks import INTEGERS, check_tensor, describe
 from .ops.dispatch import check_impl, readable
 from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
@@ -213,6 +215,8 @@ def on_top(forward: Callable, functions: Container[Callable]) -> bool:
 
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The Hugging Face model itself, below a PEFT wrapper if there is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: expected a Hugging Face causal language model, got {describe(model)}")
     base = base_model_of(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None or getattr(base, "base_model", base) is base:
@@ -333,7 +337,18 @@ def _check_batch(model: nn.Module, batch: PreferenceBatch) -> None:
         )
     if torch.compiler.is_compiling():
         return
-    ids, predictors = batch["input_ids"], batch["predictors"]
+    op, ids, predictors = "model(batch)", batch["input_ids"], batch["predictors"]
+    check_tensor(op, "input_ids", ids, ("B", "T"), INTEGERS)
+    check_tensor(op, "targets", batch["targets"], ("N",), INTEGERS)
+    for name in ("predictors", "sequence_ids"):
+        check_tensor(op, name, batch[name], tuple(batch["targets"].shape), (torch.int64,))
+    check_tensor(op, "lengths", batch["lengths"], ("S",), (torch.int64,))
+    for name in ("attention_mask", "position_ids"):
+        value = batch.get(name)
+        if value is not None and getattr(value, "shape", None) != ids.shape:
+            raise ValueError(f"{op}: {name} must be of shape {tuple(ids.shape)} or None, got {describe(value)}")
+    if not isinstance(batch["layout"], (SharedPrefixLayout, NoneType)):
+        raise TypeError(f"{op}: layout must be a SharedPrefixLayout or None, got {describe(batch['layout'])}")
     largest = batch.get("host_largest_id")
     if ids.numel() and readable(ids):
         largest = ids.max().item()

@@ -153,6 +153,8 @@ class FastDPOConfig(LossParams, TrainingArguments):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             setattr(self, name, _mapping(name, getattr(self, name)))
         settings.check(self, FastDPOConfig)
+        if "pretrained_model_name_or_path" in (self.model_init_kwargs or {}):
+            raise ValueError("model_init_kwargs must not hold pretrained_model_name_or_path, which is the model")
         self._check()
         self._choose_by_device()
         TrainingArguments.__post_init__(self)
@@ -177,8 +179,8 @@ class FastDPOConfig(LossParams, TrainingArguments):
         if self.max_steps == 0:
             raise ValueError("max_steps must be at least 1, or -1 to train num_train_epochs, got 0")
         for what in ("eval", "save"):
-            if getattr(self, f"{what}_strategy") == "steps" and getattr(self, f"{what}_steps") == 0:
-                raise ValueError(f"{what}_steps must be above 0 with {what}_strategy='steps', got 0")
+            if getattr(self, f"{what}_steps") == 0:
+                raise ValueError(f"{what}_steps must be above 0, got 0; {what}_strategy='no' is for never")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is of another loss and has no effect here; set label_smoothing")
         if not self.dataloader_num_workers:

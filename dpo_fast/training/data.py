@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import datasets
 import tokenizers
@@ -27,16 +28,27 @@ import transformers
 import dpo_fast
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
 from dpo_fast.layout import row_length, shared_prefix_batch
+from dpo_fast.ops.checks import check_count
 
 from . import reference_columns, rows
-from .rows import ASKING, NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
+from .rows import (
+    ASKING,
+    NOTES,
+    SIDES,
+    check_template_options,
+    check_tokenizer,
+    naming,
+    read_pair,
+    template_options,
+    tokenize,
+)
 from .sources import JSON_ROW, dataset_of_rows, decode_row
 
 logger = logging.getLogger("dpo_fast")
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_IMAGE_COLUMNS = {"image", "images"}
+_IMAGE_COLUMNS = {"image", "images", "pixel_values", "video", "videos", "audio", "audios"}
 _REASON, _NOTES = "_dropped_because", "_notes"  # columns that live only while a dataset is prepared
 _READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *reference_columns.SUMS, "tools", "chat_template_kwargs"}
 _LOOKED_AT = 100  # rows by which columns are judged
@@ -62,8 +74,8 @@ class Truncation:
     def __post_init__(self):
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None for no limit, got {value}")
+            if value is not None:
+                check_count("Truncation", name, value, 1, "at least 1, or None for no limit")
         if self.mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, got {self.mode!r}")
 
@@ -143,6 +155,12 @@ def prepare_dataset(
             f"{name} dataset must be a datasets.Dataset, an IterableDataset or a sequence of dicts, "
             f"got {type(dataset).__name__}"
         )
+    if not isinstance(truncation, Truncation):
+        raise TypeError(f"truncation must be a Truncation, got {type(truncation).__name__}")
+    if num_proc is not None:
+        check_count("prepare_dataset", "num_proc", num_proc, 1, "an int of at least 1 or None")
+    if not isinstance(template_options, (Mapping, NoneType)):
+        raise TypeError(f"template_options must be a dict or None, got {type(template_options).__name__}")
     check_template_options(template_options or {}, tokenizer)
     dataset = dataset.with_format(None)
     names, first = _columns(dataset, name)
@@ -179,8 +197,8 @@ def _columns(dataset, name: str) -> tuple[list[str], list[Mapping]]:
 
 def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name: str) -> bool:
     """Whether the rows are tokenised; raises for columns that cannot be used, and names those that are not."""
-    if images := _IMAGE_COLUMNS.intersection(columns):
-        raise ValueError(f"{name} dataset has the column {images.pop()!r}: only text can be trained on")
+    if images := sorted(_IMAGE_COLUMNS.intersection(columns)):
+        raise ValueError(f"{name} dataset has the column {images[0]!r}: only text can be trained on")
     tokenized = set(columns) >= set(TOKEN_COLUMNS)
     meant = [column for column in columns if column not in _READ and _may_be_meant(column, first)]
     if meant:
@@ -196,6 +214,7 @@ def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name
         )
     if "prompt" not in columns:
         _check_no_prompt(columns, first, name)
+    check_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer ({type(tokenizer).__name__}) has no EOS token, which ends every completion; set "
@@ -402,7 +421,16 @@ class PairCollator:
     pad_to_multiple_of: int = 1
     layout: str = "padded"
 
+    def __post_init__(self):
+        if self.layout not in LAYOUTS[1:]:
+            raise ValueError(f"PairCollator: layout must be one of {', '.join(LAYOUTS[1:])}, got {self.layout!r}")
+
     def __call__(self, rows: list[Mapping]) -> PreferenceBatch:
+        if rows and not (isinstance(rows[0], Mapping) and rows[0].keys() >= set(TOKEN_COLUMNS)):
+            came = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
+            raise ValueError(
+                f"PairCollator: rows must have {', '.join(TOKEN_COLUMNS)} (see prepare_dataset), got {came}"
+            )
         pairs = [self.truncation(row) for row in rows]
         if self.layout == "shared_prefix":
             batch = shared_prefix_batch(pairs)

@@ -85,7 +85,10 @@ def help_text() -> str:
     """Every key with its help."""
     parser = transformers.HfArgumentParser((Job, FastDPOConfig), prog="dpo-fast train", allow_abbrev=False)
     parser.usage = "dpo-fast train CONFIG.yaml [--key value ...]"
-    parser.description = "Keys of the YAML file and options of the command line are the same; options win."
+    parser.description = (
+        "Keys of the YAML file and options of the command line are the same; options win. --debug without a value "
+        "prints the traceback of an error before its sentence; with one it is the key of transformers below."
+    )
     return parser.format_help()
 
 
@@ -118,7 +121,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):  # of accelerator_config, which is a class there
+        if not preflight.is_said(error):
             raise
         raise BadInput(one_line(error)) from error
     job.given, job.command = given, command

@@ -24,6 +24,7 @@ from dpo_fast.reference import is_peft_model
 
 from .config import FastDPOConfig
 from .data import ModelLimits
+from .rows import check_tokenizer
 
 logger = logging.getLogger("dpo_fast")
 
@@ -130,21 +131,6 @@ def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
     return check_tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
 
 
-def check_tokenizer(tokenizer):
-    """The same; TypeError for what is none, ValueError for one that makes no token ids of a word."""
-    kind = type(tokenizer).__name__
-    missing = [name for name in ("__call__", "decode", "eos_token_id", "pad_token_id") if not hasattr(tokenizer, name)]
-    if missing or isinstance(tokenizer, type):
-        raise TypeError(f"processing_class must be a tokenizer, got {'a class' if kind == 'type' else kind}")
-    try:
-        ids = tokenizer("a")["input_ids"]
-    except Exception as error:  # tokenizers raises a bare one
-        raise ValueError(f"the tokenizer ({kind}) cannot be used: {type(error).__name__}: {error}") from error
-    if not (isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
-        raise ValueError(f"the tokenizer ({kind}) makes no list of token ids of 'a', but {ids!r:.100}")
-    return tokenizer
-
-
 def add_adapter(model: nn.Module, peft_config) -> nn.Module:
     """The model with a new adapter, as `peft_config` says."""
     import peft
@@ -161,7 +147,8 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
         try:
             return peft.get_peft_model(model, peft_config)
         except Exception as error:  # whatever PEFT and torch say of a setting: KeyError, NotImplementedError ...
-            raise ValueError(f"peft_config: {type(error).__name__}: {error}") from error
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"the adapter (peft_config) cannot be made: {kind}{error}") from error
 
 
 def check_adapter(model: nn.Module) -> None:
@@ -179,8 +166,10 @@ def check_reference(model, ref_model) -> None:
     """Raise for a reference that is the policy."""
     same = ref_model is model or (is_peft_model(model) and ref_model is base_model_of(model))
     for name, given in (("model", model), ("ref_model", ref_model)):
-        if not (isinstance(given, (str, nn.Module)) or name == "ref_model" and given is None):
-            raise TypeError(f"{name} must be a model or the path of one, got {type(given).__name__}")
+        is_model = isinstance(given, nn.Module) and hasattr(given, "config") and hasattr(given, "get_input_embeddings")
+        if not (is_model or isinstance(given, str) and given or name == "ref_model" and given is None):
+            came = repr(given) if isinstance(given, str) else type(given).__name__
+            raise TypeError(f"{name} must be a language model of transformers or the path of one, got {came}")
     if ref_model is not None and not isinstance(ref_model, str) and same:
         raise ValueError(
             "ref_model is the same object as model: it would move with the policy. Omit it to use a frozen copy of the "

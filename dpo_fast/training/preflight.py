@@ -12,6 +12,8 @@ import transformers
 from datasets.exceptions import DatasetsError
 from transformers.integrations import integration_utils
 
+from dpo_fast.ops.dispatch import choose_impl
+
 from .config import FastDPOConfig
 from .sources import BadInput, causes, one_line
 
@@ -21,6 +23,8 @@ def check(job, config: FastDPOConfig) -> None:
     _check_loggers(config)
     _check_optimizer(config)
     _check_schedule(config)
+    if config.impl != "auto":
+        choose_impl("this machine", config.impl, config.device)
     if config.use_liger_kernel:
         if importlib.util.find_spec("liger_kernel") is None:
             raise BadInput("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")

@@ -257,6 +257,21 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return () if function is None else tuple(inspect.signature(function).parameters)
 
 
+def check_tokenizer(tokenizer):
+    """The same; TypeError for what is none, ValueError for one that makes no token ids of a word."""
+    kind = type(tokenizer).__name__
+    missing = [name for name in ("__call__", "decode", "eos_token_id", "pad_token_id") if not hasattr(tokenizer, name)]
+    if missing or isinstance(tokenizer, type):
+        raise TypeError(f"processing_class must be a tokenizer, got {'a class' if kind == 'type' else kind}")
+    try:
+        ids = tokenizer("a")["input_ids"]
+    except Exception as error:  # tokenizers raises a bare one
+        raise ValueError(f"the tokenizer ({kind}) cannot be used: {type(error).__name__}: {error}") from error
+    if not (isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
+        raise ValueError(f"the tokenizer ({kind}) makes no list of token ids of 'a', but {ids!r:.100}")
+    return tokenizer
+
+
 # --- token ids -------------------------------------------------------------------------------------------------------
 
 

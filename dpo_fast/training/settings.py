@@ -145,7 +145,7 @@ def _number(key: Key, value) -> Any:
             raise TypeError(_sentence(key, value))
         value = int(value)
     allowed = RANGES.get(key.name, Range(-math.inf))
-    too_large = not takes(key, float) and abs(value) > max(MAX_INT, allowed.high if allowed.high < math.inf else 0)
+    too_large = not takes(key, float) and allowed.high == math.inf and abs(value) > MAX_INT
     if too_large or not allowed.holds(value):
         kind = "a finite number" if takes(key, float) and not allowed.infinite else "a number"
         expected = f"{kind}, " if takes(key, float) else ""
@@ -166,7 +166,7 @@ def _name(key: Key, value) -> Any:
 def _is_mapping(key: Key, value) -> bool:
     """A dict, one as JSON, or where a file may hold it, a path."""
     if not isinstance(value, (str, os.PathLike)):
-        return isinstance(value, dict)
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if not takes(key, str):
         return False
     if str(value).lstrip().startswith("{"):
