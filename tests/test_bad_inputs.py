@@ -24,6 +24,8 @@ pytest.importorskip("datasets")
 
 import datasets
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import transformers
 import yaml
 
@@ -666,6 +668,11 @@ def with_image(it):
     return [{**row, "image": "x"} for row in it.rows]
 
 
+def photos(it):
+    found = datasets.Dataset.from_list([{**row, "photo": None} for row in it.rows])
+    return found.cast_column("photo", datasets.Image())
+
+
 def tokens(**changes):
     return [{"prompt_ids": [5], "chosen_ids": [6, 7], "rejected_ids": [8], **changes}]
 
@@ -789,6 +796,11 @@ DATA = {
         lambda it: prepare_dataset(tokens(pixel_values=[1]), it.tokenizer, Truncation()),
         ValueError,
         "column 'pixel_values': only text",
+    ),
+    "pictures": (
+        lambda it: prepare_dataset(photos(it), it.tokenizer, Truncation()),
+        ValueError,
+        "column 'photo': only text",
     ),
     "collator: layout": (lambda it: PairCollator(0, layout="foo"), ValueError, "layout must be one of shared_prefix"),
     "collator: raw rows": (lambda it: PairCollator(0)(it.rows), ValueError, "rows must have prompt_ids, .* got prompt"),
@@ -940,6 +952,48 @@ def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def saved(path, **contents):
+    path.mkdir()
+    for name, content in contents.items():
+        (path / name.replace("__", ".")).write_text(content)
+
+
+def text_that_is_none():
+    offsets = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0")
+    return pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xe9")])
+
+
+NO_TEXT = pyarrow.array([], pyarrow.string())
+# what lies at a path -> what the line on stderr names
+SOURCES = {
+    "a.parquet": (lambda path: parquet(path, a=[1, 2]), "has the columns a; expected prompt, chosen, rejected"),
+    "empty.parquet": (lambda path: parquet(path, prompt=NO_TEXT, chosen=NO_TEXT, rejected=NO_TEXT), "holds no rows"),
+    "bytes.parquet": (
+        lambda path: parquet(path, prompt=["a"], chosen=[b"\xe9"], rejected=["c"]),
+        r"bytes.parquet: row 0 \(the first is 0\): chosen is bytes",
+    ),
+    "latin1.parquet": (
+        lambda path: parquet(path, prompt=["a"], chosen=text_that_is_none(), rejected=["c"]),
+        "train dataset: 'utf-8' codec can't decode",
+    ),
+    "floats.parquet": (
+        lambda path: parquet(path, prompt_ids=[[1.0]], chosen_ids=[[2.0]], rejected_ids=[[3.5]]),
+        "row 0 .*: prompt_ids must be a list of token ids .* float",
+    ),
+    "a folder of text": (lambda path: saved(path, a__txt="x"), "has the columns text; expected"),
+    "a folder of tables": (lambda path: saved(path, a__csv="a,b\n1,2\n"), "has the columns a, b; expected"),
+    "a folder of pictures": (lambda path: saved(path, a__png="x"), "column 'image': only text"),
+    "a script": (lambda path: saved(path, **{"a script__py": "x"}), "dataset '.*a script': .*[Ss]cript"),
+    "no data set": (lambda path: saved(path, state__json="{}"), "no data set"),
+    "no data sets": (lambda path: saved(path, dataset_dict__json="{}"), "dataset '.*no data sets': KeyError: 'splits'"),
+    "lost data sets": (lambda path: saved(path, dataset_dict__json='{"splits": ["train"]}'), "lost data sets"),
+    "a folder.jsonl": (lambda path: saved(path), "there is no file '.*a folder.jsonl'"),
+}
+
 # name of a file -> (what it holds, what the line on stderr names)
 FILES = {
     "empty.jsonl": ("", "empty.jsonl holds no rows"),
@@ -1008,6 +1062,17 @@ def delete(*names):
     return change
 
 
+def adapter(config):
+    def change(folder):
+        delete("config.json", "model.safetensors", "generation_config.json")(folder)
+        write("adapter_config.json", config)(folder)
+
+    return change
+
+
+BASE_GONE = {"peft_type": "LORA", "base_model_name_or_path": "no/such/base"}
+
+
 class Echo:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -1039,6 +1104,18 @@ FOLDERS = {
         "custom code|remote code|trust_remote_code",
     ),
     "generation_config.json: a list": (write("generation_config.json", "[1]"), "model '.*broken'"),
+    "beams below 0 to sample with": (
+        edit("generation_config.json", num_beams=-3),
+        "samples, .*generation_config",
+    ),
+    "beams as text to sample with": (
+        edit("generation_config.json", num_beams="x"),
+        "samples, .*generation_config",
+    ),
+    "an adapter without a base": (adapter("{}"), "model '.*broken': KeyError: 'base_model_name_or_path'"),
+    "an adapter whose base is gone": (adapter(json.dumps(dict(BASE_GONE))), "no/such/base"),
+    "an adapter that is no JSON": (adapter("garbage"), "model '.*broken'"),
+    "an adapter of no kind": (adapter(json.dumps({**BASE_GONE, "peft_type": "NONE"})), "model '.*broken'|no/such/base"),
     "no weights": (delete("model.safetensors"), "no file named model.safetensors"),
     "weights: empty": (write("model.safetensors", b""), "weights cannot be read"),
     "weights: a pickle": (
@@ -1143,12 +1220,20 @@ def test_a_bad_file_of_data_is_one_line(said_by_train, tmp_path, name):
     assert re.search(said, said_by_train(f"dataset: {tmp_path / name}"))
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_bad_source_of_data_is_one_line(said_by_train, tmp_path, name):
+    make, said = SOURCES[name]
+    make(tmp_path / name)
+    assert re.search(said, said_by_train(f"dataset: {tmp_path / name}"))
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_bad_folder_of_a_model_is_one_line(it, said_by_train, tmp_path, name):
     change, said = FOLDERS[name]
     shutil.copytree(it.folder / "model", tmp_path / "broken")
     change(tmp_path / "broken")
-    assert re.search(said, said_by_train(f"model: {tmp_path / 'broken'}"))
+    more = "\nsamples: 1" if name.endswith("to sample with") else ""
+    assert re.search(said, said_by_train(f"model: {tmp_path / 'broken'}{more}"))
     assert not Path("executed").exists()
 
 
@@ -1167,5 +1252,5 @@ def test_with_debug_the_line_comes_after_the_traceback(recipe, tmp_path, capsys)
 
 
 def test_the_table_holds_what_it_should():
-    rows = sum(map(len, (*CALLS.values(), RECIPES, ARGUMENTS, FILES, FOLDERS)))
+    rows = sum(map(len, (*CALLS.values(), RECIPES, ARGUMENTS, FILES, SOURCES, FOLDERS)))
     assert rows >= 400, rows

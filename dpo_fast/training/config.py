@@ -211,7 +211,7 @@ class FastDPOConfig(LossParams, TrainingArguments):
 
     def _check_compiler(self) -> None:
         backend, mode = self.torch_compile_backend, self.torch_compile_mode
-        if backend is not None and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        if backend is not None and backend.lower() not in (known := torch.compiler.list_backends(exclude_tags=())):
             raise ValueError(f"torch_compile_backend must be one of {', '.join(known)}, got {backend!r}")
         if mode is not None and mode not in (known := ["default", *torch._inductor.list_mode_options()]):
             raise ValueError(f"torch_compile_mode must be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")

@@ -49,6 +49,7 @@ logger = logging.getLogger("dpo_fast")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _IMAGE_COLUMNS = {"image", "images", "pixel_values", "video", "videos", "audio", "audios"}
+_MEDIA = {"Image", "Audio", "Video", "Pdf"}  # features of `datasets`
 _REASON, _NOTES = "_dropped_because", "_notes"  # columns that live only while a dataset is prepared
 _READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *reference_columns.SUMS, "tools", "chat_template_kwargs"}
 _LOOKED_AT = 100  # rows by which columns are judged
@@ -163,6 +164,7 @@ def prepare_dataset(
         raise TypeError(f"template_options must be a dict or None, got {type(template_options).__name__}")
     check_template_options(template_options or {}, tokenizer)
     dataset = dataset.with_format(None)
+    _check_media(dataset, name)
     names, first = _columns(dataset, name)
     tokenized = _check_columns(names, first, tokenizer, name)
     keep = [column for column in reference_columns.SUMS if column in names]
@@ -193,6 +195,12 @@ def _columns(dataset, name: str) -> tuple[list[str], list[Mapping]]:
     if not columns or not first:
         raise ValueError(f"{name} dataset is empty: expected rows with columns {', '.join(TEXT_COLUMNS)}")
     return columns, first
+
+
+def _check_media(dataset, name: str) -> None:
+    for column, kind in (dataset.features or {}).items():
+        if type(getattr(kind, "feature", kind)).__name__ in _MEDIA:
+            raise ValueError(f"{name} dataset has the column {column!r}: only text can be trained on")
 
 
 def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name: str) -> bool:

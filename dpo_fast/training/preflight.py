@@ -89,8 +89,9 @@ def sentence(error: BaseException) -> str:
     said = one_line(last)
     if not isinstance(last, (ValueError, OSError, RuntimeError, DatasetsError)):
         said = f"{type(last).__name__}: {said}"
-    what = being_read(error)
-    return f"{what}: {said}" if what and what.rpartition(" ")[2].strip("'") not in said else said
+    what = being_read(error) or ""
+    path = re.search("'(.+)'", what)
+    return f"{what}: {said}" if what and not (path and path[1] in said) else said
 
 
 def with_row(message: str, error: BaseException, sources: dict[str, str]) -> str:
