@@ -64,7 +64,7 @@ def is_said(error: BaseException) -> bool:
 _READING = {
     "load_model": "model {model!r}",
     "load_tokenizer": "the tokenizer in {path!r}",
-    "load_pairs": "dataset {source!r}",
+    "_load": "{key} {source!r}",
     "_columns": "{name} dataset",
     "init_hf_repo": "push_to_hub",
     "create_accelerator_and_postprocess": "accelerator_config",
@@ -87,11 +87,11 @@ def sentence(error: BaseException) -> str:
     """What a library says, on one line, with what it was reading; its class where the message alone is no sentence."""
     last = causes(error)[-1] if isinstance(error, DatasetsError) else error
     said = one_line(last)
-    if not isinstance(last, (ValueError, OSError, RuntimeError, DatasetsError)):
-        said = f"{type(last).__name__}: {said}"
     what = being_read(error) or ""
+    if what and not isinstance(last, (ValueError, OSError, RuntimeError, DatasetsError)):
+        said = f"{type(last).__name__}: {said}"
     path = re.search("'(.+)'", what)
-    return f"{what}: {said}" if what and not (path and path[1] in said) else said
+    return said if not what or path and "/" in path[1] and path[1] in said else f"{what}: {said}"
 
 
 def with_row(message: str, error: BaseException, sources: dict[str, str]) -> str:
