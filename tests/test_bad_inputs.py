@@ -4,9 +4,10 @@
 
 `dpo-fast train` ends with status 2 and one line instead of an exception: its rows say how recipe, options or files
 differ from those of a training that works. Tables of one module alone stand beside its tests: types of the values of a
-recipe (training/test_bad_recipes.py), rows and files of data (training/test_bad_data.py).
+recipe (training/test_bad_recipes.py), rows of data (training/test_bad_data.py).
 """
 
+import gzip
 import json
 import math
 import os
@@ -921,6 +922,46 @@ RECIPES = {
 }
 
 ARGUMENTS = {
+    "an option that is none": (["{recipe}", "--bta", "1"], "unknown key 'bta'; did you mean beta"),
+    "an option unlike any": (["{recipe}", "--qqqqqq", "1"], "unknown key 'qqqqqq'; dpo-fast train --help lists"),
+    "a rate as a word": (["{recipe}", "--learning_rate", "fast"], "learning_rate must be a number, got 'fast'"),
+    "a negative beta": (["{recipe}", "--beta", "-1"], "beta must be positive"),
+    "a loss that is none": (["{recipe}", "--loss_type", "sigmod"], "got 'sigmod'"),
+    "a second file": (["{recipe}", "extra"], "unexpected 'extra'"),
+    "a file that is not there": (["nope.yaml"], "there is no file 'nope.yaml'"),
+    "a model that is not there": (["{recipe}", "--model", "{folder}/none"], "model: there is no directory"),
+    "a folder that is no model": (["{recipe}", "--model", "{folder}"], "holds no config.json"),
+    "a reference that is not there": (["{recipe}", "--ref_model", "{folder}/none"], "ref_model: there is no directory"),
+    "data that are not there": (["{recipe}", "--dataset", "{folder}/none.jsonl"], "dataset: there is no file"),
+    "data that are nowhere": (["{recipe}", "--dataset", "{folder}/none"], "there is no dataset"),
+    "a recipe as data": (
+        ["{recipe}", "--dataset", "{recipe}"],
+        "is none of .json, .jsonl, .json.gz, .jsonl.gz, .parquet",
+    ),
+    "a config as data": (["{recipe}", "--dataset", "{folder}/model/config.json"], "expected prompt, chosen, rejected"),
+    "a split of a file": (["{recipe}", "--dataset_split", "test"], "dataset: .* so there is no split 'test'"),
+    "a split to evaluate on": (["{recipe}", "--eval_split", "test"], "eval_split: .* so there is no split 'test'"),
+    "a split of saved data": (
+        ["{recipe}", "--dataset", "{folder}/saved", "--dataset_split", "dev"],
+        "saved has no split 'dev'; it has train",
+    ),
+    "no data": (["--model", "x"], "missing: --dataset"),
+    "a list as a recipe": (["{folder}/list.yaml"], "must hold keys and values"),
+    "a key that is misspelt": (["{folder}/typo.yaml"], "unknown key 'learning_rat'; did you mean learning_rate"),
+    "a recipe that is cut": (["{folder}/cut.yaml"], "cut.yaml is not YAML"),
+    **{
+        f"a share of {share}": (
+            ["{recipe}", "--eval_split", share],
+            f"eval_split must be a name, or a share above 0 and below 1, got {share}",
+        )
+        for share in ("1.5", "0", "nan")
+    },
+    "a share beside data": (
+        ["{recipe}", "--eval_split", "0.5", "--eval_dataset", "x.jsonl"],
+        "leave out one of the two",
+    ),
+    "a share that leaves nothing": (["{recipe}", "--eval_split", "0.99"], "leaves none to train on"),
+    "samples without end": (["{recipe}", "--samples", "9" * 20], "samples must be at least 0 and below"),
     "no arguments": ([], "missing: --model, --dataset"),
     "a folder": (["{folder}"], "there is no file"),
     "a device": (["/dev/null"], "there is no file '/dev/null'"),
@@ -996,7 +1037,17 @@ SOURCES = {
 
 # name of a file -> (what it holds, what the line on stderr names)
 FILES = {
-    "empty.jsonl": ("", "empty.jsonl holds no rows"),
+    "empty.jsonl": (b"", "empty.jsonl holds no rows"),
+    "broken.jsonl": (b'{"a": 1}\n{oops\n', "broken.jsonl cannot be read: line 2 is no JSON"),
+    "first.jsonl": (b'{oops\n{"a": 1}\n', "first.jsonl cannot be read: line 1 is no JSON"),
+    "broken.json": (b'[{"a": 1},\n {oops}]', "broken.json cannot be read: line 2 is no JSON"),
+    "numbers.jsonl": (b"1\n2\n", "numbers.jsonl cannot be read: line 1 is a int"),
+    "numbers.json": (b"[1, 2]", "numbers.json cannot be read: element 0 is a int"),
+    "gb.jsonl": ('{"a": "海"}\n'.encode("gb18030"), "gb.jsonl is not in UTF-8 .* iconv -f ENCODING -t UTF-8 gb.jsonl"),
+    "latin.json": ('[{"a": "é"}]'.encode("latin-1"), "latin.json is not in UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(b'{"a": 1}\n' * 999)[:-20], "cut.jsonl.gz cannot be read"),
+    "no.parquet": (b"PAR1 and then nothing", "no.parquet cannot be read"),
+    "table.csv": (b"a,b\n", "table.csv is none of .json, .jsonl"),
     "cut.jsonl": ('{"prompt": "a", "chos', "cut.jsonl cannot be read: line 1 is no JSON"),
     "nul.jsonl": (b"\0\0\0", "nul.jsonl cannot be read: line 1 is no JSON"),
     "null.jsonl": ("null\n", "null.jsonl cannot be read: element 0 is a NoneType"),
@@ -1004,7 +1055,6 @@ FILES = {
     "latin.jsonl": ('{"prompt": "é"}\n'.encode("latin-1"), "latin.jsonl is not in UTF-8"),
     "garbage.parquet": (b"hello", "garbage.parquet cannot be read"),
     "plain.jsonl.gz": (b"hello", "plain.jsonl.gz cannot be read"),
-    "table.csv": ("a,b\n", "table.csv is none of .json, .jsonl"),
     "columns.jsonl": (lines({"a": 1}), "has the columns a; expected prompt, chosen, rejected"),
     "accepted.jsonl": (
         lines({"prompt": "a", "accepted": "b", "rejected": "c"}),
@@ -1152,6 +1202,10 @@ def recipe(it):
     (it.folder / "nul.yaml").write_bytes(b"model: a\0b\n")
     (it.folder / "locked.yaml").write_text("model: m\n")
     (it.folder / "locked.yaml").chmod(0)
+    (it.folder / "list.yaml").write_text("- a\n")
+    (it.folder / "typo.yaml").write_text("learning_rat: 1\n")
+    (it.folder / "cut.yaml").write_text("a: [1\n")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(tiny_rows(2))}).save_to_disk(it.folder / "saved")
     (it.folder / "nothing").mkdir()
     for name in ("pipe.yaml", "pipe.jsonl"):
         os.mkfifo(it.folder / name)
