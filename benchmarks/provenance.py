@@ -23,6 +23,7 @@ _AROUND_A_STEP = (
     "recipe",
     "written",
     "keys",
+    "settings",
     "aliases",
     "preflight",
     "sources",

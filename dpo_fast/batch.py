@@ -5,6 +5,7 @@ with the sequence it belongs to and the position whose hidden state predicts it.
 these vectors and never sees padding.
 """
 
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .comparisons import Comparisons, pairs_of
+from .ops.checks import check_count, describe
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PreferenceBatch(dict):
       predictors (N,) int64 index into the B*T flattened positions: where the hidden state that predicts the token is
     per sequence:
       lengths (2P,) int64 number of scored tokens, and host_lengths, the same as a tuple of ints: no device is asked;
+    host_largest_id, of all tokens, an int: whether the model has that many embeddings, no device is asked either
     of a reference that has scored the data before, where one has:
       reference_token_logps (N,) fp32, or reference_logps (2P,) fp32, sums
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
@@ -91,15 +94,49 @@ class PreferenceBatch(dict):
         return type(self)({k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in self.items()})
 
 
+def largest_id(op: str, sequences: Iterable[Sequence[int]]) -> int:
+    """The largest of all token ids, -1 for none; TypeError for what is no id (6.7 would be read as 6), ValueError for
+    one below 0."""
+    kinds: set[type] = set()
+    low, high = 0, -1
+    for ids in sequences:
+        if len(ids):
+            kinds.update(map(type, ids))
+            if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds):
+                raise TypeError(f"{op}: token ids must be ints, got {describe(ids)}")
+            low, high = min(low, *ids), max(high, *ids)
+    if low < 0 or high >= 2**31:
+        raise ValueError(f"{op}: token ids are at least 0 and below 2**31, got {low if low < 0 else high}")
+    return int(high)
+
+
+def check_pairs(op: str, pairs: Iterable[TokenPair]) -> list[TokenPair]:
+    """As a list; TypeError for what is no `TokenPair`, ValueError for none at all."""
+    if isinstance(pairs, TokenPair) or not isinstance(pairs, Iterable):
+        raise TypeError(f"{op}: pairs must be a sequence of TokenPair, got {type(pairs).__name__}")
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError(f"{op}: got no pairs, expected at least one")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, TokenPair):
+            raise TypeError(f"{op}: pairs[{i}] must be a TokenPair, got {type(pair).__name__}")
+        for name, ids in vars(pair).items():
+            if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+                raise TypeError(f"{op}: pairs[{i}].{name} must be a sequence of token ids, got {type(ids).__name__}")
+    return pairs
+
+
 def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_of: int = 1) -> PreferenceBatch:
     """Lay pairs out as 2P right-padded rows, [chosen 0..P-1, rejected 0..P-1].
 
     The first token of a sequence without a prompt has nothing to predict it and is not scored.
     """
-    pairs = list(pairs)
-    if not pairs:
-        raise ValueError("padded_batch: got no pairs, expected at least one")
+    op = "padded_batch"
+    pairs = check_pairs(op, pairs)
+    pad_token_id = check_count(op, "pad_token_id", pad_token_id, 0)
+    pad_to_multiple_of = check_count(op, "pad_to_multiple_of", pad_to_multiple_of, 1)
     rows = [(p.chosen_prompt, p.chosen) for p in pairs] + [(p.rejected_prompt, p.rejected) for p in pairs]
+    largest = largest_id(op, (ids for row in rows for ids in row))
     width = max(1, *(len(prompt) + len(completion) for prompt, completion in rows))
     width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
 
@@ -125,5 +162,6 @@ def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_
         predictors=torch.tensor(predictors, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         host_lengths=tuple(lengths),
+        host_largest_id=max(largest, pad_token_id),
         layout=None,
     )

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from dpo_fast.text import shown
 
 MATPLOTLIB_HINT = "(PNG charts need matplotlib: pip install matplotlib, then run this again)"
 EVALUATION_HINT = "(no pairs are held out: eval_split: 0.1 evaluates on a tenth of them, before and after)"
+
+DEBUG_HELP = "with an error, its traceback before the sentence"
 
 LITTLE_MARGIN = 0.01  # a loss of 0.6881 instead of 0.6931
 
@@ -34,6 +37,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="write into --out though it holds files of others")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another model (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -52,8 +56,11 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
     folder.begin(arguments.out, "dpo-fast demo", None, resumes=False)
     console.quiet_libraries()
-    results = story.run(arguments.out, story.Settings(seed=arguments.seed))
-    paths = pages.write(results, arguments.out)
+    try:
+        results = story.run(arguments.out, story.Settings(seed=arguments.seed))
+        paths = pages.write(results, arguments.out)
+    except OSError as error:
+        return _say("demo", str(error), 1, arguments.debug)
     print(f"\n{pages.summary(results)}\n")
     _print_paths({"report": paths[0], "numbers": arguments.out / "results.json"}, paths[1:])
     print(f"  base model  {arguments.out / 'base'}   (dpo-fast train examples/format.yaml aligns it again)")
@@ -88,18 +95,24 @@ def run_train(arguments: argparse.Namespace) -> int:
             print(shown(f"dpo-fast train: {finished}"))
         return 0
     except KeyboardInterrupt:
-        return _say("train", outcome.interrupted(trainer, job), 130)
+        return _say("train", outcome.interrupted(trainer, job), 130, arguments.debug)
     except outcome.Diverged as error:
-        return _say("train", str(error), 1)
+        return _say("train", str(error), 1, arguments.debug)
     except launch.BadInput as error:
-        return _say("train", str(error), 2)
+        return _say("train", str(error), 2, arguments.debug)
     except torch.OutOfMemoryError as error:
         less = "a smaller per_device_train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing"
-        return _say("train", f"{launch.one_line(error)} (what takes less: {less})", 1)
+        return _say("train", f"{launch.one_line(error)} (what takes less: {less})", 1, arguments.debug)
     except (OSError, ValueError) as error:  # of the training: a full disk, a setting that torch refuses
+        if preflight.being_read(error) is not None:
+            return _say("train", preflight.sentence(error), 2, arguments.debug)
         if isinstance(error, ValueError) and not preflight.is_said(error):
             raise
-        return _say("train", launch.one_line(error), 1)
+        return _say("train", launch.one_line(error), 1, arguments.debug)
+    except Exception as error:  # whatever a library raises that reads what lies with the model
+        if preflight.being_read(error) is None:
+            raise
+        return _say("train", preflight.sentence(error), 2, arguments.debug)
     if not trainer.is_world_process_zero():
         return 0
     print(shown(f"\n{run.summary(result)}\n"))
@@ -126,7 +139,10 @@ def _hardly_moved(result: dict) -> str | None:
     )
 
 
-def _say(command: str, sentence: str, status: int) -> int:
+def _say(command: str, sentence: str, status: int, debug: bool = False) -> int:
+    """The sentence; with --debug, below the traceback of the exception that is handled."""
+    if debug:
+        traceback.print_exc()
     if status != 2:  # a progress bar may stand on the line
         print(file=sys.stderr)
     print(shown(f"dpo-fast {command}: {sentence}"), file=sys.stderr)
@@ -136,6 +152,7 @@ def _say(command: str, sentence: str, status: int) -> int:
 def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folder of a run, with its results.json")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
@@ -145,11 +162,11 @@ def run_report(arguments: argparse.Namespace) -> int:
     try:
         page = compare.compare(arguments.runs)
     except record.NoRecord as error:
-        return _say("report", str(error), 2)
+        return _say("report", str(error), 2, arguments.debug)
     try:
         files.write_text(arguments.output, page)
     except OSError as error:
-        return _say("report", str(error), 1)
+        return _say("report", str(error), 1, arguments.debug)
     _print_paths({"report": arguments.output})
     return 0
 
@@ -180,6 +197,17 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return importlib.import_module(f"benchmarks.{arguments.rest[0]}").main(arguments.rest[1:])
 
 
+def _without_debug(options: list[str]) -> tuple[list[str], bool]:
+    """The options without `--debug` alone, which is ours, and whether it was there. With a value, as in `--debug
+    underflow_overflow`, it is a key of transformers."""
+    following = [*options[1:], "--"][: len(options)]
+    ours = [
+        option == "--debug" and (after.startswith("--") or after.endswith((".yaml", ".yml")))
+        for option, after in zip(options, following, strict=True)
+    ]
+    return [option for option, mine in zip(options, ours, strict=True) if not mine], any(ours)
+
+
 def _print_paths(files: dict[str, Path], pngs: list | None = None) -> None:
     for name, path in files.items():
         print(f"  {name:<10}  {path}")
@@ -207,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_arguments(subparser)
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS and COMMANDS[argv[0]].raw:
-        arguments = argparse.Namespace(command=argv[0], rest=argv[1:])
+        rest, debug = _without_debug(argv[1:]) if argv[0] == "train" else (argv[1:], False)
+        arguments = argparse.Namespace(command=argv[0], rest=rest, debug=debug)
     else:
         arguments = parser.parse_args(argv)
     try:
@@ -222,9 +251,9 @@ def main(argv: list[str] | None = None) -> int:
         if name.split(".")[0] == "dpo_fast":
             raise
         package = {"yaml": "pyyaml"}.get(name, name.split(".")[0].replace("_", "-"))
-        return _say(arguments.command, f"the package {package} is missing: pip install {package}", 1)
+        return _say(arguments.command, f"the package {package} is missing: pip install {package}", 1, arguments.debug)
     except KeyboardInterrupt:
-        return _say(arguments.command, "interrupted", 130)
+        return _say(arguments.command, "interrupted", 130, arguments.debug)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ group: the losses of a group need no other sequence.
 """
 
 import itertools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,12 +49,16 @@ class Comparisons:
     def make(cls, op: str, num_pairs: int, given, num_sequences: int | None, device) -> "Comparisons":
         """given: (C, 2) integers, a tensor or nested sequences, C = num_pairs; None: P pairs of 2P sequences. A tensor
         on an accelerator is read, which waits for it. ValueError for what is out of range."""
-        if not isinstance(num_pairs, int) or num_pairs < 1:
+        if not (_is_int(num_pairs) and 1 <= num_pairs < 2**31):
             raise ValueError(f"{op}: num_pairs must be a positive int, got {num_pairs!r}")
+        if not (num_sequences is None or _is_int(num_sequences) and 0 <= num_sequences < 2**31):
+            raise ValueError(f"{op}: num_sequences must be an int of at least 0 or None, got {num_sequences!r}")
         if given is None:
             if num_sequences not in (None, 2 * num_pairs):
                 raise ValueError(f"{op}: {num_pairs} pairs are of {2 * num_pairs} sequences, got {num_sequences}")
             return cls(pairs_of(num_pairs, device), 2 * num_pairs)
+        if not (hasattr(given, "__array__") or _are_pairs(given)):
+            raise ValueError(f"{op}: comparisons must be integers, (chosen, rejected) of each pair, got {given!r:.200}")
         index = torch.as_tensor(given)
         if index.shape != (num_pairs, 2) or index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
@@ -117,6 +122,16 @@ class Comparisons:
             _ends([roots[s] for s in sequences], names),
             _ends([roots[host[c][0]] for c in order], names),
         )
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _are_pairs(given) -> bool:
+    return isinstance(given, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_int, pair)) for pair in given
+    )
 
 
 def _ends(grouped: Sequence[int], names: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +29,12 @@ from . import attention, packing
 from .batch import PreferenceBatch
 from .copies import ATTACHED, OLD_FORWARD, base_model_of, compute_with_own_weights, reached
 from .heads import head_tensors
-from .layout import separate_rows
+from .layout import SharedPrefixLayout, separate_rows
 from .logps import PairLogps
 from .objective import Objective
+from .ops.call import check_tile_mib
+from .ops.checks import INTEGERS, check_tensor, describe
+from .ops.dispatch import check_impl, readable
 from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
 from .ops.stats import TokenStats
@@ -40,6 +44,7 @@ from .router import balancing_loss, token_weights
 logger = logging.getLogger("dpo_fast")
 
 _ROWS = ("input_ids", "attention_mask", "position_ids")  # what the backbone reads of a batch
+_NEEDED = ("input_ids", "targets", "sequence_ids", "predictors", "lengths", "layout")
 _KNOBS = (
     "outputs",
     "objective",
@@ -137,6 +142,8 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
     transform of its head's output that its config declares.
     """
+    check_impl("attach", impl)
+    tile_mib = None if tile_mib is None else check_tile_mib("attach", tile_mib)
     _check_adapter(model)
     base = compute_with_own_weights(_causal_lm(model))
     if is_attached(base):
@@ -208,6 +215,8 @@ def on_top(forward: Callable, functions: Container[Callable]) -> bool:
 
 def _causal_lm(model: nn.Module) -> nn.Module:
     """The Hugging Face model itself, below a PEFT wrapper if there is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: expected a Hugging Face causal language model, got {describe(model)}")
     base = base_model_of(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None or getattr(base, "base_model", base) is base:
@@ -241,7 +250,7 @@ def _forward_of(model_class: type[nn.Module]) -> Callable:
     @functools.wraps(model_class.forward)
     def forward(self, *args, **kwargs):
         batch = args[0] if args else kwargs.get("input_ids")
-        if not (isinstance(batch, dict) and "predictors" in batch):
+        if not isinstance(batch, dict):
             return getattr(self, _STATE).original(*args, **kwargs)
         kwargs.pop("input_ids", None)
         knobs = {name: kwargs.pop(name) for name in _KNOBS if name in kwargs}
@@ -275,6 +284,7 @@ def score_batch(
     pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), mean_chosen_length;
     see `linear_preference_loss`. aux_loss, with an objective: return a mixture of experts' balancing loss as well.
     """
+    _check_batch(model, batch)
     state = attachment(model)
     backbone, batch = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
     hidden = at_predictors(model, backbone[0], batch.predictors)
@@ -315,6 +325,47 @@ def score_batch(
         )
     aux = _balancing_loss(model, batch, backbone) if aux_loss else None
     return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs), aux)
+
+
+def _check_batch(model: nn.Module, batch: PreferenceBatch) -> None:
+    """TypeError for what is no batch, ValueError for ids and positions out of range. On accelerators a look would stop
+    the stream: there, ids are compared as far as the batch knows them on the host."""
+    if missing := [name for name in _NEEDED if name not in batch]:
+        raise TypeError(
+            f"model(batch): a PreferenceBatch has {', '.join(_NEEDED)}, got a dict without {', '.join(missing)}; "
+            "padded_batch and shared_prefix_batch make one"
+        )
+    if torch.compiler.is_compiling():
+        return
+    op, ids, predictors = "model(batch)", batch["input_ids"], batch["predictors"]
+    check_tensor(op, "input_ids", ids, ("B", "T"), INTEGERS)
+    check_tensor(op, "targets", batch["targets"], ("N",), INTEGERS)
+    for name in ("predictors", "sequence_ids"):
+        check_tensor(op, name, batch[name], tuple(batch["targets"].shape), (torch.int64,))
+    check_tensor(op, "lengths", batch["lengths"], ("S",), (torch.int64,))
+    for name in ("attention_mask", "position_ids"):
+        value = batch.get(name)
+        if value is not None and getattr(value, "shape", None) != ids.shape:
+            raise ValueError(f"{op}: {name} must be of shape {tuple(ids.shape)} or None, got {describe(value)}")
+    if not isinstance(batch["layout"], (SharedPrefixLayout, NoneType)):
+        raise TypeError(f"{op}: layout must be a SharedPrefixLayout or None, got {describe(batch['layout'])}")
+    largest = batch.get("host_largest_id")
+    if ids.numel() and readable(ids):
+        largest = ids.max().item()
+        if (low := ids.min().item()) < 0:
+            raise ValueError(f"model(batch): input_ids are at least 0, got {low}")
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if largest is not None and rows is not None and largest >= rows:
+        raise ValueError(
+            f"model(batch): input_ids holds the token id {largest}, the model's embedding has {rows} rows; it is "
+            "another model's tokenizer, or model.resize_token_embeddings() has not been called"
+        )
+    if predictors.numel() and readable(predictors):
+        low, high = predictors.min().item(), predictors.max().item()
+        if low < 0 or high >= ids.numel():
+            raise ValueError(
+                f"model(batch): predictors must be in [0, {ids.numel()}), positions of input_ids, got {low} to {high}"
+            )
 
 
 def _balancing_loss(model: nn.Module, batch: PreferenceBatch, backbone) -> Tensor:

@@ -25,6 +25,7 @@ from .logps import PairLogps
 from .metrics import Metrics, pair_metrics, token_metrics
 from .objective import Objective, ld_dpo_token_weights
 from .ops.sequence import sequence_logps
+from .ops.stats import check_outputs
 
 # metrics that cost an extra statistic of each row of logits: name -> what `model(batch)` must put out for it
 EXTRA_METRICS = {"entropy": "entropy", "logits": "mean_logits", "mean_token_accuracy": "is_top1"}
@@ -53,7 +54,8 @@ def score(
     model: nn.Module, batch: PreferenceBatch, *, outputs: Sequence[str] = (), ld_alpha: float | None = None
 ) -> SequenceScores:
     """Log-probs of all sequences of a batch under an attached model; with `ld_alpha`, weighted as in LD-DPO."""
-    return sequence_scores(model(batch, outputs=tuple(outputs)), batch, ld_alpha)
+    _check_batch("score", batch)
+    return sequence_scores(model(batch, outputs=check_outputs("score", outputs)), batch, ld_alpha)
 
 
 def sequence_scores(tokens: TokenScores, batch: PreferenceBatch, ld_alpha: float | None = None) -> SequenceScores:
@@ -83,6 +85,14 @@ def preference_step(
     mean_chosen_length: over all micro-batches and ranks of an optimizer step, see `linear_preference_loss`.
     aux_loss: compute a mixture of experts' balancing loss, too; it is not added to the loss.
     """
+    op = "preference_step"
+    _check_batch(op, batch)
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{op}: objective must be an Objective, got {objective!r}")
+    if not (reference is None or isinstance(reference, (Tensor, SequenceScores))):
+        raise TypeError(f"{op}: reference must be SequenceScores, a tensor or None, got {reference!r}")
+    if not isinstance(extra_metrics, (list, tuple, set)) or not set(extra_metrics) <= set(EXTRA_METRICS):
+        raise ValueError(f"{op}: extra_metrics must be names of {', '.join(EXTRA_METRICS)}, got {extra_metrics!r}")
     objective = objective.with_ld_alpha(ld_alpha)
     knobs: dict[str, Any] = {"mean_chosen_length": mean_chosen_length}
     if aux_loss:
@@ -95,6 +105,11 @@ def preference_step(
         knobs["reference_logps"] = reference.logps
     outputs = tuple(EXTRA_METRICS[name] for name in extra_metrics)
     return PreferenceStep(*model(batch, outputs=outputs, objective=objective, **knobs))
+
+
+def _check_batch(op: str, batch) -> None:
+    if not isinstance(batch, dict):
+        raise TypeError(f"{op}: batch must be a PreferenceBatch, got {type(batch).__name__}")
 
 
 def step_metrics(

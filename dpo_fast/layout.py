@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .batch import PreferenceBatch, TokenPair
+from .batch import PreferenceBatch, TokenPair, check_pairs, largest_id
 
 
 class CalledModules:
@@ -225,9 +225,7 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
 
     Scored tokens come pair by pair, chosen before rejected. A shared completion token is run once and scored twice.
     """
-    pairs = list(pairs)
-    if not pairs:
-        raise ValueError("shared_prefix_batch: got no pairs, expected at least one")
+    pairs = check_pairs("shared_prefix_batch", pairs)
     groups = [([*p.chosen_prompt, *p.chosen], [*p.rejected_prompt, *p.rejected]) for p in pairs]
     prompts = [len(prompt) for p in pairs for prompt in (p.chosen_prompt, p.rejected_prompt)]
     return packed_batch(groups, prompts, _interleaved(len(pairs)))
@@ -244,6 +242,7 @@ def packed_batch(
 
     prompts: of each sequence, the length. groups, ids, across: as `pack` takes them. comparisons: (chosen, rejected)
     ids; None: P pairs of 2P sequences."""
+    largest = largest_id("packed_batch", (sequence for group in groups for sequence in group))
     row, layout = pack(groups, ids, across)
     targets: list[int] = []
     predictors, sequence_ids, start = [], [], 0
@@ -263,6 +262,7 @@ def packed_batch(
         predictors=torch.cat(predictors),
         lengths=torch.tensor(counts, dtype=torch.int64),
         host_lengths=tuple(counts),
+        host_largest_id=largest,
         layout=layout,
         **({} if comparisons is None else {"comparisons": tuple(comparisons)}),
     )

@@ -8,7 +8,6 @@ recorded on the function by `@loss`. `objective.py` combines losses and checks t
 """
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Protocol
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .logps import PairLogps
+from .ops.checks import LARGEST, LEAST, describe, is_number
 
 LOSSES: dict[str, "RegisteredLoss"] = {}
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -53,20 +53,19 @@ class LossParams:
             if option.type is not float:
                 continue
             # Compared, as torch.compile may leave a number open
-            if not (isinstance(value, (float, numbers.Real)) and -math.inf < value < math.inf):
-                raise ValueError(f"{option.name} must be a finite number, got {value!r}")
+            if not is_number(value) or not -LARGEST <= value <= LARGEST:
+                raise ValueError(f"{option.name} must be a finite number, got {describe(value)}")
             if not isinstance(value, float):
                 setattr(self, option.name, float(value))  # NumPy's scalars
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        for name in ("beta", "discopop_tau"):
+            if getattr(self, name) < LEAST:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.f_divergence_type not in F_DIVERGENCES:
             raise ValueError(
                 f"f_divergence_type must be one of {', '.join(F_DIVERGENCES)}, got {self.f_divergence_type!r}"
             )
-        if self.discopop_tau <= 0:
-            raise ValueError(f"discopop_tau must be positive, got {self.discopop_tau}")
 
 
 class RegisteredLoss(Protocol):

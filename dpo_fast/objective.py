@@ -4,8 +4,7 @@ Also the two weightings that papers put on top of any loss: of tokens (LD-DPO) a
 """
 
 import copy
-import math
-import numbers
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor
 from .comparisons import pairs_of
 from .logps import PairLogps
 from .losses import LOSSES, LossParams, lengths
+from .ops.checks import LARGEST, check_flag, describe, is_number
+from .ops.dispatch import readable
 
 _KNOBS = tuple(field.name for field in fields(LossParams))
 _UNGIVEN = {"weights": None, "use_weighting": False, **{field.name: field.default for field in fields(LossParams)}}
@@ -56,7 +57,7 @@ class Objective:
             raise ValueError(f"loss weights must be {len(parts)} finite numbers, one per loss, got {weights!r}")
         self.loss_weights = list(weights)
         self.names = tuple(part if isinstance(part, str) else getattr(part, "__name__", repr(part)) for part in parts)
-        self.use_weighting, self.ld_alpha = use_weighting, ld_alpha
+        self.use_weighting, self.ld_alpha = check_flag("Objective", "use_weighting", use_weighting), ld_alpha
         self.couples_pairs = any(getattr(part, "couples_pairs", True) for part in self.parts)
         self.needs_reference = any(getattr(part, "needs_reference", True) for part in self.parts)
         self.needs_lengths = any(getattr(part, "needs_lengths", True) for part in self.parts)
@@ -130,10 +131,17 @@ class Objective:
         return ld_dpo_token_weights(sequence_ids, lengths, self.ld_alpha, **more)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
+        if not isinstance(pairs, PairLogps):
+            raise TypeError(f"an Objective is called with PairLogps, got {type(pairs).__name__}")
         total = None
         for _, value in self._terms(pairs):
             total = value if total is None else total + value
         assert total is not None  # there is a loss
+        if torch.is_grad_enabled() and pairs.chosen.requires_grad and not total.requires_grad:
+            raise RuntimeError(
+                f"loss {', '.join(self.names)}: the loss does not depend on pairs.chosen or pairs.rejected, or not in "
+                "a way that autograd sees; leave out detach(), item() and no_grad()"
+            )
         return total if pairs.weights is None else total * pairs.weights
 
     @torch.no_grad()
@@ -151,6 +159,11 @@ class Objective:
             value = part(pairs, self.params) if registered else part(pairs)
             if not isinstance(value, Tensor):
                 raise TypeError(f"loss {name} must return a tensor, one value per pair, got {type(value).__name__}")
+            if not value.is_floating_point() or value.device != pairs.chosen.device:
+                raise TypeError(
+                    f"loss {name} must return floating values on {pairs.chosen.device}, got {value.dtype} on "
+                    f"{value.device}"
+                )
             if value.shape != pairs.chosen.shape:
                 raise ValueError(
                     f"loss {name} must return one value per pair, {tuple(pairs.chosen.shape)}, got {tuple(value.shape)}"
@@ -172,15 +185,30 @@ class Objective:
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+    return is_number(value) and -LARGEST <= value <= LARGEST
 
 
 def _resolve(part) -> Callable:
     if callable(part):
+        if not torch.compiler.is_compiling() and LOSSES.get(getattr(part, "__name__", "")) is not part:
+            _check_signature(part)
         return part
     if not isinstance(part, str) or part not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function of PairLogps, got {part!r}")
     return LOSSES[part]
+
+
+def _check_signature(function: Callable) -> None:
+    """TypeError for a function that cannot be called with a `PairLogps` alone."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # some of C's have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(f"loss {name} must take one argument, the PairLogps: {error}") from error
 
 
 def preference_loss(
@@ -232,6 +260,8 @@ def preference_loss(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"preference_loss: {name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            raise TypeError(f"preference_loss: {name} must be a dense tensor, got {value.layout}")
         if value.ndim != 1 or value.shape != chosen_logps.shape:
             expected = f"({chosen_logps.shape[0]},)" if chosen_logps.ndim == 1 else "(P,)"
             raise ValueError(f"preference_loss: {name} must have shape {expected}, got {tuple(value.shape)}")
@@ -243,6 +273,10 @@ def preference_loss(
             raise ValueError(f"preference_loss: {name} is on {value.device}, chosen_logps on {chosen_logps.device}")
         if value.dtype in (torch.float16, torch.bfloat16):
             given[name] = value.float()
+        if readable(value):
+            _check_values(name, value, objective)
+    if reduction == "mean" and not len(chosen_logps):
+        raise ValueError("preference_loss: reduction 'mean' of no pairs, P = 0")
     pairs = PairLogps(
         given["chosen_logps"],
         given["rejected_logps"],
@@ -254,6 +288,21 @@ def preference_loss(
     )
     losses = objective(pairs)
     return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def _check_values(name: str, value: Tensor, objective: Objective) -> None:
+    """ValueError for numbers of tokens, factors and log-probs that are none. NaN log-probs give NaN, as in torch."""
+    if name.endswith("lengths"):
+        wrong, expected = ~(value >= 0) | value.isinf(), "numbers of tokens"
+    elif name == "weights":
+        wrong, expected = ~value.isfinite(), "finite"
+    elif objective.likelihood_weight:  # of others, sums may lack a constant
+        wrong, expected = value > 1e-3, "log-probs, at most 0"  # a rounded 0 may be above
+    else:
+        return
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"preference_loss: {name} must be {expected}, got {value[first].item()} at index {first}")
 
 
 # --- weights from tokens -------------------------------------------------------------------------------------------
@@ -272,8 +321,8 @@ def ld_dpo_token_weights(
     sequence_ids: (N,) in [0, S), tokens of a sequence in order, sequences in any; sequence_lengths: (S,) their
     numbers of scored tokens; scored: (N,) bool, which tokens count, all where None; comparisons: (C, 2) int64, each
     sequence in at most one, S / 2 pairs where None."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"ld_alpha must be in [0, 1], got {alpha}")
+    if not (is_number(alpha) and 0 <= alpha <= 1):
+        raise ValueError(f"ld_alpha must be in [0, 1], got {describe(alpha)}")
     if comparisons is None:
         comparisons = pairs_of(sequence_lengths.shape[0] // 2, sequence_lengths.device)
     order = sequence_ids.argsort(stable=True)

@@ -122,7 +122,7 @@ def linear_preference_loss(
         torch.promote_types(hidden.dtype, torch.float32),
         call.impl,
     )
-    check_lengths(op, sequence_ids, who.num_sequences, sequence_lengths)
+    sequence_lengths = check_lengths(op, sequence_ids, who.num_sequences, sequence_lengths)
 
     hidden_grad, head_grad = head.gradients()
     compiling = torch.compiler.is_compiling()

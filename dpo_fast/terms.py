@@ -10,7 +10,7 @@ from torch import Tensor
 from .comparisons import Compared, Comparisons
 from .logps import PairLogps
 from .objective import Objective, wpo_weights
-from .ops.checks import check_finite, check_tensor, checking
+from .ops.checks import check_count, check_finite, check_tensor, checking, describe
 from .ops.dispatch import free_to_look
 from .ops.sequence import sequence_sums
 from .ops.stats import TokenStats
@@ -117,7 +117,7 @@ class PairTerms:
 
 
 def _is_real(value) -> bool:
-    return isinstance(value, numbers.Real)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_ids(op: str, scored: Tensor, ids, comparisons: Comparisons) -> None:
@@ -131,10 +131,16 @@ def _check_ids(op: str, scored: Tensor, ids, comparisons: Comparisons) -> None:
             )
 
 
-def check_lengths(op: str, ids: Tensor, num_sequences: int, lengths) -> None:
+def check_lengths(op: str, ids: Tensor, num_sequences: int, lengths) -> list[int] | None:
+    """The counts as a list of Python's ints, None where they are."""
     if lengths is None:
-        return
-    N, lengths = ids.shape[0], list(lengths)
+        return None
+    N = ids.shape[0]
+    if hasattr(lengths, "tolist") and not (isinstance(lengths, Tensor) and not free_to_look(lengths)):
+        lengths = lengths.tolist()
+    if not isinstance(lengths, (list, tuple)):
+        raise ValueError(f"{op}: sequence_lengths must be a sequence of ints on the host, got {describe(lengths)}")
+    lengths = [check_count(op, f"sequence_lengths[{i}]", length, 0) for i, length in enumerate(lengths)]
     if len(lengths) != num_sequences or sum(lengths) != N:
         raise ValueError(
             f"{op}: sequence_lengths must be {num_sequences} counts that sum to N={N}, "
@@ -144,6 +150,7 @@ def check_lengths(op: str, ids: Tensor, num_sequences: int, lengths) -> None:
         counts = torch.bincount(ids, minlength=num_sequences).tolist()
         if counts != lengths:
             raise ValueError(f"{op}: sequence_lengths must be the counts in sequence_ids, {counts}, got {lengths}")
+    return lengths
 
 
 def _reference(op: str, objective: Objective, scored: Tensor, comparisons: Comparisons, sums, tokens) -> Tensor | None:

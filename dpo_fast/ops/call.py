@@ -4,7 +4,6 @@ Registered ops take tensors, numbers and text, no objects: `Call.flat` and `unfl
 Numbers stay numbers, which a compiled graph may leave open.
 """
 
-import numbers
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from .checks import (
     FLOATS,
     INTEGERS,
+    check_count,
     check_finite,
     check_ignore_index,
     check_labels,
@@ -107,7 +107,7 @@ class Call:
     def of_head(cls, op: str, head: Head, outputs: Iterable[str], transform: Transform, ignore_index, tile_mib, impl):
         """The plan is what the head runs for itself: the loss, which knows more, may replace it."""
         outputs, ignore_index = check_outputs(op, outputs), check_ignore_index(op, ignore_index)
-        tile_mib, hidden = _checked_tile_mib(op, tile_mib), head.hidden
+        tile_mib, hidden = check_tile_mib(op, tile_mib), head.hidden
         hidden_grad, head_grad = head.gradients()
         plan = "recompute" if head_grad else "frozen" if hidden_grad else "score"
         impl = choose_impl(op, impl, hidden.device, hidden.dtype)
@@ -147,7 +147,7 @@ class Call:
         )
 
 
-def _checked_tile_mib(op: str, tile_mib: int | None) -> int | None:
+def check_tile_mib(op: str, tile_mib: int | None) -> int | None:
     """The budget for a tile in MiB; DPO_FAST_TILE_MIB stands in for None where it is set."""
     source = "tile_mib"
     value: Any = tile_mib
@@ -156,6 +156,4 @@ def _checked_tile_mib(op: str, tile_mib: int | None) -> int | None:
         value = int(value) if value.isdecimal() else value
     if value is None:
         return None
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{op}: {source} must be an int of at least 1 or None, got {value!r}")
-    return int(value)
+    return check_count(op, source, value, 1, "an int of at least 1 or None")

@@ -8,6 +8,7 @@ non-finite inputs on every device.
 import math
 import numbers
 import os
+import reprlib
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+# Beyond, a knob, its inverse or its product with large logits leaves fp32's range, and results are NaN
+LEAST, LARGEST = 1e-30, 1e30
 
 
 def checking() -> bool:
@@ -26,6 +29,9 @@ def check_tensor(op: str, name: str, value, shape: tuple, dtypes: tuple, device:
     """`shape` may hold strings, which match any size and stand in the message."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"the layout {str(value.layout).removeprefix('torch.')}"
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}; give {name}.to_dense(), or pad it")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must have one of the dtypes {expected}, got {str(value.dtype)[6:]}")
@@ -34,6 +40,8 @@ def check_tensor(op: str, name: str, value, shape: tuple, dtypes: tuple, device:
         fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         raise ValueError(f"{op}: {name} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
+    if device is None and value.device.type == "meta":
+        raise ValueError(f"{op}: {name} is on the device meta, where tensors have no values; materialise it first")
     if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, the other inputs are on {device}; move it there")
     # A registered op would drop the tangent, in silence
@@ -46,16 +54,20 @@ def check_transform(
 ) -> tuple[float | None, float, float]:
     """(softcap, temperature, scale) as Python's numbers, which is what registered ops take."""
     temperature, logit_scale = _number(op, "temperature", temperature), _number(op, "logit_scale", logit_scale)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be a positive number, got {temperature}")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"{op}: logit_scale must be finite, got {logit_scale}")
+    _check_positive(op, "temperature", temperature, "a positive number")
+    if not -LARGEST <= logit_scale <= LARGEST:
+        raise ValueError(f"{op}: logit_scale must be finite, and at most {LARGEST:g}, got {logit_scale}")
     if logit_softcap is None:
         return None, temperature, logit_scale
     logit_softcap = _number(op, "logit_softcap", logit_softcap)
-    if not 0 < logit_softcap < math.inf:
-        raise ValueError(f"{op}: logit_softcap must be a positive number or None, got {logit_softcap}")
+    _check_positive(op, "logit_softcap", logit_softcap, "a positive number or None")
     return logit_softcap, temperature, logit_scale
+
+
+def _check_positive(op: str, name: str, value: float, expected: str) -> None:
+    if not LEAST <= value <= LARGEST:
+        between = f", from {LEAST:g} to {LARGEST:g}" if 0 < value < math.inf else ""
+        raise ValueError(f"{op}: {name} must be {expected}{between}, got {value}")
 
 
 def _number(op: str, name: str, value) -> float:
@@ -67,9 +79,47 @@ def _number(op: str, name: str, value) -> float:
     is_float = isinstance(value, (float, torch.SymFloat))  # the latter is a number that a compiled graph leaves open
     if is_float:
         return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt)):
+    if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    return float(value)
+    return _as_float(value)
+
+
+def is_number(value) -> bool:
+    """Whether it is a real number of Python or NumPy, or one that a compiled graph leaves open; bool is none."""
+    kinds = (float, numbers.Real, torch.SymFloat, torch.SymInt)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _as_float(value) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int of hundreds of digits
+        return math.inf if value > 0 else -math.inf
+
+
+def check_flag(where: str, name: str, value) -> bool:
+    """True or False, or NumPy's. "no", 2 and tensors, which a condition would take for one of them, are refused."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind == "b":
+        return bool(value)
+    raise TypeError(f"{where}: {name} must be True or False, got {describe(value)}")
+
+
+def describe(value) -> str:
+    """What came, short enough for one line."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    return reprlib.repr(value)
+
+
+def check_count(where: str, name: str, value, least: int, expected: str = "") -> Any:
+    """A number of things as Python's int, or as a compiled graph leaves it open. bool is none."""
+    is_integer = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+    if not (is_integer and least <= value < 2**31):
+        expected = expected or f"an int of at least {least}"
+        raise ValueError(f"{where}: {name} must be {expected}, got {describe(value)}")
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def check_ignore_index(op: str, value) -> int:

@@ -77,6 +77,16 @@ def free_to_look(x: torch.Tensor) -> bool:
     return x.device.type in _HOST_DEVICES
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether a check may look at values: they lie on the host, and nothing traces, compiles or vectorises."""
+    return (
+        not torch.compiler.is_compiling()
+        and free_to_look(x)
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 @functools.cache
 def fp32_products(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether torch multiplies 16-bit matrices of `dtype` into an fp32 one on `device`: (as a result, and added to it).
@@ -117,6 +127,11 @@ def _log_once(op: str, impl: str, device_type: str, why: str) -> None:
     logger.info("%s: impl=%r on %s%s", op, impl, device_type, f" ({why})" if why else "")
 
 
+def check_impl(op: str, impl: str, source: str = "impl") -> None:
+    if not isinstance(impl, str) or impl not in ("auto", *IMPLS):
+        raise ValueError(f"{op}: {source} must be one of 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
 def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The implementation that runs for `impl`; DPO_FAST_IMPL stands in for "auto" where it is set.
 
@@ -134,8 +149,7 @@ def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = t
                     _log_once(op, candidate, device.type, "; ".join(skipped))
                 return candidate
             skipped += [f"not {candidate}: {reason}" for reason in reasons]
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: {source} must be one of 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    check_impl(op, impl, source)
     reasons = reasons_against(impl, device, dtype)
     if reasons:
         raise ValueError(f"{op}: {source}={impl!r} cannot run: " + "; ".join(reasons))

@@ -12,6 +12,7 @@ from .checks import (
     FLOATS,
     INTEGERS,
     check_finite,
+    check_flag,
     check_labels,
     check_tensor,
     checking,
@@ -81,6 +82,7 @@ def _check(op: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def _token_stats(op: str, logits: Tensor, labels: Tensor, call: Call, inplace_backward: bool) -> TokenStats:
+    inplace_backward = check_flag(op, "inplace_backward", inplace_backward)
     if inplace_backward and _may_overlap(logits):
         raise ValueError(
             f"{op}: inplace_backward needs logits with memory of their own, got shape {tuple(logits.shape)} with "

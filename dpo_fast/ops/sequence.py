@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
-from .dispatch import choose_impl, free_to_look, implementation
+from .checks import check_count, check_tensor
+from .dispatch import choose_impl, free_to_look, implementation, readable
 from .oracle import oracle_sequence_logps
 
 _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,8 +30,9 @@ def sequence_logps(
     check_tensor(op, "sequence_ids", sequence_ids, tuple(token_logps.shape), (torch.int64,), token_logps.device)
     if weights is not None:
         check_tensor(op, "weights", weights, tuple(token_logps.shape), _VALUES, token_logps.device)
-    if not isinstance(num_sequences, (int, torch.SymInt)) or num_sequences < 0:
-        raise ValueError(f"{op}: num_sequences must be an int of at least 0, got {num_sequences!r}")
+        if readable(weights) and not weights.isfinite().all():
+            raise ValueError(f"{op}: weights must be finite, got {int((~weights.isfinite()).sum())} that are not")
+    num_sequences = check_count(op, "num_sequences", num_sequences, 0)
     impl = choose_impl(op, impl, token_logps.device, token_logps.dtype)
     return sequence_sums(token_logps, sequence_ids, num_sequences, weights, impl)
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.utils import GradientAccumulationPlugin
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpo_fast.functional import EXTRA_METRICS
@@ -17,6 +19,7 @@ from dpo_fast.objective import Objective
 from dpo_fast.ops.dispatch import IMPLS
 from dpo_fast.report.record import plain
 
+from . import settings
 from .data import LAYOUTS, TRUNCATION_MODES, Truncation
 
 logger = logging.getLogger("dpo_fast")
@@ -150,6 +153,9 @@ class FastDPOConfig(LossParams, TrainingArguments):
             self.loss_type = [self.loss_type]
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             setattr(self, name, _mapping(name, getattr(self, name)))
+        settings.check(self, FastDPOConfig)
+        if "pretrained_model_name_or_path" in (self.model_init_kwargs or {}):
+            raise ValueError("model_init_kwargs must not hold pretrained_model_name_or_path, which is the model")
         self._check()
         self._choose_by_device()
         TrainingArguments.__post_init__(self)
@@ -169,34 +175,28 @@ class FastDPOConfig(LossParams, TrainingArguments):
             setattr(self, name, accelerated)
 
     def _check(self) -> None:
-        self.objective()
+        self._check_losses()
         self.truncation()
-        for name in (
-            "tokens_per_batch",
-            "pad_to_multiple_of",
-            "dataset_num_proc",
-            "precompute_ref_batch_size",
-            "tile_mib",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be a finite number of at least 0, got {self.learning_rate}")
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"dataloader_num_workers must be at least 0, got {self.dataloader_num_workers}")
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be at least 1, or -1 to train num_train_epochs, got 0")
+        for what in ("eval", "save"):
+            if getattr(self, f"{what}_steps") == 0:
+                raise ValueError(f"{what}_steps must be above 0, got 0; {what}_strategy='no' is for never")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is of another loss and has no effect here; set label_smoothing")
+        if not self.dataloader_num_workers:
+            for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+                if getattr(self, name, None):
+                    raise ValueError(f"{name} needs dataloader_num_workers of at least 1, got 0")
+        if isinstance(self.accelerator_config, dict):
+            settings.check_mapping("accelerator_config", self.accelerator_config, AcceleratorConfig)
+            more = self.accelerator_config.get("gradient_accumulation_kwargs") or {}
+            name = "accelerator_config: gradient_accumulation_kwargs"
+            settings.check_mapping(name, more, GradientAccumulationPlugin)
+        self._check_compiler()
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be a finite number above 0, got {self.num_train_epochs}")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if self.impl not in ("auto", *IMPLS):
-            raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {self.impl!r}")
-        unknown = set(self.extra_metrics) - set(EXTRA_METRICS)
-        if isinstance(self.extra_metrics, str) or unknown:
-            raise ValueError(f"extra_metrics must be a list of {', '.join(EXTRA_METRICS)}, got {self.extra_metrics!r}")
+        settings.check_names("extra_metrics", self.extra_metrics, EXTRA_METRICS)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the trainer keeps only the columns it needs itself")
 
@@ -204,6 +204,23 @@ class FastDPOConfig(LossParams, TrainingArguments):
         """As `TrainingArguments.to_dict`, what loggers get; without secrets in mappings."""
         found = super().to_dict()
         return {name: plain(value) if isinstance(value, dict) else value for name, value in found.items()}
+
+    def _check_losses(self) -> None:
+        try:
+            self.objective()
+        except ValueError as error:  # with what is called otherwise there
+            names = {"loss must be": "loss_type", "loss weights must be": "loss_weights"}
+            name = next((name for said, name in names.items() if str(error).startswith(said)), None)
+            if name is None:
+                raise
+            raise ValueError(f"{name}: {error}") from error
+
+    def _check_compiler(self) -> None:
+        backend, mode = self.torch_compile_backend, self.torch_compile_mode
+        if backend is not None and backend.lower() not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise ValueError(f"torch_compile_backend must be one of {', '.join(known)}, got {backend!r}")
+        if mode is not None and mode not in (known := ["default", *torch._inductor.list_mode_options()]):
+            raise ValueError(f"torch_compile_mode must be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
 
     def objective(self) -> Objective:
         """The checked combination of losses that these arguments ask for."""

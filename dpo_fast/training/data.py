@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import datasets
 import tokenizers
@@ -27,17 +28,29 @@ import transformers
 import dpo_fast
 from dpo_fast.batch import PreferenceBatch, TokenPair, padded_batch
 from dpo_fast.layout import row_length, shared_prefix_batch
+from dpo_fast.ops.checks import check_count
 from dpo_fast.text import printable
 
 from . import reference_columns, rows
-from .rows import ASKING, NOTES, SIDES, check_template_options, naming, read_pair, template_options, tokenize
+from .rows import (
+    ASKING,
+    NOTES,
+    SIDES,
+    check_template_options,
+    check_tokenizer,
+    naming,
+    read_pair,
+    template_options,
+    tokenize,
+)
 from .sources import JSON_ROW, dataset_of_rows, decode_row
 
 logger = logging.getLogger("dpo_fast")
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_IMAGE_COLUMNS = {"image", "images"}
+_IMAGE_COLUMNS = {"image", "images", "pixel_values", "video", "videos", "audio", "audios"}
+_MEDIA = {"Image", "Audio", "Video", "Pdf"}  # features of `datasets`
 _REASON, _NOTES = "_dropped_because", "_notes"  # columns that live only while a dataset is prepared
 _READ = {*TEXT_COLUMNS, *TOKEN_COLUMNS, *reference_columns.SUMS, "tools", "chat_template_kwargs"}
 _LOOKED_AT = 100  # rows by which columns are judged
@@ -63,8 +76,8 @@ class Truncation:
     def __post_init__(self):
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None for no limit, got {value}")
+            if value is not None:
+                check_count("Truncation", name, value, 1, "at least 1, or None for no limit")
         if self.mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode must be one of {', '.join(TRUNCATION_MODES)}, got {self.mode!r}")
 
@@ -144,11 +157,21 @@ def prepare_dataset(
             f"{name} dataset must be a datasets.Dataset, an IterableDataset or a sequence of dicts, "
             f"got {type(dataset).__name__}"
         )
+    if not isinstance(truncation, Truncation):
+        raise TypeError(f"truncation must be a Truncation, got {type(truncation).__name__}")
+    if num_proc is not None:
+        check_count("prepare_dataset", "num_proc", num_proc, 1, "an int of at least 1 or None")
+    if not isinstance(template_options, (Mapping, NoneType)):
+        raise TypeError(f"template_options must be a dict or None, got {type(template_options).__name__}")
     check_template_options(template_options or {}, tokenizer)
     dataset = dataset.with_format(None)
+    _check_media(dataset, name)
     names, first = _columns(dataset, name)
     tokenized = _check_columns(names, first, tokenizer, name)
     keep = [column for column in reference_columns.SUMS if column in names]
+    if len(keep) == 1:
+        (missing,) = set(reference_columns.SUMS) - set(keep)
+        raise ValueError(f"{name} dataset has the column {keep[0]}, but no {missing}: a reference's sums come in pairs")
     prompts = "prompt" in names
     process = _RowProcessor(
         tokenizer, truncation, tokenized, prompts, tuple(keep), limits, dict(template_options or {})
@@ -175,10 +198,16 @@ def _columns(dataset, name: str) -> tuple[list[str], list[Mapping]]:
     return columns, first
 
 
+def _check_media(dataset, name: str) -> None:
+    for column, kind in (dataset.features or {}).items():
+        if type(getattr(kind, "feature", kind)).__name__ in _MEDIA:
+            raise ValueError(f"{name} dataset has the column {column!r}: only text can be trained on")
+
+
 def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name: str) -> bool:
     """Whether the rows are tokenised; raises for columns that cannot be used, and names those that are not."""
-    if images := _IMAGE_COLUMNS.intersection(columns):
-        raise ValueError(f"{name} dataset has the column {images.pop()!r}: only text can be trained on")
+    if images := sorted(_IMAGE_COLUMNS.intersection(columns)):
+        raise ValueError(f"{name} dataset has the column {images[0]!r}: only text can be trained on")
     tokenized = set(columns) >= set(TOKEN_COLUMNS)
     meant = [column for column in columns if column not in _READ and _may_be_meant(column, first)]
     if meant:
@@ -190,10 +219,11 @@ def _check_columns(columns: Sequence[str], first: list[Mapping], tokenizer, name
         raise ValueError(
             f"{name} dataset has the columns {', '.join(sorted(columns))}; expected prompt, chosen, rejected (text or "
             f"chat messages), or chosen, rejected with a common beginning, or {', '.join(TOKEN_COLUMNS)}"
-            + (f" ({'; '.join(hints)}: rename_column() says so)" if hints else "")
+            + (f" ({'; '.join(hints)}: rename the columns, in the file or with rename_column())" if hints else "")
         )
     if "prompt" not in columns:
         _check_no_prompt(columns, first, name)
+    check_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer ({type(tokenizer).__name__}) has no EOS token, which ends every completion; set "
@@ -234,7 +264,8 @@ def _check_no_prompt(columns: Sequence[str], first: list[Mapping], name: str) ->
         if given and not any(_is_inside(row[column], [row.get(side) for side in SIDES]) for row in given):
             raise ValueError(
                 f"{name} dataset has no column prompt, but {column}, which is in neither chosen nor rejected: if it is "
-                f"the prompt, rename it, as in dataset.rename_column({column!r}, 'prompt'); if it is not, remove it"
+                f"the prompt, rename it to prompt in the file, or with dataset.rename_column({column!r}, 'prompt'); if "
+                "it is not, remove it"
             )
 
 
@@ -399,7 +430,16 @@ class PairCollator:
     pad_to_multiple_of: int = 1
     layout: str = "padded"
 
+    def __post_init__(self):
+        if self.layout not in LAYOUTS[1:]:
+            raise ValueError(f"PairCollator: layout must be one of {', '.join(LAYOUTS[1:])}, got {self.layout!r}")
+
     def __call__(self, rows: list[Mapping]) -> PreferenceBatch:
+        if rows and not (isinstance(rows[0], Mapping) and rows[0].keys() >= set(TOKEN_COLUMNS)):
+            came = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
+            raise ValueError(
+                f"PairCollator: rows must have {', '.join(TOKEN_COLUMNS)} (see prepare_dataset), got {came}"
+            )
         pairs = [self.truncation(row) for row in rows]
         if self.layout == "shared_prefix":
             batch = shared_prefix_batch(pairs)

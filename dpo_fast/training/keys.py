@@ -158,6 +158,8 @@ def _as_number(key: Key, value: Text) -> float | None:
 
 
 def _as_int(key: Key, value: Text) -> int | None:
+    if len(value.text) > 100:  # of thousands of digits, Python makes no int
+        return None
     if re.fullmatch(r"[-+]?\d+(_\d+)*", value.text):
         return int(value.text)
     number = _as_number(key, value)  # 1e3

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from safetensors import SafetensorError
 
@@ -59,10 +60,12 @@ class Job:
         for name in ("model", "dataset", "eval_dataset", "ref_model"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
-        for name, least in (("samples", 0), ("sample_tokens", 1), ("lora_r", 1)):
+        for name, least in (("samples", 0), ("sample_tokens", 1), ("lora_r", 1), ("lora_alpha", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None and not least <= value < 2**31:
+                raise ValueError(f"{name} must be at least {least}{' and below 2**31' * (value > 0)}, got {value}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
         if self.held_out is not None:
             if not 0 < self.held_out < 1:
                 raise ValueError(f"eval_split must be a name, or a share above 0 and below 1, got {self.eval_split}")
@@ -85,7 +88,10 @@ def help_text() -> str:
     """Every key with its help."""
     parser = transformers.HfArgumentParser((Job, FastDPOConfig), prog="dpo-fast train", allow_abbrev=False)
     parser.usage = "dpo-fast train CONFIG.yaml [--key value ...]"
-    parser.description = "Keys of the YAML file and options of the command line are the same; options win."
+    parser.description = (
+        "Keys of the YAML file and options of the command line are the same; options win. --debug without a value "
+        "prints the traceback of an error before its sentence; with one it is the key of transformers below."
+    )
     return parser.format_help()
 
 
@@ -118,7 +124,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):  # of accelerator_config, which is a class there
+        if not preflight.is_said(error):
             raise
         raise BadInput(one_line(error)) from error
     job.given, job.command = given, command
@@ -130,19 +136,20 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
 
 def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
     """Load what the job names. Raises BadInput for a model, data or packages that are missing or cannot be used."""
-    preflight.check(job, config)
-    for name in ("model", "ref_model"):
-        _check_model_path(name, getattr(job, name))
-    peft_config = _peft_config(job)
     try:
-        train_dataset = load_pairs(job.dataset, job.dataset_config, job.dataset_split)
+        preflight.check(job, config)
+        for name in ("model", "ref_model"):
+            _check_model_path(name, getattr(job, name))
+        peft_config = _peft_config(job)
+        train_dataset = _load("dataset", job.dataset, job.dataset_config, job.dataset_split)
         eval_dataset = None
         if job.held_out is not None:
             train_dataset, eval_dataset = _hold_out(train_dataset, job.held_out, config.seed)
         elif job.eval_dataset or job.eval_split:
             eval_config = None if job.eval_dataset else job.dataset_config
             eval_split = job.eval_split or "train"
-            eval_dataset = load_pairs(job.eval_dataset or job.dataset, eval_config, eval_split)
+            name = "eval_dataset" if job.eval_dataset else "eval_split"
+            eval_dataset = _load(name, job.eval_dataset or job.dataset, eval_config, eval_split)
         trainer = FastDPOTrainer(
             model=job.model,
             ref_model=job.ref_model,
@@ -156,7 +163,7 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
     except ImportError as error:
         raise preflight.missing_package(error) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise BadInput(one_line(error)) from error
+        raise BadInput(_said(error, job)) from error
     except SafetensorError as error:
         raise BadInput(f"weights cannot be read: {one_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -168,9 +175,31 @@ def make_trainer(job: Job, config: FastDPOConfig) -> FastDPOTrainer:
             raise BadInput(f"model_init_kwargs: {one_line(error)}") from error
         if "ignore_mismatched_sizes" in str(error):
             raise BadInput("weights do not have the sizes that the model's config.json says") from error
-        if isinstance(error, RuntimeError) or not preflight.is_said(error):
+        of_library = preflight.being_read(error) and not isinstance(error, torch.OutOfMemoryError)
+        if not of_library and (isinstance(error, RuntimeError) or not preflight.is_said(error)):
             raise
-        raise BadInput(one_line(error)) from error
+        raise BadInput(_said(error, job)) from error
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a library raises that reads what the user has named: KeyError, EOFError ...
+        if not preflight.being_read(error):
+            raise
+        raise BadInput(_said(error, job)) from error
+
+
+def _said(error: Exception, job: Job) -> str:
+    """What an exception says, on one line, with the key of the recipe and the file that it is about."""
+    whole = {} if job.held_out else {"train": job.dataset, "eval": job.eval_dataset or job.dataset}
+    said = preflight.with_row(preflight.sentence(error), error, whole)
+    return f"ref_{said}" if job.ref_model != job.model and said.startswith(f"model {job.ref_model!r}") else said
+
+
+def _load(key: str, source: str, name: str | None, split: str) -> datasets.Dataset:
+    """`load_pairs`; what it says, with the key of the recipe."""
+    try:
+        return load_pairs(source, name, split)
+    except BadInput as error:
+        raise BadInput(f"{key}: {error}") from error
 
 
 def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

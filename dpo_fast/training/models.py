@@ -24,6 +24,7 @@ from dpo_fast.reference import is_peft_model
 
 from .config import FastDPOConfig
 from .data import ModelLimits
+from .rows import check_tokenizer
 
 logger = logging.getLogger("dpo_fast")
 
@@ -123,11 +124,11 @@ def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
             f"processing_class must be a tokenizer, got {type(processing_class).__name__}; only text can be trained on"
         )
     if processing_class is not None:
-        return processing_class
+        return check_tokenizer(processing_class)
     path = getattr(model.config, "_name_or_path", "")
     if not path:
         raise ValueError("processing_class is needed: the model was not loaded from a path that may hold a tokenizer")
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    return check_tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
 
 
 def add_adapter(model: nn.Module, peft_config) -> nn.Module:
@@ -143,7 +144,11 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(peft_config).__name__}")
     with warnings.catch_warnings():  # PEFT asks transformers 5.23 for this by its old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return peft.get_peft_model(model, peft_config)
+        try:
+            return peft.get_peft_model(model, peft_config)
+        except Exception as error:  # whatever PEFT and torch say of a setting: KeyError, NotImplementedError ...
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"the adapter (peft_config) cannot be made: {kind}{error}") from error
 
 
 def check_adapter(model: nn.Module) -> None:
@@ -160,6 +165,11 @@ def check_adapter(model: nn.Module) -> None:
 def check_reference(model, ref_model) -> None:
     """Raise for a reference that is the policy."""
     same = ref_model is model or (is_peft_model(model) and ref_model is base_model_of(model))
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        is_model = isinstance(given, nn.Module) and hasattr(given, "config") and hasattr(given, "get_input_embeddings")
+        if not (is_model or isinstance(given, str) and given or name == "ref_model" and given is None):
+            came = repr(given) if isinstance(given, str) else type(given).__name__
+            raise TypeError(f"{name} must be a language model of transformers or the path of one, got {came}")
     if ref_model is not None and not isinstance(ref_model, str) and same:
         raise ValueError(
             "ref_model is the same object as model: it would move with the policy. Omit it to use a frozen copy of the "

@@ -4,15 +4,19 @@ import importlib.metadata
 import importlib.util
 import re
 import traceback
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 import transformers
+from datasets.exceptions import DatasetsError
 from transformers.integrations import integration_utils
+
+from dpo_fast.ops.dispatch import choose_impl
 
 from . import folder
 from .config import FastDPOConfig
-from .sources import BadInput, one_line
+from .sources import BadInput, causes, one_line
 
 
 def check(job, config: FastDPOConfig) -> None:
@@ -20,6 +24,8 @@ def check(job, config: FastDPOConfig) -> None:
     _check_loggers(config)
     _check_optimizer(config)
     _check_schedule(config)
+    if config.impl != "auto":
+        choose_impl("this machine", config.impl, config.device)
     if config.use_liger_kernel:
         if importlib.util.find_spec("liger_kernel") is None:
             raise BadInput("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
@@ -51,6 +57,51 @@ def _check_resume(resume: str | bool | None, out: Path) -> None:
 def is_said(error: BaseException) -> bool:
     """Whether a `raise` has made it, with a message. What an operation has made is a bug, and keeps its trace."""
     return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
+
+
+# Functions of ours in which a library reads what the user has named -> what that is, with the function's own variables
+_READING = {
+    "load_model": "model {model!r}",
+    "load_tokenizer": "the tokenizer in {path!r}",
+    "_load": "{key} {source!r}",
+    "_columns": "{name} dataset",
+    "init_hf_repo": "push_to_hub",
+    "create_accelerator_and_postprocess": "accelerator_config",
+    "_answers": "samples, with the model's generation_config.json",
+}
+
+
+def being_read(error: BaseException) -> str | None:
+    """What a library was reading when it raised; None where it was not, or where a function of ours has raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1].f_globals.get("__name__", "").startswith("dpo_fast"):
+        return None
+    for frame in frames:
+        if sentence := _READING.get(frame.f_code.co_name):
+            return sentence.format_map(defaultdict(str, frame.f_locals))
+    return None
+
+
+def sentence(error: BaseException) -> str:
+    """What a library says, on one line, with what it was reading; its class where the message alone is no sentence."""
+    last = causes(error)[-1] if isinstance(error, DatasetsError) else error
+    said = one_line(last)
+    what = being_read(error) or ""
+    if what and not isinstance(last, (ValueError, OSError, RuntimeError, DatasetsError)):
+        said = f"{type(last).__name__}: {said}"
+    path = re.search("'(.+)'", what)
+    return said if not what or path and "/" in path[1] and path[1] in said else f"{what}: {said}"
+
+
+def with_row(message: str, error: BaseException, sources: dict[str, str]) -> str:
+    """What is said of a row, with the data that it is of: name of a data set -> the file, "" for a part of one."""
+    row = re.match(r"row (\d+)(?=: )", message)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [frame.f_locals.get("name") for frame in frames if frame.f_code.co_name == "prepare_dataset"]
+    if not row or not found:
+        return message
+    where = sources.get(found[0]) or f"{found[0]} dataset"
+    return f"{where}: row {row[1]} (the first is 0){message[row.end() :]}"
 
 
 def missing_package(error: ImportError) -> BadInput:

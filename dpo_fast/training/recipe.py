@@ -38,6 +38,8 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
     values, given = {}, {}
     for name, value in written.items():
         try:
+            if "\0" in getattr(value, "text", ""):
+                raise Wrong(f"{name} must be text without NUL characters, got {show(value)}")
             values[name] = convert(keys[name], value)
         except Wrong as error:
             where = f"{config_file}: " if name not in from_options else ""

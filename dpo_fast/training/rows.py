@@ -163,6 +163,7 @@ def _messages(value, where: str, columnar: bool):
             raise TypeError(
                 f"{where} is {type(value).__name__}: expected all columns as text or all as lists of chat messages"
             )
+        _check_text(value or "", where)
         return value
     return [_message(message, f"{where}: message {i}", columnar) for i, message in enumerate(value)]
 
@@ -186,7 +187,16 @@ def _message(message, where: str, columnar: bool) -> dict:
             part = part.get("text")
         if not isinstance(part, str):
             raise TypeError(f"{where}: content is {type(part).__name__}, expected text")
+        _check_text(part, where)
     return message
+
+
+def _check_text(text: str, where: str) -> None:
+    """ValueError for half of a surrogate pair, which JSON can hold as \\ud800, but no encoding of text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half of a character, {text[error.start]!r}, which is no text") from error
 
 
 def without_none(value):
@@ -245,6 +255,21 @@ def check_template_options(options: Mapping, tokenizer, where: str = "") -> None
 def _parameters(kind: type) -> tuple[str, ...]:
     function = getattr(kind, "apply_chat_template", None)
     return () if function is None else tuple(inspect.signature(function).parameters)
+
+
+def check_tokenizer(tokenizer):
+    """The same; TypeError for what is none, ValueError for one that makes no token ids of a word."""
+    kind = type(tokenizer).__name__
+    missing = [name for name in ("__call__", "decode", "eos_token_id", "pad_token_id") if not hasattr(tokenizer, name)]
+    if missing or isinstance(tokenizer, type):
+        raise TypeError(f"processing_class must be a tokenizer, got {'a class' if kind == 'type' else kind}")
+    try:
+        ids = tokenizer("a")["input_ids"]
+    except Exception as error:  # tokenizers raises a bare one
+        raise ValueError(f"the tokenizer ({kind}) cannot be used: {type(error).__name__}: {error}") from error
+    if not (isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
+        raise ValueError(f"the tokenizer ({kind}) makes no list of token ids of 'a', but {ids!r:.100}")
+    return tokenizer
 
 
 # --- token ids -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 import datasets
+import pyarrow.parquet as parquet
 from datasets.exceptions import DatasetsError
 
 JSON_ROW = "_row_as_json"
@@ -87,10 +88,13 @@ def may_be_hub_id(name: str) -> bool:
 
 
 def _parquet(path: Path) -> datasets.Dataset:
-    try:  # `datasets` takes a name for a pattern
+    try:
+        if not parquet.read_metadata(path).num_rows:
+            raise BadInput(f"{path} holds no rows")
+        # `datasets` takes a name for a pattern
         return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     except (DatasetsError, ValueError, OSError) as error:
-        raise BadInput(f"{path} cannot be read: {one_line(_causes(error)[-1])}") from error
+        raise BadInput(f"{path} cannot be read: {one_line(causes(error)[-1])}") from error
 
 
 def _json(path: Path) -> datasets.Dataset:
@@ -100,13 +104,13 @@ def _json(path: Path) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_generator(_json_rows, gen_kwargs=key, features=features)
     except (DatasetsError, ValueError) as error:
-        reason = next((e for e in _causes(error) if isinstance(e, BadInput)), None)
+        reason = next((e for e in causes(error) if isinstance(e, BadInput)), None)
         if reason is None:  # nothing was yielded
             raise BadInput(f"{path} holds no rows") from error
         raise BadInput(f"{path} {reason}") from error
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def causes(error: BaseException) -> list[BaseException]:
     found = [error]
     while found[-1].__cause__ is not None:
         found.append(found[-1].__cause__)

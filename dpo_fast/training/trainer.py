@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
@@ -25,6 +26,7 @@ from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.objective import Objective
+from dpo_fast.ops.checks import describe
 from dpo_fast.prepared import check_ranks, prepare_anew
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
@@ -100,6 +102,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         args = FastDPOConfig() if args is None else args
         check_arguments(model, ref_model, args)
         text.remember(vars(args))
+        check_hooks(callbacks, optimizers)
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if (
             args.use_liger_kernel
@@ -563,6 +566,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As `Trainer.predict`; takes a data set as it comes, too. There are metrics, but no predictions."""
+        if test_dataset is None:
+            raise TypeError("predict: test_dataset must be a data set, got None")
         return super().predict(self._evaluable(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def _evaluable(self, dataset, name: str):
@@ -572,6 +577,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As `Trainer.evaluate`; takes data sets as they come, too. Returns eval_loss, eval_rewards/chosen, ..."""
+        if isinstance(eval_dataset, str) and eval_dataset not in (self.eval_dataset or ()):
+            raise ValueError(f"evaluate: there is no eval_dataset named {eval_dataset!r}")
         if eval_dataset is not None and not isinstance(eval_dataset, (str, Mapping)):
             eval_dataset = self._evaluable(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -643,6 +650,21 @@ def check_arguments(model, ref_model, args) -> None:
         )
     if args.accelerator_config.dispatch_batches:
         raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
+
+
+def check_hooks(callbacks, optimizers) -> None:
+    """Raise TypeError for callbacks and optimizers that `Trainer` could not call."""
+    kind = transformers.TrainerCallback
+    of_callbacks = isinstance(callbacks, (list, tuple, NoneType)) and all(
+        isinstance(c, kind) or isinstance(c, type) and issubclass(c, kind) for c in callbacks or ()
+    )
+    if not of_callbacks:
+        raise TypeError(f"callbacks must be a list of TrainerCallback or None, got {describe(callbacks)}")
+    pair = isinstance(optimizers, (tuple, list)) and len(optimizers) == 2
+    if not (pair and isinstance(optimizers[0], (torch.optim.Optimizer, NoneType))):
+        raise TypeError(f"optimizers must be a pair (optimizer or None, scheduler or None), got {describe(optimizers)}")
+    if not (optimizers[1] is None or hasattr(optimizers[1], "step")):
+        raise TypeError(f"optimizers[1] must be a learning-rate scheduler or None, got {describe(optimizers[1])}")
 
 
 def check_collator(data_collator, dataset) -> None:

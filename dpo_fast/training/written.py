@@ -49,9 +49,9 @@ _Loader.yaml_implicit_resolvers = {
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Keys of a file with what is written there: Text, lists and mappings. Raises BadInput."""
-    if not path.is_file():
-        raise BadInput(f"there is no file {str(path)!r}")
     try:
+        if not path.is_file():
+            raise BadInput(f"there is no file {str(path)!r}")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as UTF-8 text: {one_line(error)}") from error
@@ -79,6 +79,8 @@ def _parse(text: str, where: str):
             loader.dispose()
     except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"{where} is not YAML: {one_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # of a tag that does not fit its value
+        raise BadInput(f"{where} is not YAML: a value cannot be read: {one_line(error)}") from error
 
 
 def _value(node: yaml.Node, loader: _Loader):
@@ -108,6 +110,8 @@ def _check_nodes(root: yaml.Node, where: str) -> None:
             lines: dict[str, int] = {}
             for key, value in node.value:
                 name, line = str(key.value), key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise BadInput(f"{where} is not YAML as it is read here: the key in line {line} is no text")
                 if name in lines and key.tag != _MERGE:
                     raise BadInput(f"{where}: the key {name!r} comes twice, in lines {lines[name]} and {line}")
                 lines[name] = line

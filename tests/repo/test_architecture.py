@@ -78,6 +78,7 @@ FLOORS = """
 2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
    training.folder training.keys
 3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
+   training.settings
 4  attention ops.head_op ops.impl_torch ops.impl_triton ops.pairwise report.callback report.compare
    training.card
 5  env ops.linear probe

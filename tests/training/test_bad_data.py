@@ -1,7 +1,6 @@
 """Bad preference data: each kind is refused by row and column, or named in a line, before the first step."""
 
 import datetime
-import gzip
 import logging
 
 import pytest
@@ -13,7 +12,6 @@ import datasets
 
 from dpo_fast.training.data import ModelLimits, Truncation, prepare_dataset
 from dpo_fast.training.models import limits
-from dpo_fast.training.sources import BadInput, load_pairs
 
 STRICT = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -206,29 +204,6 @@ def test_bad_rows_are_refused_by_row_and_column(name):
     options = {"tokenizer": tiny_tokenizer(), **(options[0] if options else {})}
     with pytest.raises(error, match=named):
         prepare_dataset(rows, truncation=Truncation(), **options)
-
-
-FILES = {
-    "empty.jsonl": (b"", "empty.jsonl holds no rows"),
-    "broken.jsonl": (b'{"a": 1}\n{oops\n', "broken.jsonl cannot be read: line 2 is no JSON"),
-    "first.jsonl": (b'{oops\n{"a": 1}\n', "first.jsonl cannot be read: line 1 is no JSON"),
-    "broken.json": (b'[{"a": 1},\n {oops}]', "broken.json cannot be read: line 2 is no JSON"),
-    "numbers.jsonl": (b"1\n2\n", "numbers.jsonl cannot be read: line 1 is a int"),
-    "numbers.json": (b"[1, 2]", "numbers.json cannot be read: element 0 is a int"),
-    "gb.jsonl": ('{"a": "海"}\n'.encode("gb18030"), "gb.jsonl is not in UTF-8 .* iconv -f ENCODING -t UTF-8 gb.jsonl"),
-    "latin.json": ('[{"a": "é"}]'.encode("latin-1"), "latin.json is not in UTF-8"),
-    "cut.jsonl.gz": (gzip.compress(b'{"a": 1}\n' * 999)[:-20], "cut.jsonl.gz cannot be read"),
-    "no.parquet": (b"PAR1 and then nothing", "no.parquet cannot be read"),
-    "table.csv": (b"a,b\n", "table.csv is none of .json, .jsonl"),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_files_that_cannot_be_read_are_named(tmp_path, name):
-    content, named = FILES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=named):
-        load_pairs(str(tmp_path / name), None, "train")
 
 
 def said_of(rows, caplog, **options):
