@@ -1137,8 +1137,8 @@ def instead_of_weights(name, content):
 
 
 # how a model's folder is changed -> what the line on stderr names, beside the folder where a library reads it.
-# CHECKPOINTS: rows for weights that are cut or of other widths come in this table, those for resume_from_checkpoint in one
-# of their own, after it.
+# CHECKPOINTS: rows for weights that are cut or of other widths come in this table; those for resume_from_checkpoint in
+# one of their own, after it.
 FOLDERS = {
     "config.json: no JSON": (write("config.json", "garbage"), "config.json' is not a valid JSON"),
     "config.json: null": (write("config.json", "null"), "model '.*broken'"),
