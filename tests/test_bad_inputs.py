@@ -820,8 +820,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, rows in CALLS.items() for name in rows])
-def test_a_bad_argument_is_named(it, group, name):
+def test_a_bad_argument_is_named(it, group, name, tmp_path, monkeypatch):
     what, error, said = CALLS[group][name]
+    monkeypatch.chdir(tmp_path)  # a trainer makes its folder
     with pytest.raises(error, match=said) as caught:
         if isinstance(what, dict):
             (config(**what) if group == "config" else trainer(it, **what))
