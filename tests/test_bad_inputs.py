@@ -820,8 +820,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, rows in CALLS.items() for name in rows])
-def test_a_bad_argument_is_named(it, group, name):
+def test_a_bad_argument_is_named(it, group, name, tmp_path, monkeypatch):
     what, error, said = CALLS[group][name]
+    monkeypatch.chdir(tmp_path)  # a trainer makes its folder
     with pytest.raises(error, match=said) as caught:
         if isinstance(what, dict):
             (config(**what) if group == "config" else trainer(it, **what))
@@ -1137,7 +1138,8 @@ def instead_of_weights(name, content):
 
 
 # how a model's folder is changed -> what the line on stderr names, beside the folder where a library reads it.
-# Files of weights that are cut, of other widths and the like are rows of this table, too.
+# CHECKPOINTS: rows for weights that are cut or of other widths come in this table; those for resume_from_checkpoint in
+# one of their own, after it.
 FOLDERS = {
     "config.json: no JSON": (write("config.json", "garbage"), "config.json' is not a valid JSON"),
     "config.json: null": (write("config.json", "null"), "model '.*broken'"),

@@ -59,7 +59,8 @@ def is_said(error: BaseException) -> bool:
     return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
 
 
-# Functions of ours in which a library reads what the user has named -> what that is, with the function's own variables
+# Functions, of ours and of `Trainer`, in which a library reads what the user has named -> what that is, with the
+# function's own variables
 _READING = {
     "load_model": "model {model!r}",
     "load_tokenizer": "the tokenizer in {path!r}",
@@ -77,8 +78,10 @@ def being_read(error: BaseException) -> str | None:
     if not frames or frames[-1].f_globals.get("__name__", "").startswith("dpo_fast"):
         return None
     for frame in frames:
-        if sentence := _READING.get(frame.f_code.co_name):
-            return sentence.format_map(defaultdict(str, frame.f_locals))
+        module = frame.f_globals.get("__name__", "")
+        known = module.startswith("dpo_fast.") or module == "transformers.trainer"
+        if known and (what := _READING.get(frame.f_code.co_name)):
+            return what.format_map(defaultdict(str, frame.f_locals))
     return None
 
 
