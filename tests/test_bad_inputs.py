@@ -1138,8 +1138,6 @@ def instead_of_weights(name, content):
 
 
 # how a model's folder is changed -> what the line on stderr names, beside the folder where a library reads it.
-# CHECKPOINTS: rows for weights that are cut or of other widths come in this table; those for resume_from_checkpoint in
-# one of their own, after it.
 FOLDERS = {
     "config.json: no JSON": (write("config.json", "garbage"), "config.json' is not a valid JSON"),
     "config.json: null": (write("config.json", "null"), "model '.*broken'"),
@@ -1293,6 +1291,137 @@ def test_a_bad_folder_of_a_model_is_one_line(it, said_by_train, tmp_path, name):
     assert not Path("executed").exists()
 
 
+def cut(name):
+    """Half of a file, which a kill or a full disk leaves."""
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
+
+
+def empty(name):
+    return lambda folder: (folder / name).write_bytes(b"")
+
+
+def of_run(**changes):
+    """A change of the run that is to go on, not of the checkpoint."""
+    return changes
+
+
+def later(**changes):
+    return lambda: tiny_model(**changes)
+
+
+def on_adapter(**changes):
+    return {"peft": changes}
+
+
+def part_of_the_model():
+    model = tiny_model()
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+def a_shard_less(folder):
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+    next(folder.glob("model-00002*")).unlink()
+
+
+def only_of_fsdp(folder):
+    delete("config.json", "model.safetensors", "optimizer.pt")(folder)
+    (folder / "pytorch_model_fsdp_0").mkdir()
+    (folder / "optimizer_0").mkdir()
+
+
+def only_of_deepspeed(folder):
+    delete("config.json", "model.safetensors", "optimizer.pt")(folder)
+    (folder / "global_step2").mkdir()
+
+
+# how a checkpoint of a training is changed, or the training that is to go on from it -> what the message names
+CHECKPOINTS = {
+    "none there": (shutil.rmtree, "no such directory"),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "no such directory"),
+    "an empty folder": (
+        lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+        "no trainer_state.json .*there: nothing",
+    ),
+    "a model alone": (delete("trainer_state.json"), r"no trainer_state.json .there: config.json"),
+    "state: cut": (cut("trainer_state.json"), "trainer_state.json is cut"),
+    "state: empty": (empty("trainer_state.json"), "trainer_state.json is cut"),
+    "state: of nothing": (write("trainer_state.json", "[]"), "trainer_state.json is cut or no state"),
+    "state: no step": (write("trainer_state.json", "{}"), "trainer_state.json is cut or no state"),
+    "weights: gone": (delete("model.safetensors"), "model.safetensors and adapter_model.safetensors are missing"),
+    "weights: cut": (cut("model.safetensors"), "model.safetensors is cut"),
+    "weights: empty": (empty("model.safetensors"), "model.safetensors is cut"),
+    "weights: a page": (write("model.safetensors", "<html>" * 99), "model.safetensors is cut"),
+    "weights: a shard gone": (a_shard_less, "model-00002-of-0000. ?.*is missing|model-00002.*is missing"),
+    "index: cut": (write("model.safetensors.index.json", "{"), "model.safetensors.index.json is cut"),
+    "config: cut": (cut("config.json"), "config.json is cut"),
+    "config: gone": (delete("config.json"), "it has no config.json"),
+    "optimizer: gone": (delete("optimizer.pt"), "optimizer.pt is missing"),
+    "optimizer: cut": (cut("optimizer.pt"), "optimizer.pt is cut"),
+    "optimizer: empty": (empty("optimizer.pt"), "optimizer.pt is cut"),
+    "optimizer: text": (write("optimizer.pt", "Adam"), "optimizer.pt is cut or not of torch.save"),
+    "schedule: gone": (delete("scheduler.pt"), "scheduler.pt is missing"),
+    "schedule: cut": (cut("scheduler.pt"), "scheduler.pt is cut"),
+    "generators: cut": (cut("rng_state.pth"), "rng_state.pth is cut"),
+    "weights and optimizer": (delete("model.safetensors", "optimizer.pt"), "model.safetensors .*; optimizer.pt is"),
+    "more layers": (of_run(model=later(num_hidden_layers=3)), r"it lacks model\.layers\.2\."),
+    "fewer layers": (of_run(model=later(num_hidden_layers=1)), r"it has model\.layers\.1\..*, which this model has"),
+    "another width": (of_run(model=later(intermediate_size=64)), r"has the shape \(.*\) there and \(.*64.*\) here"),
+    "another vocabulary": (of_run(model=later(vocab_size=999)), r"embed_tokens.weight has the shape .* and \(999, "),
+    "another family": (of_run(model=lambda: tiny_model("gpt2")), "it holds a 'llama' model, this trainer a 'gpt2'"),
+    "another optimizer": (of_run(optim="sgd"), "optimizer.pt is of another optimizer than SGD: it has no momentum"),
+    "a factored optimizer": (of_run(optim="adafactor"), "optimizer.pt is of another optimizer than Adafactor"),
+    "fewer parameters": (of_run(model=part_of_the_model), "optimizer.pt is of other parameters: .* there, .* here"),
+    "an adapter for a model": (on_adapter(), "it has no adapter_config.json"),
+    "adapter: a model for it": (of_run(), "it has no config.json"),
+    "adapter: another rank": (on_adapter(r=3), r"lora_A.* has the shape \(2, \d+\) there and \(3, \d+\) here"),
+    "adapter: another scale": (on_adapter(lora_alpha=99), "its adapter 'default' has lora_alpha=8, this one 99"),
+    "adapter: rank-stabilised": (on_adapter(use_rslora=True), "use_rslora=False, this one True"),
+    "adapter: other modules": (on_adapter(target_modules=["v_proj"]), "it lacks .*v_proj.*it has .*q_proj"),
+    "adapter: gone": (delete("adapter_model.safetensors"), "adapter_model.safetensors are missing"),
+    "adapter: cut": (cut("adapter_model.safetensors"), "adapter_model.safetensors is cut"),
+    "adapter: config cut": (cut("adapter_config.json"), "adapter_config.json is cut"),
+    "FSDP's: no metadata": (only_of_fsdp, r"pytorch_model_fsdp_0/\.metadata is missing"),
+    "DeepSpeed's: no name": (only_of_deepspeed, "latest, which names DeepSpeed's folder, is missing or wrong"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints_of(it, tmp_path_factory):
+    """Whether of an adapter -> a checkpoint after two steps."""
+    import peft
+
+    made = {}
+    for adapter in (False, True):
+        out = tmp_path_factory.mktemp("runs")
+        peft_config = peft.LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None
+        args = config(output_dir=str(out), max_steps=2, save_strategy="steps", save_steps=2)
+        trainer(it, model=tiny_model(), args=args, peft_config=peft_config).train()
+        made[adapter] = out / "checkpoint-2"
+    return made
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_bad_checkpoint_is_refused_before_a_step(it, checkpoints_of, tmp_path, monkeypatch, name):
+    import peft
+
+    change, said = CHECKPOINTS[name]
+    folder = shutil.copytree(checkpoints_of[name.startswith("adapter")], tmp_path / "checkpoint-2")
+    changes = dict(change) if isinstance(change, dict) else {}
+    if not isinstance(change, dict):
+        change(folder)
+    model = changes.pop("model", tiny_model)()
+    options = changes.pop("peft", {} if name.startswith("adapter") and not isinstance(change, dict) else None)
+    new = None if options is None else peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+    args = config(output_dir=str(tmp_path), max_steps=4, **changes)
+    taken_up = trainer(it, model=model, args=args, peft_config=new)
+    monkeypatch.setattr(FastDPOTrainer, "training_step", None)
+    with pytest.raises(ValueError, match=said):
+        taken_up.train(resume_from_checkpoint=str(folder))
+
+
 def test_with_debug_the_line_comes_after_the_traceback(recipe, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "beta": "much"}))
     for arguments in ([str(tmp_path / "recipe.yaml"), "--debug"], ["--debug", str(tmp_path / "recipe.yaml")]):
@@ -1308,5 +1437,5 @@ def test_with_debug_the_line_comes_after_the_traceback(recipe, tmp_path, capsys)
 
 
 def test_the_table_holds_what_it_should():
-    rows = sum(map(len, (*CALLS.values(), RECIPES, ARGUMENTS, FILES, SOURCES, FOLDERS)))
+    rows = sum(map(len, (*CALLS.values(), RECIPES, ARGUMENTS, FILES, SOURCES, FOLDERS, CHECKPOINTS)))
     assert rows >= 400, rows
