@@ -502,6 +502,7 @@ def _reasons_against_batch(kwargs: dict, labels) -> list[str]:
     return []
 
 
+@torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
 def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
     """`_pack` for the policy's and the reference's forward of a batch: kept with its labels, and gone with them."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]

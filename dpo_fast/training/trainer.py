@@ -126,7 +126,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if choose_layout:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             models.check_layout(args, *(m for m in (model, ref_model) if m is not None))
-            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)
+            data_collator = PairCollator(pad, args.truncation(), int(args.pad_to_multiple_of or 1))
         else:
             check_collator(data_collator, train_dataset)
         super().__init__(
