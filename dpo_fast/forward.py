@@ -35,6 +35,7 @@ from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
 from .ops.stats import TokenStats
 from .preference import linear_preference_loss, preference_from_stats
+from .quantised import keep_trainable
 from .router import balancing_loss, token_weights
 
 logger = logging.getLogger("dpo_fast")
@@ -137,6 +138,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     Raises TypeError for a model without a backbone and an output head, ValueError for one whose logits are not the
     transform of its head's output that its config declares.
     """
+    keep_trainable(model)
     _check_adapter(model)
     base = compute_with_own_weights(_causal_lm(model))
     if is_attached(base):
