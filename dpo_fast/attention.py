@@ -88,8 +88,7 @@ def _attention(module, query, key, value, attention_mask, *args, original, pair_
         out = _original(module, original)(module, query, key, value, attention_mask, *args, **kwargs)
         return out if _OBSERVER is None else _OBSERVER(module, out, kwargs)
     if not torch.compiler.is_compiling():  # the probe has run uncompiled, see packing.py
-        if not torch.compiler.is_compiling():  # nobody asks there, and it would be a side effect in a checkpoint
-            pair_layout.called.modules.add(module)
+        pair_layout.called.modules.add(module)
     dropout = kwargs.get("dropout") or 0.0
     if dropout and module.training:
         raise ValueError(f"attention dropout must be 0 over a shared-prefix row, got {dropout}; use disable_dropout")
