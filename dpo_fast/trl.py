@@ -109,12 +109,15 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
     @functools.wraps(dpo_trainer.DPOTrainer.__init__)  # type: ignore[misc]  # mypy knows no decorated constructor
     def __init__(self, *args, layout: str | None = None, **kwargs):
         layout = _layout_asked_for(layout)
+        _check_keywords(kwargs, set(inspect.signature(super().__init__).parameters))
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
         if config is not None:
             if not isinstance(config, dpo_trainer.DPOConfig):
                 raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
             check_ranks(config.world_size)
+            _take_old_dtype(config)
+        _check_adapters(given.get("model"), given.get("ref_model"))
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
             layout = "padded"
@@ -148,7 +151,10 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             )
 
     def train(self, *args, **kwargs):
-        """As TRL's."""
+        """As TRL's; ValueError for a model of which nothing trains."""
+        from .training.models import check_trains
+
+        check_trains(self.model)
         with self._models_in_use(), reporting(self):
             prepare_anew(self)
             return super().train(*args, **kwargs)
@@ -158,10 +164,23 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         with self._models_in_use():
             return super().evaluate(*args, **kwargs)
 
-    def predict(self, *args, **kwargs):
-        """As TRL's."""
+    def predict(self, test_dataset, *args, **kwargs):
+        """As TRL's, of what `evaluate` takes."""
         with self._models_in_use():
-            return super().predict(*args, **kwargs)
+            if not self._is_vision_dataset:
+                test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+                if self.precompute_ref_logps and "ref_chosen_logps" not in (test_dataset.column_names or ()):
+                    test_dataset = self._with_reference_logps(test_dataset)
+            return super().predict(test_dataset, *args, **kwargs)
+
+    def _with_reference_logps(self, dataset):
+        if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+            raise ValueError(
+                "precompute_ref_log_probs=True keeps no reference model after training has begun: pass the data as "
+                "eval_dataset when the trainer is built, or pass ref_model"
+            )
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return self._precompute_ref_logps(dataset, "test", size)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As TRL's."""
@@ -258,6 +277,50 @@ def _layout_asked_for(layout: str | None) -> str:
     if layout not in LAYOUTS:
         raise ValueError(f"{source} must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     return layout
+
+
+# Arguments of other trainers, and of TRL's before 1.0 -> what to do instead
+_NOT_TAKEN = {
+    "tokenizer": "it is called processing_class",
+    "model_init": "give the model, and build a trainer for each trial of a search",
+    "preprocess_logits_for_metrics": "compute_metrics gets the logits",
+    "model_adapter_name": "the adapter that trains is called default",
+    "ref_adapter_name": "the reference is the adapter as it is before training",
+}
+
+
+def _check_keywords(given: dict, known: set[str]) -> None:
+    fields = dpo_trainer.DPOConfig.__dataclass_fields__
+    for name in given.keys() - known:
+        hint = "put it into DPOConfig" if name in fields else _NOT_TAKEN.get(name, "TRL's DPOTrainer has none")
+        raise TypeError(f"DPOTrainer takes no argument {name}: {hint}")
+
+
+def _take_old_dtype(config) -> None:
+    """The name that dtype had before transformers 4.56: TRL would load float32 without a word."""
+    options = config.model_init_kwargs
+    if isinstance(options, dict) and "torch_dtype" in options:
+        dtype = options["torch_dtype"]
+        dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, str) else dtype
+        logger.warning("dpo_fast.trl: torch_dtype in model_init_kwargs is called dtype now; it is taken as that")
+        config.model_init_kwargs = {"dtype": dtype, **{k: v for k, v in options.items() if k != "torch_dtype"}}
+
+
+def _check_adapters(model, ref_model) -> None:
+    """Raise ValueError for adapters whose names TRL cannot take, before it says so with a KeyError."""
+    if not is_peft_model(model) or ref_model is not None:
+        return
+    names = ", ".join(model.peft_config)
+    if isinstance(model, nn.Module) and "default" not in model.peft_config and hasattr(model, "active_peft_config"):
+        raise ValueError(
+            f"TRL trains the adapter called default, the model has {names}: load it under that name, pass ref_model, "
+            "or use dpo_fast.FastDPOTrainer, which takes any"
+        )
+    if "ref" in model.peft_config:
+        raise ValueError(
+            f"TRL keeps its reference as an adapter called ref, and the model has one already ({names}): "
+            "model.delete_adapter('ref'), pass ref_model, or use dpo_fast.FastDPOTrainer, which needs no name"
+        )
 
 
 class _Nothing:

@@ -190,8 +190,18 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
 def check_adapter(model: nn.Module) -> None:
     """Refuse adapters that the forward cannot score, and say what it leaves out of others."""
     for name, config in model.peft_config.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        reason = ""
         if getattr(config, "is_prompt_learning", False):
-            raise ValueError(f"adapter {name!r} is {config.peft_type}: prompt learning changes positions, use LoRA")
+            reason = f"is {kind}: prompt learning changes positions"
+        elif getattr(config, "alora_invocation_tokens", None):
+            reason = "is an activated LoRA, which starts at a token of each row"
+        elif kind == "POLY":
+            raise ValueError(f"adapter {name!r} is POLY, which needs the number of a task with each row: use LoRA")
+        if reason:
+            raise ValueError(
+                f"adapter {name!r} {reason}; use LoRA, or dpo_fast.trl.DPOTrainer, which runs it as TRL does"
+            )
         if weight := getattr(config, "orth_reg_weight", None):
             logger.warning(
                 "adapter %r: its regulariser (orth_reg_weight=%g) is not part of the loss, as in TRL", name, weight

@@ -28,7 +28,7 @@ from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.router import router_coefficient
 
-from . import card, facts, models, reference_columns, references
+from . import aliases, card, facts, models, reference_columns, references
 from .config import FastDPOConfig
 from .data import (
     LENGTH_COLUMN,
@@ -89,8 +89,9 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     ):
         for name, value in others.items():
             if name not in NOT_TAKEN:
-                hint = ": put it into FastDPOConfig" if name in FastDPOConfig.__dataclass_fields__ else ""
-                raise TypeError(f"FastDPOTrainer takes no argument {name}{hint}")
+                known = name in FastDPOConfig.__dataclass_fields__
+                hint = "put it into FastDPOConfig" if known else aliases.hint_for(name, "")
+                raise TypeError(f"FastDPOTrainer takes no argument {name}{hint and f': {hint}'}")
             if value is not None:
                 raise TypeError(f"FastDPOTrainer takes no {name}: {NOT_TAKEN[name]}")
         args = FastDPOConfig() if args is None else args

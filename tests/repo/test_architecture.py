@@ -86,8 +86,8 @@ FLOORS = """
 9  reference training.reference_columns
 10 drift training.data
 11 training.config training.facts
-12 training.models trl
-13 training.preflight training.references
+12 training.models
+13 training.preflight training.references trl
 14 training.trainer
 15 training.launch
 16 training.outcome

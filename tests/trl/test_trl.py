@@ -559,6 +559,120 @@ def test_one_model_through_trls_trainer_and_ours(tmp_path):
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2])
 
 
+# --- what a script brings --------------------------------------------------------------------------------------------
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **options})
+
+
+@pytest.mark.slow  # each compiles for 10 s or more
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, dict(gradient_checkpointing=True), dict(peft_config="lora")], ids=str)
+def test_compiled(tmp_path, backend, options):
+    """The curves are those of TRL uncompiled; the one break in a forward is where the batch is packed."""
+    if backend == "inductor" and options:
+        pytest.skip("minutes")
+    options = {name: lora() if value == "lora" else value for name, value in options.items()}
+    theirs = history(trl.DPOTrainer, tmp_path, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    mine = history(DPOTrainer, tmp_path, torch_compile=True, torch_compile_backend=backend, **options)
+    for a, b in zip(mine, theirs, strict=True):
+        for name in a.keys() - NOT_NUMBERS:
+            assert a[name] == pytest.approx(b[name], abs=1e-4, rel=1e-4), name
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    others = [reason for reason in breaks if "_packed_once" not in reason and "side effect" not in reason]
+    assert breaks and not [reason for reason in others if "dpo_fast" in reason]
+
+
+def test_predict_takes_what_evaluate_takes(tmp_path):
+    rows = datasets.Dataset.from_list(tiny_rows(5, seed=8))
+    for options in ({}, dict(precompute_ref_log_probs=True)):
+        trainer = trainer_of(DPOTrainer, tmp_path, **options)
+        assert trainer.predict(rows).metrics["test_loss"] == trainer.evaluate(rows)["eval_loss"]
+        trainer.predict(trainer.eval_dataset)
+    trainer.train()
+    with pytest.raises(ValueError, match="keeps no reference model after training has begun"):
+        trainer.predict(rows)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_under_its_old_name(tmp_path, dtype, caplog):
+    trainer = trainer_of(DPOTrainer, tmp_path, model_init_kwargs={"torch_dtype": dtype})
+    assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
+    assert "torch_dtype in model_init_kwargs is called dtype now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("tokenizer", "it is called processing_class"),
+        ("model_init", "give the model"),
+        ("beta", "put it into DPOConfig"),
+        ("max_target_length", "TRL's DPOTrainer has none"),
+    ],
+)
+def test_arguments_that_trl_does_not_take(name, hint):
+    with pytest.raises(TypeError, match=f"DPOTrainer takes no argument {name}: {hint}"):
+        DPOTrainer(tiny_model(), **{name: 1})
+
+
+def adapted(*names, **options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), lora(), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora())
+    return model
+
+
+def test_names_of_adapters_that_trl_cannot_take(tmp_path):
+    with pytest.raises(ValueError, match="called ref, and the model has one already .default, ref.: model.delete_ada"):
+        trainer_of(DPOTrainer, tmp_path, model=adapted("default", "ref"))
+    with pytest.raises(ValueError, match="trains the adapter called default, the model has mine: load it under that"):
+        trainer_of(DPOTrainer, tmp_path, model=adapted("mine"))
+    trainer_of(DPOTrainer, tmp_path, model=adapted("default", "reference")).train()
+
+
+def test_an_adapter_loaded_for_inference(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted("default").save_pretrained(tmp_path / "adapter")
+    trainer = trainer_of(DPOTrainer, tmp_path, model=peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"))
+    trainer.evaluate()  # which it may be for
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        trainer.train()
+
+
+def test_a_mixed_model_trains_where_trl_cannot(tmp_path):
+    """Its reference is TRL's: another copy of the model from its path."""
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def mixed():
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        return peft.get_peft_model(base, lora(init_lora_weights=False), mixed=True)
+
+    with pytest.raises(AttributeError):
+        trainer_of(trl.DPOTrainer, tmp_path, model=mixed()).train()
+    trainer, model = trainer_of(DPOTrainer, tmp_path, model=mixed()), mixed()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+
+    def logps(model):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        tokens = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        return (tokens * batch["completion_mask"][:, 1:]).sum(1)
+
+    with torch.no_grad(), model.disable_adapter():
+        reference = logps(model)
+    chosen, rejected = (logps(model) - reference).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert expected.item() != pytest.approx(0.693147, abs=1e-3)
+    trainer.train()
+
+
 # --- TRL itself ----------------------------------------------------------------------------------------------------
 
 
