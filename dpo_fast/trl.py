@@ -142,6 +142,10 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         if not torch.accelerator.is_available():  # there is nothing to pin memory for, of which torch would warn
             self.args.dataloader_pin_memory = False
         self._installed, self._uses = installed, 0
+        try:
+            self._check_trains()
+        except ValueError as error:  # it may be here to be evaluated
+            logger.warning("dpo_fast.trl: %s", error)
         self.padding_free, self._layout = self.args.padding_free, layout
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
@@ -152,12 +156,15 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
 
     def train(self, *args, **kwargs):
         """As TRL's; ValueError for a model of which nothing trains."""
-        from .training.models import check_trains
-
-        check_trains(self.model)
+        self._check_trains()
         with self._models_in_use(), reporting(self):
             prepare_anew(self)
             return super().train(*args, **kwargs)
+
+    def _check_trains(self) -> None:
+        from .training.models import check_trains
+
+        check_trains(self.model)
 
     def evaluate(self, *args, **kwargs):
         """As TRL's."""

@@ -635,13 +635,14 @@ def test_names_of_adapters_that_trl_cannot_take(tmp_path):
     trainer_of(DPOTrainer, tmp_path, model=adapted("default", "reference")).train()
 
 
-def test_an_adapter_loaded_for_inference(tmp_path):
+def test_an_adapter_loaded_for_inference(tmp_path, caplog):
     peft = pytest.importorskip("peft")
     adapted("default").save_pretrained(tmp_path / "adapter")
     trainer = trainer_of(DPOTrainer, tmp_path, model=peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"))
-    trainer.evaluate()  # which it may be for
+    assert "is_trainable=True" in caplog.text
     with pytest.raises(ValueError, match="is_trainable=True"):
         trainer.train()
+    trainer.evaluate()  # which it may be for
 
 
 def test_a_mixed_model_trains_where_trl_cannot(tmp_path):
