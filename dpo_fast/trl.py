@@ -241,8 +241,10 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             reference = ("log-probs that lie with the data", "precompute_ref_log_probs")
         else:
             reference = ("the model without its adapter", "TRL's choice for a model with an adapter")
+        with self._models_in_use():
+            layout = self._layout_and_why()
         return {
-            "how": [("reference", *reference), ("layout", *self._layout_and_why())],
+            "how": [("reference", *reference), ("layout", *layout)],
             "lengths": facts.of_lengths(self.train_dataset, cut, facts.limits_of(self.args)),
             "notes": [],
         }
