@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from benchmarks import curves  # noqa: E402
+from benchmarks import curves
 
 
 def test_a_row():
