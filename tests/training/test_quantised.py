@@ -15,6 +15,7 @@ pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
 from dpo_fast import FastDPOConfig, quantised  # noqa: E402
+from dpo_fast.hooks import mode  # noqa: E402
 from dpo_fast.training import launch, models  # noqa: E402
 from dpo_fast.training.sources import BadInput  # noqa: E402
 
@@ -82,6 +83,13 @@ def test_layers_that_bitsandbytes_would_repack_train(tmp_path, run_before, caplo
             found.append(first + losses(trainer))
     assert found[0] == found[1] and len(set(found[0])) == 4
     assert ("had been run in eval mode" in caplog.text) == run_before
+
+
+def test_layers_choose_one_kernel_for_all_that_is_compared():
+    """Their mode is left as it is where a pass is made in another."""
+    model = of_four_bits().train()
+    with mode(model, training=False):
+        assert not model.model.layers[0].mlp.up_proj.training and model.model.layers[0].mlp.down_proj.training
 
 
 def test_what_cannot_be_put_back_is_refused():

@@ -583,8 +583,9 @@ def test_compiled(tmp_path, backend, options):
         for name in a.keys() - NOT_NUMBERS:
             assert a[name] == pytest.approx(b[name], abs=1e-4, rel=1e-4), name
     breaks = torch._dynamo.utils.counters["graph_break"]
-    others = [reason for reason in breaks if "_packed_once" not in reason and "side effect" not in reason]
-    assert breaks and not [reason for reason in others if "dpo_fast" in reason]
+    assert any("_packed_once" in reason for reason in breaks)
+    others = [reason for reason in breaks if "_packed_once" not in reason]
+    assert not others or options.get("gradient_checkpointing"), others  # there transformers has one of its own
 
 
 def test_predict_takes_what_evaluate_takes(tmp_path):
