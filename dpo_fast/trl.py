@@ -21,6 +21,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,13 @@ def _mismatch(what: str) -> str:
 check_seam()
 
 
+def __getattr__(name: str):
+    """TRL's other names, which a script's one line imports beside `DPOTrainer`."""
+    if name.startswith("__") or not hasattr(trl, name):
+        raise AttributeError(f"dpo_fast.trl has no {name}, and TRL {trl.__version__} has none, either")
+    return getattr(trl, name)
+
+
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +125,7 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
                 raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
             check_ranks(config.world_size)
             _take_old_dtype(config)
-        _check_adapters(given.get("model"), given.get("ref_model"))
+        _check_models(given.get("model"), given.get("ref_model"))
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
             layout = "padded"
@@ -315,12 +323,25 @@ def _take_old_dtype(config) -> None:
         config.model_init_kwargs = {"dtype": dtype, **{k: v for k, v in options.items() if k != "torch_dtype"}}
 
 
-def _check_adapters(model, ref_model) -> None:
-    """Raise ValueError for adapters whose names TRL cannot take, before it says so with a KeyError."""
+def _check_models(model, ref_model) -> None:
+    """Raise for what TRL cannot take, before it says so with a KeyError or an AttributeError: paths of adapters or of a
+    reference, and names of adapters."""
+    if isinstance(ref_model, str):
+        raise TypeError(
+            "ref_model must be a model: load it (AutoModelForCausalLM.from_pretrained), or leave it out, and TRL loads "
+            "the model's own path a second time"
+        )
+    if isinstance(model, str):
+        if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+            raise ValueError(
+                f"{model!r} holds an adapter, which TRL does not load: pass "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True) to train it further"
+            )
+        return
     if not is_peft_model(model) or ref_model is not None:
         return
     names = ", ".join(model.peft_config)
-    if isinstance(model, nn.Module) and "default" not in model.peft_config and hasattr(model, "active_peft_config"):
+    if "default" not in model.peft_config and hasattr(model, "active_peft_config"):
         raise ValueError(
             f"TRL trains the adapter called default, the model has {names}: load it under that name, pass ref_model, "
             "or use dpo_fast.FastDPOTrainer, which takes any"

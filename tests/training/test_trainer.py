@@ -525,7 +525,7 @@ def test_arguments_of_older_trls_say_where_they_went(build, name, hint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("args", [{}, dict(gradient_checkpointing=True), dict(precompute_ref_log_probs=True)], ids=str)
+@pytest.mark.parametrize("args", [{}, dict(gradient_checkpointing=True)], ids=str)
 def test_compiled(build, args):
     """In one graph each, also where an evaluation comes after the training."""
     plain = build(args=args, eval_dataset=tiny_rows(3))
