@@ -177,8 +177,8 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
 
     if is_peft_model(model):
         raise ValueError(
-            "got a PEFT model and a peft_config: pass the model alone to train its adapter, or merge the adapter first "
-            "(merge_and_unload) to train a new one"
+            "got a PEFT model and a peft_config (lora_r in a recipe): pass the model alone to train its adapter, or "
+            "merge the adapter first (merge_and_unload) to train a new one"
         )
     if not isinstance(peft_config, peft.PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(peft_config).__name__}")

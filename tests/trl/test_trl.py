@@ -429,6 +429,16 @@ def test_lora(tmp_path, options):
     assert_same_curves(tmp_path, peft_config=config, learning_rate=1e-1, **options)
 
 
+def test_adalora(tmp_path):
+    """PEFT adds its regulariser to what a model returns as its loss, of which TRL takes no notice."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=20, init_r=4, target_modules=["q_proj", "v_proj"])
+    # Margins of the first steps are nearly 0, of either sign
+    assert_same_curves(
+        tmp_path, peft_config=config, learning_rate=1.0, but=["rewards/accuracies", "eval_rewards/accuracies"]
+    )
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_prompt_learning_runs_padded_rows(tmp_path, kind):
     peft = pytest.importorskip("peft")
