@@ -5,8 +5,8 @@ python -m benchmarks.curves llama gemma2 --modes base
 
 Three AdamW steps in fp32 on a CPU, without checkpointing and with both kinds of it. A row says which layout ran and,
 for each of ours, the largest difference of a loss and of a gradient norm (a norm above 1 by its size) from TRL's;
-"moved" is by how much TRL's own loss has changed. Status 1 where a difference is above the limit, unless the row names
-the reason why it may be. Nothing is timed.
+"moved" is by how much TRL's own loss has changed. Status 1 where a difference is above 5e-7, or above the wider limit
+of a family that names the reason. Nothing is timed.
 """
 
 import argparse
@@ -43,10 +43,11 @@ VOCAB = 96  # scan's
 
 
 class Family(NamedTuple):
-    """kind: transformers' model type. options: of its config. reason: why it may be further from TRL than LIMIT."""
+    """kind: transformers' model type. options: of its config. limit: how far from TRL it may be, with the reason."""
 
     kind: str
     options: dict[str, Any] = {}
+    limit: float = LIMIT
     reason: str = ""
 
 
@@ -73,7 +74,8 @@ FAMILIES = {
     "mixtral": Family("mixtral"),
     "gpt-oss": Family("gpt_oss"),
     "jamba": Family("jamba"),
-    "qwen3-next": Family("qwen3_next"),
+    # With reentrant checkpointing a gradient norm is 1.2e-6 off; with adam_epsilon=1e-5, 1.0e-7; with SGD, 0
+    "qwen3-next": Family("qwen3_next", {}, 2e-6, "AdamW divides gradients that are rounding by their own size"),
     "bloom": Family("bloom"),
     "mamba": Family("mamba"),
     "lfm2": Family("lfm2"),
@@ -101,6 +103,7 @@ class Row:
     layout: str = ""
     differences: dict[str, float] = field(default_factory=dict)  # "fast loss" and the like -> largest
     moved: float = 0.0  # by how much TRL's loss has
+    limit: float = LIMIT
     note: str = ""  # the family's reason, or what went wrong
 
     @property
@@ -109,7 +112,7 @@ class Row:
 
     @property
     def is_bad(self) -> bool:
-        return not self.differences or not (self.off <= LIMIT or self.note)
+        return not self.off <= self.limit
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -182,7 +185,7 @@ def curve(name: str, model, folder: str, mode: str) -> tuple[list[dict], str]:
 def measure(name: str, mode: str) -> Row:
     """One row: the three trainers on one family."""
     family = FAMILIES[name]
-    row = Row(name, mode, note=family.reason)
+    row = Row(name, mode, limit=family.limit, note=family.reason)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         try:
             model_class = save_model(family, folder)
@@ -239,7 +242,7 @@ def main(argv=None) -> int:
     columns += [f"{trainer} {key}" for trainer in ("fast", "drop-in") for key in ("loss", "grad_norm")]
     print(table([shown(row) for row in rows], [*columns, "note"]))
     bad = [row for row in rows if row.is_bad]
-    print(f"{len(rows)} rows, {len(bad)} of them off by more than {LIMIT:g} without a reason")
+    print(f"{len(rows)} rows, {len(bad)} of them off by more than their limit ({LIMIT:g})")
     return 1 if bad else 0
 
 
