@@ -593,7 +593,7 @@ def test_compiled(tmp_path, options):
             assert a[name] == pytest.approx(b[name], abs=1e-4, rel=1e-4), name
 
 
-@pytest.mark.slow  # a minute of C++ compilers
+@pytest.mark.slow  # minutes of C++ compilers
 def test_compiled_by_inductor(tmp_path):
     losses = []
     for trainer_class, options in ((trl.DPOTrainer, {}), (DPOTrainer, dict(torch_compile=True))):
