@@ -395,11 +395,17 @@ def _causal(query, key, value, layout, scores: Scores) -> Tensor:
 
 def _mask(layout, n: int, m: int, window: int | None, device) -> Tensor:
     """(n, m) bool, True where a query sees a key; kept for the other layers."""
+    if torch.compiler.is_compiling():  # the compiler sees that they are one; in a checkpoint it breaks at what is kept
+        return _new_mask(n, m, window, device)
     masks = layout.kept.masks
     if (n, m, window) not in masks:
-        mask = torch.ones((n, m), dtype=torch.bool, device=device).tril_(m - n)
-        masks[n, m, window] = mask if window is None else mask.triu_(m - n - window + 1)
+        masks[n, m, window] = _new_mask(n, m, window, device)
     return masks[n, m, window]
+
+
+def _new_mask(n: int, m: int, window: int | None, device) -> Tensor:
+    mask = torch.ones((n, m), dtype=torch.bool, device=device).tril_(m - n)
+    return mask if window is None else mask.triu_(m - n - window + 1)
 
 
 @functools.cache

@@ -185,7 +185,7 @@ def run_selftest(arguments: argparse.Namespace) -> int:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """`dpo-fast bench NAME ...`: a module of the checkout's benchmarks/, which the installed package does not hold."""
-    names = ("head", "level1", "accuracy", "train_step", "gemm", "attention", "sweep", "demo", "bars")
+    names = ("head", "level1", "accuracy", "train_step", "gemm", "attention", "sweep", "demo", "bars", "curves")
     root = Path(dpo_fast.__file__).resolve().parents[1]
     if not arguments.rest or arguments.rest[0] not in names:
         print(f"dpo-fast bench: name one of {', '.join(names)}, then its options (--help lists them)", file=sys.stderr)

@@ -25,7 +25,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The Hugging Face model itself, below a PEFT wrapper if there is one."""
+    """The Hugging Face model itself, below the wrappers of torch.compile and PEFT if there are any."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -37,13 +37,19 @@ class AdapterWatch:
             found.append(
                 f"adding an adapter has rewritten {len(rewritten)} weights of the model, {rewritten[0]} the first"
             )
-        rest = reference.trainable(model) - reference.of_adapters(model)
+        rest = reference.trainable(model) - reference.of_adapters(model) - _of_prompts(model)
         names = [name for name, p in model.named_parameters() if id(p) in rest]
         if names:
             found.append(f"{len(names)} parameters train that belong to no adapter, {names[0]} the first")
         if len(model.active_adapters) > 1:
             found.append(f"of the active adapters {', '.join(model.active_adapters)} one alone stays active")
         return found
+
+
+def _of_prompts(model: nn.Module) -> set[int]:
+    """The ids of what prompt learning trains, which PEFT leaves out or exchanges with the adapter."""
+    encoders = getattr(model, "prompt_encoder", None)
+    return {id(p) for p in encoders.parameters()} if isinstance(encoders, nn.Module) else set()
 
 
 def _sample(model: nn.Module) -> WeightSample:

@@ -39,6 +39,7 @@ from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
 from .ops.stats import TokenStats
 from .preference import linear_preference_loss, preference_from_stats
+from .quantised import keep_trainable
 from .router import balancing_loss, token_weights
 
 logger = logging.getLogger("dpo_fast")
@@ -144,6 +145,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     """
     check_impl("attach", impl)
     tile_mib = None if tile_mib is None else check_tile_mib("attach", tile_mib)
+    keep_trainable(model)
     _check_adapter(model)
     base = compute_with_own_weights(_causal_lm(model))
     if is_attached(base):

@@ -106,9 +106,15 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             dictionary.update([*hooks, *added])
 
 
+def is_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    changed = [module for module in model.modules() if module.training != training]
+    """Training mode or eval mode inside; bitsandbytes' layers, which choose a kernel by it on a CPU, stay in theirs:
+    what is compared (policy and reference, packed and padded rows) then runs on one."""
+    changed = [m for m in model.modules() if m.training != training and not is_bitsandbytes(m)]
     for module in changed:
         module.training = training
     try:

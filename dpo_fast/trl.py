@@ -21,6 +21,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,13 @@ def _mismatch(what: str) -> str:
 check_seam()
 
 
+def __getattr__(name: str):
+    """TRL's other names, which a script's one line imports beside `DPOTrainer`."""
+    if name.startswith("__") or not hasattr(trl, name):
+        raise AttributeError(f"dpo_fast.trl has no {name}, and TRL {trl.__version__} has none, either")
+    return getattr(trl, name)
+
+
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
@@ -109,12 +117,15 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
     @functools.wraps(dpo_trainer.DPOTrainer.__init__)  # type: ignore[misc]  # mypy knows no decorated constructor
     def __init__(self, *args, layout: str | None = None, **kwargs):
         layout = _layout_asked_for(layout)
+        _check_keywords(kwargs, set(inspect.signature(super().__init__).parameters))
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config, watch = given.get("args"), AdapterWatch.of(given.get("model"))
         if config is not None:
             if not isinstance(config, dpo_trainer.DPOConfig):
                 raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
             check_ranks(config.world_size)
+            _take_old_dtype(config)
+        _check_models(given.get("model"), given.get("ref_model"))
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
             layout = "padded"
@@ -139,6 +150,10 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         if not torch.accelerator.is_available():  # there is nothing to pin memory for, of which torch would warn
             self.args.dataloader_pin_memory = False
         self._installed, self._uses = installed, 0
+        try:
+            self._check_trains()
+        except ValueError as error:  # it may be here to be evaluated
+            logger.warning("dpo_fast.trl: %s", error)
         self.padding_free, self._layout = self.args.padding_free, layout
         if is_peft_model(self.model) and self.ref_model is None and (reasons := watch.reasons(self.model)):
             logger.warning(
@@ -148,20 +163,39 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             )
 
     def train(self, *args, **kwargs):
-        """As TRL's."""
+        """As TRL's; ValueError for a model of which nothing trains."""
+        self._check_trains()
         with self._models_in_use(), reporting(self):
             prepare_anew(self)
             return super().train(*args, **kwargs)
+
+    def _check_trains(self) -> None:
+        from .training.models import check_trains
+
+        check_trains(self.model)
 
     def evaluate(self, *args, **kwargs):
         """As TRL's."""
         with self._models_in_use():
             return super().evaluate(*args, **kwargs)
 
-    def predict(self, *args, **kwargs):
-        """As TRL's."""
+    def predict(self, test_dataset, *args, **kwargs):
+        """As TRL's, of what `evaluate` takes."""
         with self._models_in_use():
-            return super().predict(*args, **kwargs)
+            if not self._is_vision_dataset:
+                test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+                if self.precompute_ref_logps and "ref_chosen_logps" not in (test_dataset.column_names or ()):
+                    test_dataset = self._with_reference_logps(test_dataset)
+            return super().predict(test_dataset, *args, **kwargs)
+
+    def _with_reference_logps(self, dataset):
+        if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+            raise ValueError(
+                "precompute_ref_log_probs=True keeps no reference model after training has begun: pass the data as "
+                "eval_dataset when the trainer is built, or pass ref_model"
+            )
+        size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return self._precompute_ref_logps(dataset, "test", size)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As TRL's."""
@@ -215,8 +249,10 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             reference = ("log-probs that lie with the data", "precompute_ref_log_probs")
         else:
             reference = ("the model without its adapter", "TRL's choice for a model with an adapter")
+        with self._models_in_use():
+            layout = self._layout_and_why()
         return {
-            "how": [("reference", *reference), ("layout", *self._layout_and_why())],
+            "how": [("reference", *reference), ("layout", *layout)],
             "lengths": facts.of_lengths(self.train_dataset, cut, facts.limits_of(self.args)),
             "notes": [],
         }
@@ -258,6 +294,63 @@ def _layout_asked_for(layout: str | None) -> str:
     if layout not in LAYOUTS:
         raise ValueError(f"{source} must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     return layout
+
+
+# Arguments of other trainers, and of TRL's before 1.0 -> what to do instead
+_NOT_TAKEN = {
+    "tokenizer": "it is called processing_class",
+    "model_init": "give the model, and build a trainer for each trial of a search",
+    "preprocess_logits_for_metrics": "compute_metrics gets the logits",
+    "model_adapter_name": "the adapter that trains is called default",
+    "ref_adapter_name": "the reference is the adapter as it is before training",
+}
+
+
+def _check_keywords(given: dict, known: set[str]) -> None:
+    fields = dpo_trainer.DPOConfig.__dataclass_fields__
+    for name in given.keys() - known:
+        hint = "put it into DPOConfig" if name in fields else _NOT_TAKEN.get(name, "TRL's DPOTrainer has none")
+        raise TypeError(f"DPOTrainer takes no argument {name}: {hint}")
+
+
+def _take_old_dtype(config) -> None:
+    """The name that dtype had before transformers 4.56: TRL would load float32 without a word."""
+    options = config.model_init_kwargs
+    if isinstance(options, dict) and "torch_dtype" in options:
+        dtype = options["torch_dtype"]
+        dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, str) else dtype
+        logger.warning("dpo_fast.trl: torch_dtype in model_init_kwargs is called dtype now; it is taken as that")
+        config.model_init_kwargs = {"dtype": dtype, **{k: v for k, v in options.items() if k != "torch_dtype"}}
+
+
+def _check_models(model, ref_model) -> None:
+    """Raise for what TRL cannot take, before it says so with a KeyError or an AttributeError: paths of adapters or of a
+    reference, and names of adapters."""
+    if isinstance(ref_model, str):
+        raise TypeError(
+            "ref_model must be a model: load it (AutoModelForCausalLM.from_pretrained), or leave it out, and TRL loads "
+            "the model's own path a second time"
+        )
+    if isinstance(model, str):
+        if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+            raise ValueError(
+                f"{model!r} holds an adapter, which TRL does not load: pass "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True) to train it further"
+            )
+        return
+    if not is_peft_model(model) or ref_model is not None:
+        return
+    names = ", ".join(model.peft_config)
+    if "default" not in model.peft_config and hasattr(model, "active_peft_config"):
+        raise ValueError(
+            f"TRL trains the adapter called default, the model has {names}: load it under that name, pass ref_model, "
+            "or use dpo_fast.FastDPOTrainer, which takes any"
+        )
+    if "ref" in model.peft_config:
+        raise ValueError(
+            f"TRL keeps its reference as an adapter called ref, and the model has one already ({names}): "
+            "model.delete_adapter('ref'), pass ref_model, or use dpo_fast.FastDPOTrainer, which needs no name"
+        )
 
 
 class _Nothing:
@@ -502,6 +595,7 @@ def _reasons_against_batch(kwargs: dict, labels) -> list[str]:
     return []
 
 
+@torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
 def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
     """`_pack` for the policy's and the reference's forward of a batch: kept with its labels, and gone with them."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]

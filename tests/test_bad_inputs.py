@@ -1369,7 +1369,10 @@ CHECKPOINTS = {
     "more layers": (of_run(model=later(num_hidden_layers=3)), r"it lacks model\.layers\.2\."),
     "fewer layers": (of_run(model=later(num_hidden_layers=1)), r"it has model\.layers\.1\..*, which this model has"),
     "another width": (of_run(model=later(intermediate_size=64)), r"has the shape \(.*\) there and \(.*64.*\) here"),
-    "another vocabulary": (of_run(model=later(vocab_size=999)), r"lm_head.weight has the shape .* and \(999, .* \(1 more\)"),
+    "another vocabulary": (
+        of_run(model=later(vocab_size=999)),
+        r"lm_head.weight has the shape .* and \(999, .* \(1 more\)",
+    ),
     "another family": (of_run(model=lambda: tiny_model("gpt2")), "it holds a 'llama' model, this trainer a 'gpt2'"),
     "another optimizer": (of_run(optim="sgd"), "optimizer.pt is of another optimizer than SGD: it has no momentum"),
     "a factored optimizer": (of_run(optim="adafactor"), "optimizer.pt is of another optimizer than Adafactor"),

@@ -377,3 +377,13 @@ def test_a_head_that_is_called_compiles_without_a_graph_break_and_was_said_to_be
 
     compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(hidden), score(hidden))
+
+
+def test_a_compiled_model_is_attached_below_its_wrapper():
+    """Nothing compiles before it is called; torch.compile's wrapper hands its attributes on to the model."""
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager")
+    attach(compiled)
+    assert is_attached(model) and is_attached(compiled)
+    detach(compiled)
+    assert not is_attached(model) and "forward" not in vars(model)

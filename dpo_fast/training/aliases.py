@@ -75,6 +75,7 @@ _FINISHED = "leave it out: the report has the curves"
 _CACHE = "leave it out: what is tokenised is cached by the data's fingerprint"
 _DOES = "leave it out: dpo-fast train trains with DPO"
 _FSDP = "put it into fsdp_config"
+_DROP_IN = "dpo_fast.trl.DPOTrainer has it, as TRL does"
 _EXTRA_LORA = "put %s: {value} into lora_kwargs"
 
 # Said in another way. {value} is what was written
@@ -103,9 +104,10 @@ OTHERWISE = {
         "leave it out: the model's own config.json says so",
     ),
     **dict.fromkeys(
-        ("tokenizer_name_or_path", "tokenizer_config", "tokenizer_name", "special_tokens", "pad_token", "eot_tokens"),
+        ("tokenizer_name_or_path", "tokenizer_config", "tokenizer_name", "special_tokens", "eot_tokens"),
         "leave it out: the tokenizer that lies with the model is used as it is",
     ),
+    "pad_token": "leave it out: the tokenizer's own is used; in Python, set tokenizer.pad_token",
     # the adapter
     "use_peft": _ADAPTER,
     "use_lora": _ADAPTER,
@@ -159,7 +161,7 @@ OTHERWISE = {
     ),
     **dict.fromkeys(
         ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
-        "leave it out: not offered, the reference stays what it is",
+        f"leave it out: the reference stays what it is; {_DROP_IN}",
     ),
     **dict.fromkeys(("model_adapter_name", "ref_adapter_name"), "leave it out: the reference is the policy before"),
     "ref_model_init_kwargs": "leave it out: model_init_kwargs count for both models",
@@ -177,7 +179,7 @@ OTHERWISE = {
     **dict.fromkeys(("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "fsdp_version"), _FSDP),
     **dict.fromkeys(("dispatch_batches", "split_batches"), "put it into accelerator_config"),
     "early_stopping_patience": "leave it out: not offered, but load_best_model_at_end: true keeps the best",
-    "activation_offloading": "leave it out: not offered, but gradient_checkpointing: true keeps few activations",
+    "activation_offloading": f"leave it out: gradient_checkpointing: true keeps few activations; {_DROP_IN}",
     "enable_liger_kernel": "write use_liger_kernel: true",
     "pure_bf16": "put dtype: bfloat16 into model_init_kwargs",
     "compute_type": "write bf16: true or fp16: true",

@@ -43,6 +43,17 @@ def _mapping(name: str, value) -> dict | None:
     return value
 
 
+def _length(value: int | str | None) -> int | None:
+    """TRL's three ways to write a `pad_to_multiple_of`; its "auto" pads on a device that there is no code for here."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("auto", "none", "null"):
+        return None
+    if not value.strip().isdecimal():
+        raise ValueError(f"pad_to_multiple_of must be a whole number, 'auto' or None, got {value!r}")
+    return int(value)
+
+
 def _names_what_is_unknown(config: type) -> type:
     """The dataclass, whose constructor names all arguments that it has not, with what they are called here."""
     made: Any = config
@@ -67,9 +78,10 @@ def _names_what_is_unknown(config: type) -> type:
 class FastDPOConfig(LossParams, TrainingArguments):
     """`transformers.TrainingArguments` and what DPO needs on top; the losses' knobs are those of `LossParams`.
 
-    Defaults that differ from transformers': learning_rate 1e-6, logging_steps 10, remove_unused_columns False (the
-    trainer keeps only its own columns anyway), logging_nan_inf_filter False (it waits for the device in each
-    micro-step, and hides a diverging run). And by device, where they are not set:
+    What differs from TRL is one table in docs/guide.md. Defaults that differ from transformers': learning_rate 1e-6,
+    logging_steps 10, remove_unused_columns False (the trainer keeps only its own columns anyway; True is taken, and is
+    False afterwards), logging_nan_inf_filter False (it waits for the device in each micro-step, and hides a diverging
+    run). And by device, where they are not set:
 
         default                  CPU      accelerator                   TRL
         bf16 (autocast)          False    True where the device has it  True
@@ -82,7 +94,7 @@ class FastDPOConfig(LossParams, TrainingArguments):
 
     learning_rate: float = _option(1e-6, "Initial learning rate.")
     logging_steps: float = _option(10, "Log every that many steps; below 1, that share of all steps.")
-    remove_unused_columns: bool = _option(False, "Must stay False: the trainer keeps only the columns it needs.")
+    remove_unused_columns: bool = _option(False, "Changes nothing: the trainer keeps only the columns it needs.")
     logging_nan_inf_filter: bool = _option(False, "Leave NaN and infinite losses out of the logs, at a sync per step.")
     bf16: bool | None = _option(  # type: ignore[assignment]  # a bool again after __post_init__
         None,
@@ -122,7 +134,9 @@ class FastDPOConfig(LossParams, TrainingArguments):
     tokens_per_batch: int | None = _option(
         None, "Fill each training batch with pairs up to that many tokens, instead of per_device_train_batch_size."
     )
-    pad_to_multiple_of: int | None = _option(None, "Pad padded rows to a multiple of this length.")
+    pad_to_multiple_of: int | str | None = _option(  # an int or None after __post_init__
+        None, "Pad padded rows to a multiple of this length. 'auto', TRL's default: to none."
+    )
     chat_template_kwargs: dict[str, Any] | str | None = _option(
         None,
         "Variables of the chat template (or JSON), such as enable_thinking, for all rows; a row's own go first.",
@@ -153,6 +167,8 @@ class FastDPOConfig(LossParams, TrainingArguments):
             self.loss_type = [self.loss_type]
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             setattr(self, name, _mapping(name, getattr(self, name)))
+        self.pad_to_multiple_of = _length(self.pad_to_multiple_of)
+        self.remove_unused_columns = False  # Trainer's way of removing them would take ours
         settings.check(self, FastDPOConfig)
         if "pretrained_model_name_or_path" in (self.model_init_kwargs or {}):
             raise ValueError("model_init_kwargs must not hold pretrained_model_name_or_path, which is the model")
@@ -197,8 +213,6 @@ class FastDPOConfig(LossParams, TrainingArguments):
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be a finite number above 0, got {self.num_train_epochs}")
         settings.check_names("extra_metrics", self.extra_metrics, EXTRA_METRICS)
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the trainer keeps only the columns it needs itself")
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, what loggers get; without secrets in mappings."""

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging as hf_logging
 
-from dpo_fast import attention, packing
+from dpo_fast import attention, packing, quantised
 from dpo_fast.copies import base_model_of, compute_with_own_weights
 from dpo_fast.forward import is_ready, reasons_against_packed_rows
 from dpo_fast.hooks import NEFTUNE
@@ -29,17 +30,49 @@ from .rows import check_tokenizer
 logger = logging.getLogger("dpo_fast")
 
 
-def load_model(model, config: FastDPOConfig) -> nn.Module:
-    """A model as it is, or loaded from a path, in float32 unless `model_init_kwargs` says otherwise."""
+def load_model(model, config: FastDPOConfig, quantization_config=None, adapter_trains: bool = False) -> nn.Module:
+    """A model as it is, or loaded from a path, in float32 unless `model_init_kwargs` says otherwise. The path may be
+    that of an adapter, which comes with its base model; `adapter_trains`: to be trained further."""
     if not isinstance(model, str):
+        if quantization_config is not None:
+            raise ValueError("quantization_config needs a model that is given as a path; this one is loaded already")
         return model
-    options = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
-    given = dict(config.model_init_kwargs or {})
-    if "torch_dtype" in given:  # its name before transformers 4.56
-        given.setdefault("dtype", given.pop("torch_dtype"))
-    options |= given
-    options["dtype"] = dtype_of(options["dtype"])
+    options = loading_options(config, quantization_config)
+    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        return _load_adapter(model, options, adapter_trains)
     return transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def loading_options(config: FastDPOConfig, quantization_config=None) -> dict[str, Any]:
+    """Keywords of `from_pretrained`. ValueError for values that are none; ImportError for a missing package."""
+    options: dict[str, Any] = dict(config.model_init_kwargs or {})
+    if named := [name for name in quantised.BITS if name in options]:
+        raise ValueError(f"model_init_kwargs: write quantization_config: {{{named[0]}: true}} in place of {named[0]}")
+    dtype = options.pop("torch_dtype", None)  # its name before transformers 4.56
+    given = options.pop("dtype", None)
+    options["dtype"] = dtype_of(next((x for x in (given, dtype) if x is not None), torch.float32))
+    if quantization_config is not None:
+        if options.get("quantization_config") is not None:
+            raise ValueError("quantization_config is given twice: as an argument, and in model_init_kwargs")
+        options["quantization_config"] = quantization_config
+    bits = options.get("quantization_config")
+    if isinstance(bits, dict):
+        options["quantization_config"] = quantised.config_of(bits)
+    elif bits is not None and not hasattr(bits, "quant_method"):
+        raise ValueError(f"quantization_config must be a mapping, as {{load_in_4bit: true}}, got {bits!r}")
+    return {"trust_remote_code": config.trust_remote_code, **options}
+
+
+def _load_adapter(path: str, options: dict, trains: bool) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"{path!r} holds an adapter, which needs the package peft: pip install peft") from error
+    base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter in {path!r} does not say which model it was trained on; load it with PEFT")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, **options)
+    return peft.PeftModel.from_pretrained(model, path, is_trainable=trains)
 
 
 _SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -92,7 +125,12 @@ def _has_learned_positions(model: nn.Module) -> bool:
 
 
 def check_trains(model: nn.Module) -> None:
-    """Raise ValueError for a model no parameter of which has a gradient."""
+    """Raise ValueError for a model no parameter of which has a gradient, and for one of few bits without an adapter."""
+    if quantised.is_quantised(model) and not is_peft_model(model):
+        raise ValueError(
+            "a quantised model trains an adapter, not its own weights: pass peft_config=LoraConfig(...) (lora_r in a "
+            "recipe)"
+        )
     if any(p.requires_grad for p in model.parameters()):
         return
     if is_peft_model(model):
@@ -117,8 +155,9 @@ def make_policy(model: nn.Module, config: FastDPOConfig, peft_config) -> nn.Modu
     return model
 
 
-def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
-    """The given tokenizer, or the one that lies with the model."""
+def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig, given=None):
+    """The given tokenizer, or the one that lies with the model; `given`: what the trainer was, an adapter perhaps, in
+    whose folder there may be one, too."""
     if isinstance(processing_class, transformers.ProcessorMixin):
         raise TypeError(
             f"processing_class must be a tokenizer, got {type(processing_class).__name__}; only text can be trained on"
@@ -126,6 +165,8 @@ def load_tokenizer(processing_class, model: nn.Module, config: FastDPOConfig):
     if processing_class is not None:
         return check_tokenizer(processing_class)
     path = getattr(model.config, "_name_or_path", "")
+    if isinstance(given, str) and (Path(given) / "tokenizer_config.json").is_file():
+        path = given
     if not path:
         raise ValueError("processing_class is needed: the model was not loaded from a path that may hold a tokenizer")
     return check_tokenizer(transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code))
@@ -137,8 +178,8 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
 
     if is_peft_model(model):
         raise ValueError(
-            "got a PEFT model and a peft_config: pass the model alone to train its adapter, or merge the adapter first "
-            "(merge_and_unload) to train a new one"
+            "got a PEFT model and a peft_config (lora_r in a recipe): pass the model alone to train its adapter, or "
+            "merge the adapter first (merge_and_unload) to train a new one"
         )
     if not isinstance(peft_config, peft.PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(peft_config).__name__}")
@@ -154,8 +195,18 @@ def add_adapter(model: nn.Module, peft_config) -> nn.Module:
 def check_adapter(model: nn.Module) -> None:
     """Refuse adapters that the forward cannot score, and say what it leaves out of others."""
     for name, config in model.peft_config.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        reason = ""
         if getattr(config, "is_prompt_learning", False):
-            raise ValueError(f"adapter {name!r} is {config.peft_type}: prompt learning changes positions, use LoRA")
+            reason = f"is {kind}: prompt learning changes positions"
+        elif getattr(config, "alora_invocation_tokens", None):
+            reason = "is an activated LoRA, which starts at a token of each row"
+        elif kind == "POLY":
+            raise ValueError(f"adapter {name!r} is POLY, which needs the number of a task with each row: use LoRA")
+        if reason:
+            raise ValueError(
+                f"adapter {name!r} {reason}; use LoRA, or dpo_fast.trl.DPOTrainer, which runs it as TRL does"
+            )
         if weight := getattr(config, "orth_reg_weight", None):
             logger.warning(
                 "adapter %r: its regulariser (orth_reg_weight=%g) is not part of the loss, as in TRL", name, weight

@@ -16,6 +16,7 @@ from dpo_fast.ops.dispatch import choose_impl
 
 from . import folder
 from .config import FastDPOConfig
+from .models import loading_options
 from .sources import BadInput, causes, one_line
 
 
@@ -26,6 +27,7 @@ def check(job, config: FastDPOConfig) -> None:
     _check_schedule(config)
     if config.impl != "auto":
         choose_impl("this machine", config.impl, config.device)
+    _check_loading(job, config)
     if config.use_liger_kernel:
         if importlib.util.find_spec("liger_kernel") is None:
             raise BadInput("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
@@ -51,6 +53,23 @@ def _check_resume(resume: str | bool | None, out: Path) -> None:
         raise BadInput(
             f"resume_from_checkpoint must be a folder with a trainer_state.json, or true for the last one of "
             f"output_dir, got {resume!r}"
+        )
+
+
+def _check_loading(job, config: FastDPOConfig) -> None:
+    try:
+        options = loading_options(config)
+    except ImportError as error:
+        raise missing_package(error) from error
+    except ValueError as error:
+        raise BadInput(one_line(error)) from error
+    bits = options.get("quantization_config")
+    if isinstance(bits, transformers.BitsAndBytesConfig) and importlib.util.find_spec("bitsandbytes") is None:
+        raise BadInput("quantization_config needs the package bitsandbytes: pip install bitsandbytes")
+    is_adapter = (Path(job.model) / "adapter_config.json").is_file()
+    if bits is not None and job.lora_r is None and not is_adapter:
+        raise BadInput(
+            "quantization_config: a quantised model trains an adapter, not its own weights; set lora_r, as lora_r: 16"
         )
 
 

@@ -33,7 +33,7 @@ from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.report.record import plain
 from dpo_fast.router import router_coefficient
 
-from . import card, checkpoints, facts, models, reference_columns, references
+from . import aliases, card, checkpoints, facts, models, reference_columns, references
 from .config import FastDPOConfig
 from .data import (
     LENGTH_COLUMN,
@@ -54,7 +54,6 @@ NOT_TAKEN = {
     "compute_loss_func": "loss_type takes functions of `PairLogps`; compute_loss() can be overridden",
     "model_init": "give the model, and build a trainer for each trial of a search",
     "tokenizer": "it is called processing_class",
-    "quantization_config": "put it in model_init_kwargs",
     "optimizer_cls_and_kwargs": "give optimizers=(optimizer, None), or args.optim",
     "formatting_func": "prepare the rows with datasets.map()",
 }
@@ -72,6 +71,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     train_dataset, eval_dataset: see `dpo_fast.training.data.prepare_dataset`; eval_dataset may be a dict of data sets.
     processing_class: the tokenizer; omitted: the one that lies with the model.
     data_collator: makes a `PreferenceBatch` of a list of rows; omitted: `PairCollator`, in the layout of `args.layout`.
+    quantization_config: for a model that is loaded from a path, as in `model_init_kwargs`; with an adapter on top.
     The other arguments are those of `transformers.Trainer`; those of its, and of TRL's, that have no meaning here are
     refused with the reason (`NOT_TAKEN`).
     """
@@ -92,11 +92,14 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         callbacks: list[transformers.TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config=None,
+        quantization_config=None,
         **others,
     ):
         for name, value in others.items():
             if name not in NOT_TAKEN:
-                raise TypeError(f"FastDPOTrainer takes no argument {name}")
+                known = name in FastDPOConfig.__dataclass_fields__
+                hint = "put it into FastDPOConfig" if known else aliases.hint_for(name, "")
+                raise TypeError(f"FastDPOTrainer takes no argument {name}{hint and f': {hint}'}")
             if value is not None:
                 raise TypeError(f"FastDPOTrainer takes no {name}: {NOT_TAKEN[name]}")
         args = FastDPOConfig() if args is None else args
@@ -111,7 +114,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         self.objective, self._uses = args.objective(), 0
 
         transformers.set_seed(args.seed)  # a new adapter is initialised at random
-        model = models.load_model(model, args)
+        given, model = model, models.load_model(model, args, quantization_config, adapter_trains=True)
         self._base_name, self.data_name = str(getattr(model, "name_or_path", "")), ""  # for the card
         base = None if peft_config is None else WeightSample(model, leave_out=reference.of_adapters(model))
         model = models.make_policy(model, args, peft_config)
@@ -122,7 +125,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             ref_model = models.load_model(ref_model, args)
             compute_with_own_weights(base_model_of(ref_model), original=model)
             check_storage(model, ref_model)
-        tokenizer = models.load_tokenizer(processing_class, model, args)
+        tokenizer = models.load_tokenizer(processing_class, model, args, given)
 
         self.args, self.processing_class, self._said = args, tokenizer, []  # what _prepare needs
         self._limits = models.limits(model, ref_model)
@@ -136,7 +139,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if choose_layout:
             pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
             models.check_layout(args, *(m for m in (model, ref_model) if m is not None))
-            data_collator = PairCollator(pad, args.truncation(), args.pad_to_multiple_of or 1)
+            data_collator = PairCollator(pad, args.truncation(), int(args.pad_to_multiple_of or 1))
         else:
             check_collator(data_collator, train_dataset)
         super().__init__(

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dpo_fast"
 OPS = {"ops", "comparisons"}
 STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics", "heads"}
 STAGE |= {"block_mask", "hooks", "packing", "probe", "preference", "reference", "functional"}
-STAGE |= {"copies", "router", "drift", "terms"}
+STAGE |= {"copies", "router", "drift", "terms", "quantised"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "comparisons", "kernels"}, "comparisons": set(), "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
 MAY_BE_HEAVY = {"training", "trl", "report", "cli", "demo", "data", "env", "selftest"}
@@ -74,7 +74,7 @@ FLOORS = """
    report.charts report.files testing training training.aliases training.rows training.sampler training.sources
    text
 1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
-   ops.oracle ops.softmax report.png report.record report.svg training.written
+   ops.oracle ops.softmax quantised report.png report.record report.svg training.written
 2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
    training.folder training.keys
 3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
@@ -88,8 +88,8 @@ FLOORS = """
 9  reference training.finite training.reference_columns
 10 drift training.checkpoints training.data
 11 training.config training.facts
-12 training.models training.preflight trl
-13 training.references
+12 training.models
+13 training.preflight training.references trl
 14 training.trainer
 15 training.launch
 16 training.outcome

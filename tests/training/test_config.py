@@ -69,7 +69,7 @@ def test_arguments_of_others_are_all_named_with_what_they_are_called_here(tmp_pa
         (dict(impl="cuda"), "impl must be one of auto, triton"),
         (dict(pad_to_multiple_of=0), "pad_to_multiple_of must be at least 1 or None, got 0"),
         (dict(tile_mib=0), "tile_mib must be at least 1 or None, got 0"),
-        (dict(remove_unused_columns=True), "remove_unused_columns must be False"),
+        (dict(pad_to_multiple_of="eight"), "must be a whole number, 'auto' or None, got 'eight'"),
     ],
 )
 def test_bad_values(tmp_path, options, message):
@@ -86,21 +86,11 @@ def test_command_line(tmp_path):
     assert args.extra_metrics == ["entropy"] and args.model_init_kwargs == {"dtype": "bfloat16"}
 
 
-def test_names_of_trl(tmp_path):
-    """What both have is called the same, so that a DPOConfig's arguments can be carried over."""
-    trl = pytest.importorskip("trl")
-    base = set(transformers.TrainingArguments.__dataclass_fields__)
-    theirs = set(trl.DPOConfig.__dataclass_fields__) - base
-    elsewhere = {  # TRL's own concerns
-        "router_aux_loss_coef",
-        "padding_free",
-        "activation_offloading",
-        "sync_ref_model",
-        "ref_model_mixup_alpha",
-        "ref_model_sync_steps",
-        "pad_token",
-    }
-    assert theirs - elsewhere <= set(FastDPOConfig.__dataclass_fields__)
+def test_what_changes_nothing_is_taken(tmp_path):
+    """TRL's defaults, as a script writes them out."""
+    assert config(tmp_path, remove_unused_columns=True).remove_unused_columns is False
+    for written, meant in (("auto", None), ("None", None), ("8", 8), (8, 8), (None, None)):
+        assert config(tmp_path, pad_to_multiple_of=written).pad_to_multiple_of == meant
 
 
 @pytest.mark.parametrize(

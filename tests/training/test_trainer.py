@@ -331,6 +331,47 @@ def test_new_adapter_has_the_base_model_as_reference(build):
     assert all(torch.equal(p, base[name]) for name, p in trainer.model.named_parameters() if name in base)
 
 
+def test_an_adapter_from_its_folder(build, tmp_path):
+    """As the model: it is trained further, from its own tokenizer. As the reference: it stays."""
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, lora(init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    TOKENIZER.save_pretrained(tmp_path / "adapter")
+    path = str(tmp_path / "adapter")
+    loaded, given = build(path, processing_class=None), build(model)
+    loaded.train()
+    given.train()
+    assert losses(loaded) == losses(given) and losses(loaded)[0] == pytest.approx(math.log(2), abs=1e-6)
+    both = build(path, ref_model=path)
+    assert not any(p.requires_grad for p in both.reference.model.parameters())
+    both.train()
+    assert losses(both) == pytest.approx(losses(given), abs=1e-6)
+    with pytest.raises(ValueError, match="got a PEFT model and a peft_config"):
+        build(path, peft_config=lora())
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (
+            lambda peft: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5]),
+            "an activated LoRA, which starts at a token of each row; use LoRA, or dpo_fast.trl.DPOTrainer",
+        ),
+        (
+            lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "PROMPT_TUNING: prompt learning changes positions; use LoRA, or dpo_fast.trl.DPOTrainer",
+        ),
+        (lambda peft: peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2), "POLY, which needs"),
+    ],
+    ids=["alora", "prompt", "poly"],
+)
+def test_adapters_that_cannot_be_scored_are_refused(build, make, reason):
+    with pytest.raises(ValueError, match=reason):
+        build(peft_config=make(pytest.importorskip("peft")))
+
+
 def test_explicit_reference_for_an_adapter(build):
     trainer = build(peft_config=lora(), ref_model=tiny_model(seed=5))
     trainer.train()
@@ -468,6 +509,34 @@ def test_arguments_of_other_trainers_are_refused_by_name(build, name):
     build(**{name: None})
     with pytest.raises(TypeError, match="FastDPOTrainer takes no argument compute_metric$"):
         build(compute_metric=None)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("beta", "put it into FastDPOConfig"),
+        ("ref_adapter_name", "leave it out: the reference is the policy before"),
+        ("max_target_length", "write max_completion_length"),
+    ],
+)
+def test_arguments_of_older_trls_say_where_they_went(build, name, hint):
+    with pytest.raises(TypeError, match=f"FastDPOTrainer takes no argument {name}: {hint}"):
+        build(**{name: 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [{}, dict(gradient_checkpointing=True)], ids=str)
+def test_compiled(build, args):
+    """In one graph each, also where an evaluation comes after the training."""
+    plain = build(args=args, eval_dataset=tiny_rows(3))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    other = build(args=dict(torch_compile=True, torch_compile_backend="eager", **args), eval_dataset=tiny_rows(3))
+    for trainer in (plain, other):
+        trainer.train()
+    assert losses(other) == pytest.approx(losses(plain), abs=5e-7)
+    assert other.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=5e-7)
+    assert not [reason for reason in torch._dynamo.utils.counters["graph_break"] if "dpo_fast" in reason]
 
 
 def test_a_collator_that_makes_something_else_is_refused(build):

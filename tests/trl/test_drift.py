@@ -20,6 +20,10 @@ def lora(**options):
     return peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
 
 
+def prompt():
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
 def given(change=lambda model: None, **options):
     model = peft.get_peft_model(tiny_model(), lora(**options))
     change(model)
@@ -39,6 +43,8 @@ def add_second(model):
 CASES = {
     "new": (lambda: dict(model=tiny_model(), peft_config=lora()), None),
     "given": (given, None),
+    "prompt": (lambda: dict(model=tiny_model(), peft_config=prompt()), None),
+    "given prompt": (lambda: dict(model=peft.get_peft_model(tiny_model(), prompt())), None),
     "reference model": (lambda: dict(ref_model=tiny_model(), **given(unfreeze_norms)), None),
     "pissa": (
         lambda: dict(model=tiny_model(), peft_config=lora(init_lora_weights="pissa")),

@@ -429,6 +429,16 @@ def test_lora(tmp_path, options):
     assert_same_curves(tmp_path, peft_config=config, learning_rate=1e-1, **options)
 
 
+def test_adalora(tmp_path):
+    """PEFT adds its regulariser to what a model returns as its loss, of which TRL takes no notice."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=20, init_r=4, target_modules=["q_proj", "v_proj"])
+    # Margins of the first steps are nearly 0, of either sign
+    assert_same_curves(
+        tmp_path, peft_config=config, learning_rate=1.0, but=["rewards/accuracies", "eval_rewards/accuracies"]
+    )
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_prompt_learning_runs_padded_rows(tmp_path, kind):
     peft = pytest.importorskip("peft")
@@ -557,6 +567,143 @@ def test_one_model_through_trls_trainer_and_ours(tmp_path):
         losses.append(trainer.evaluate()["eval_loss"])
         assert (seen[0][0] == 1) == (trainer_class is DPOTrainer)
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2])
+
+
+# --- what a script brings --------------------------------------------------------------------------------------------
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, dict(gradient_checkpointing=True)], ids=str)
+def test_compiled(tmp_path, options):
+    """The curves are those of TRL uncompiled; the one break in a forward is where the batch is packed."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    mine = history(DPOTrainer, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert any("_packed_once" in reason for reason in breaks)
+    others = [reason for reason in breaks if "_packed_once" not in reason]
+    assert not others or options.get("gradient_checkpointing"), others  # there transformers has one of its own
+    for a, b in zip(mine, history(trl.DPOTrainer, tmp_path, **options), strict=True):
+        for name in a.keys() - NOT_NUMBERS:
+            assert a[name] == pytest.approx(b[name], abs=1e-4, rel=1e-4), name
+
+
+@pytest.mark.slow  # minutes of C++ compilers
+def test_compiled_by_inductor(tmp_path):
+    losses = []
+    for trainer_class, options in ((trl.DPOTrainer, {}), (DPOTrainer, dict(torch_compile=True))):
+        torch._dynamo.reset()
+        trainer = trainer_of(trainer_class, tmp_path, overrides=dict(num_hidden_layers=1), **options)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], abs=5e-7) and losses[0][-1] < losses[0][0] - 1e-2
+
+
+def test_predict_takes_what_evaluate_takes(tmp_path):
+    rows = datasets.Dataset.from_list(tiny_rows(5, seed=8))
+    for options in ({}, dict(precompute_ref_log_probs=True)):
+        trainer = trainer_of(DPOTrainer, tmp_path, **options)
+        assert trainer.predict(rows).metrics["test_loss"] == trainer.evaluate(rows)["eval_loss"]
+        trainer.predict(trainer.eval_dataset)
+    trainer.train()
+    with pytest.raises(ValueError, match="keeps no reference model after training has begun"):
+        trainer.predict(rows)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_under_its_old_name(tmp_path, dtype, caplog):
+    trainer = trainer_of(DPOTrainer, tmp_path, model_init_kwargs={"torch_dtype": dtype})
+    assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
+    assert "torch_dtype in model_init_kwargs is called dtype now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("tokenizer", "it is called processing_class"),
+        ("model_init", "give the model"),
+        ("beta", "put it into DPOConfig"),
+        ("max_target_length", "TRL's DPOTrainer has none"),
+    ],
+)
+def test_arguments_that_trl_does_not_take(name, hint):
+    with pytest.raises(TypeError, match=f"DPOTrainer takes no argument {name}: {hint}"):
+        DPOTrainer(tiny_model(), **{name: 1})
+
+
+def adapted(*names, **options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), lora(), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora())
+    return model
+
+
+def test_names_of_adapters_that_trl_cannot_take(tmp_path):
+    with pytest.raises(ValueError, match="called ref, and the model has one already .default, ref.: model.delete_ada"):
+        trainer_of(DPOTrainer, tmp_path, model=adapted("default", "ref"))
+    with pytest.raises(ValueError, match="trains the adapter called default, the model has mine: load it under that"):
+        trainer_of(DPOTrainer, tmp_path, model=adapted("mine"))
+    trainer_of(DPOTrainer, tmp_path, model=adapted("default", "reference")).train()
+
+
+def test_paths_that_trl_does_not_load(tmp_path):
+    adapted("default").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter, which TRL does not load: pass peft.AutoPeftModel"):
+        DPOTrainer(str(tmp_path / "adapter"))
+    with pytest.raises(TypeError, match="ref_model must be a model: load it"):
+        DPOTrainer(tiny_model(), ref_model=str(tmp_path))
+
+
+def test_one_line_imports_what_trl_has():
+    exec("from dpo_fast.trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config")
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec("from dpo_fast.trl import no_such_name")
+    assert ours.DPOConfig is trl.DPOConfig and ours.DPOTrainer is not trl.DPOTrainer
+
+
+def test_an_adapter_loaded_for_inference(tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    adapted("default").save_pretrained(tmp_path / "adapter")
+    trainer = trainer_of(DPOTrainer, tmp_path, model=peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"))
+    assert "is_trainable=True" in caplog.text
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        trainer.train()
+    trainer.evaluate()  # which it may be for
+
+
+def test_a_mixed_model_trains_where_trl_cannot(tmp_path):
+    """Its reference is TRL's: another copy of the model from its path."""
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def mixed():
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        return peft.get_peft_model(base, lora(init_lora_weights=False), mixed=True)
+
+    with pytest.raises(AttributeError):
+        trainer_of(trl.DPOTrainer, tmp_path, model=mixed()).train()
+    trainer, model = trainer_of(DPOTrainer, tmp_path, model=mixed()), mixed()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+
+    def logps(model):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        tokens = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        return (tokens * batch["completion_mask"][:, 1:]).sum(1)
+
+    with torch.no_grad(), model.disable_adapter():
+        reference = logps(model)
+    chosen, rejected = (logps(model) - reference).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert expected.item() != pytest.approx(0.693147, abs=1e-3)
+    trainer.train()
 
 
 # --- TRL itself ----------------------------------------------------------------------------------------------------
