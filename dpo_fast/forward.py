@@ -145,9 +145,10 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     """
     check_impl("attach", impl)
     tile_mib = None if tile_mib is None else check_tile_mib("attach", tile_mib)
-    keep_trainable(model)
     _check_adapter(model)
-    base = compute_with_own_weights(_causal_lm(model))
+    base = _causal_lm(model)
+    keep_trainable(model)
+    compute_with_own_weights(base)
     if is_attached(base):
         state = getattr(base, _STATE)
         state.impl, state.tile_mib = impl, tile_mib
