@@ -1,5 +1,6 @@
 """What accelerate makes of ranks and of a model, as far as transformers' Trainer leaves that wrong."""
 
+import copy
 import os
 
 from torch import nn
@@ -32,6 +33,47 @@ def prepare_anew(trainer) -> None:
     own.pop("_is_accelerate_prepared", None)
     if "_original_forward" in own:  # autocast around it
         _set_forward(model, own.pop("_original_forward"))
+
+
+def engine_of(accelerator) -> str:
+    """DEEPSPEED, FSDP, or one of those that hold whole models, as accelerate names them."""
+    return str(accelerator.distributed_type).rpartition(".")[2]
+
+
+def places_models_late(accelerator) -> bool:
+    """Whether a model stays on the CPU, and whole, until it is prepared for training."""
+    return engine_of(accelerator) in ("DEEPSPEED", "FSDP")
+
+
+def prepare_frozen(model: nn.Module, accelerator) -> nn.Module:
+    """Place, and shard, a frozen model as the policy will be; returns what to call in its place."""
+    engine = engine_of(accelerator)
+    if engine == "DEEPSPEED":
+        return _inference_engine(model, accelerator)
+    if engine == "FSDP":
+        from accelerate.utils import fsdp2_prepare_model  # accelerate's `prepare` asks for an optimizer
+
+        return fsdp2_prepare_model(accelerator, model)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _inference_engine(model: nn.Module, accelerator) -> nn.Module:
+    """DeepSpeed's engine without an optimizer: ZeRO-3 shards the weights, and what the other stages shard is not there.
+
+    What trains is left out of the configuration, or DeepSpeed would make an optimizer for a model that has none.
+    """
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    zero.pop("offload_optimizer", None)
+    if zero["stage"] != 3:
+        zero["stage"] = 0
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
 
 
 def _set_forward(model: nn.Module, forward) -> None:

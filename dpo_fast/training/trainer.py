@@ -180,16 +180,19 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def _precompute_reference(self) -> None:
         """Score the data with the reference, add the results as columns, and let the reference go."""
         args = self.args
-        self.train_dataset = self._with_reference_logps(self.train_dataset, "train", args.per_device_train_batch_size)
-        self.eval_dataset = self._with_reference_logps(self.eval_dataset, "eval", args.per_device_eval_batch_size)
-        if self.reference is not None and not models.is_peft_model(self.model):
+        if self.reference is None:
+            return
+        scorer = references.scorer_of(self.reference, self.model, self.accelerator, args)
+        self.train_dataset = self._with_logps_of(scorer, self.train_dataset, "train", args.per_device_train_batch_size)
+        self.eval_dataset = self._with_logps_of(scorer, self.eval_dataset, "eval", args.per_device_eval_batch_size)
+        if not models.is_peft_model(self.model):
             self.reference = reference_columns.DataColumns()
 
-    def _with_reference_logps(self, dataset, name: str, batch_size: int):
-        if dataset is None or self.reference is None:
+    def _with_logps_of(self, scorer, dataset, name: str, batch_size: int):
+        if dataset is None:
             return dataset
         if isinstance(dataset, dict):
-            return {key: self._with_reference_logps(part, key, batch_size) for key, part in dataset.items()}
+            return {key: self._with_logps_of(scorer, part, key, batch_size) for key, part in dataset.items()}
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError(f"precompute_ref_log_probs needs data of known length, the {name} dataset is a stream")
         loader = DataLoader(
@@ -198,7 +201,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         found = []
         for batch in self.accelerator.prepare(loader):
             with self._autocast():
-                tokens = self.reference(self.model, batch).tokens
+                tokens = scorer(self.model, batch).tokens
             pairs = reference_columns.tokens_by_pair(tokens.logps, batch)
             found += self.accelerator.gather_for_metrics(pairs, use_gather_object=True)
         replaced = {*reference_columns.SUMS, *reference_columns.TOKENS} & set(dataset.column_names)
@@ -222,9 +225,9 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             if self.args.precompute_ref_log_probs:
                 return reference.InitialPolicy(reference.Snapshot())  # before training the policy is the reference
             ref_model = references.frozen_copy(self.model)
-        ref_model = references.prepare_model(ref_model, self.accelerator, self.args)
-        check_storage(self.model, ref_model)  # whatever has placed it
-        return reference.FrozenModel(ref_model)
+        source = references.prepare_model(ref_model, self.accelerator, self.args)
+        check_storage(self.model, source.model)  # whatever has placed it
+        return source
 
     def _check_reference_columns(self, *sets, precompute: bool | None = None) -> bool:
         """Whether all these data come with log-probs of a reference that are used: see `reference_columns.check`."""
