@@ -4,6 +4,7 @@ import copy
 import os
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def check_ranks(world_size: int) -> None:
@@ -23,9 +24,17 @@ def prepare_anew(trainer) -> None:
 
     An evaluation before the first training prepares the model without DistributedDataParallel, and accelerate prepares
     no model twice: each rank would then train by itself. Only where that is what ranks need; FSDP and DeepSpeed prepare
-    a model for both at once.
+    a model for both at once. FSDP2 leaves the weights of its last units whole after an evaluation, and accelerate then
+    finds none that the optimizer has.
     """
     model, accelerator = trainer.model, trainer.accelerator
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if trainer.model_wrapped is model and getattr(trainer, "deepspeed", None) is not None:  # from `prepare_early`
+        trainer.deepspeed.destroy()
+        trainer.deepspeed = None
+        accelerator._models.remove(model)
     if trainer.model_wrapped is not model or not accelerator.distributed_type.value.startswith("MULTI_"):
         return
     accelerator._models[:] = [other for other in accelerator._models if other is not model]
@@ -33,6 +42,26 @@ def prepare_anew(trainer) -> None:
     own.pop("_is_accelerate_prepared", None)
     if "_original_forward" in own:  # autocast around it
         _set_forward(model, own.pop("_original_forward"))
+
+
+def prepare_early(trainer) -> None:
+    """Before an evaluation ahead of the first training: prepare the model where transformers cannot for that alone.
+
+    FSDP2 takes model and optimizer together, so they are prepared for training, which finds them so. DeepSpeed gets an
+    engine of its own: transformers has none for ZeRO-1 and 2, and takes the optimizer out of the configuration for that
+    of ZeRO-3.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    if trainer.is_in_train or trainer.model_wrapped is not model or accelerator._models:
+        return
+    engine = engine_of(accelerator)
+    if engine == "FSDP":
+        trainer.create_optimizer()
+        trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.optimizer)
+        trainer.model_wrapped = trainer.model
+    elif engine == "DEEPSPEED":
+        trainer.deepspeed = _inference_engine(model, accelerator)
+        accelerator._models.append(model)  # or it would be prepared once more
 
 
 def engine_of(accelerator) -> str:

@@ -45,7 +45,7 @@ from .layout import pack
 from .objective import Objective
 from .ops.stats import STATS, TokenStats
 from .preference import preference_from_stats
-from .prepared import check_ranks, prepare_anew
+from .prepared import check_ranks, prepare_anew, prepare_early
 from .reference import is_peft_model
 from .report.callback import reporting
 from .report.pairs import PairEvaluation
@@ -162,6 +162,11 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         """As TRL's."""
         with self._models_in_use():
             return super().predict(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As TRL's."""
+        prepare_early(self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As TRL's."""

@@ -23,7 +23,7 @@ from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.objective import Objective
-from dpo_fast.prepared import check_ranks, prepare_anew
+from dpo_fast.prepared import check_ranks, prepare_anew, prepare_early
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.router import router_coefficient
@@ -461,6 +461,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         """Adds the metrics to what `Trainer` returns, each a mean over all pairs or tokens; one sync at the end."""
         self._sums["eval"], self._evaluated_pairs = MetricSums(), 0
         with self._models_in_use():
+            prepare_early(self)
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         if not has_length(dataloader.dataset):  # Trainer has counted the rows of the first tensor
             output = output._replace(num_samples=self._evaluated_pairs * self.args.world_size)
