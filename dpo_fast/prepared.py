@@ -19,6 +19,17 @@ def check_ranks(world_size: int) -> None:
         )
 
 
+def let_reentrant_checkpoints_run(args) -> None:
+    """Settle ddp_find_unused_parameters where only one value can run.
+
+    A reentrant checkpoint runs a backward inside the backward, and DistributedDataParallel cannot look for parameters
+    without gradients then ("ready only once"). transformers asks it to for every PEFT model.
+    """
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if args.gradient_checkpointing and reentrant and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+
+
 def prepare_anew(trainer) -> None:
     """Before training on several ranks: forget a preparation for evaluation.
 

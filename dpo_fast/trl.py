@@ -45,7 +45,7 @@ from .layout import pack
 from .objective import Objective
 from .ops.stats import STATS, TokenStats
 from .preference import preference_from_stats
-from .prepared import check_ranks, prepare_anew, prepare_early
+from .prepared import check_ranks, let_reentrant_checkpoints_run, prepare_anew, prepare_early
 from .reference import is_peft_model
 from .report.callback import reporting
 from .report.pairs import PairEvaluation
@@ -115,6 +115,7 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             if not isinstance(config, dpo_trainer.DPOConfig):
                 raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
             check_ranks(config.world_size)
+            let_reentrant_checkpoints_run(config)
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
             layout = "padded"

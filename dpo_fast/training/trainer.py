@@ -23,7 +23,7 @@ from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.objective import Objective
-from dpo_fast.prepared import check_ranks, prepare_anew, prepare_early
+from dpo_fast.prepared import check_ranks, let_reentrant_checkpoints_run, prepare_anew, prepare_early
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.router import router_coefficient
@@ -96,6 +96,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if (
             args.use_liger_kernel
+        let_reentrant_checkpoints_run(args)
         ):  # its layers; its forward, which ends in a cross-entropy, would take the place of ours
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         self.objective, self._uses = args.objective(), 0
