@@ -4,7 +4,7 @@ import copy
 import os
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 
 def check_ranks(world_size: int) -> None:
@@ -66,10 +66,12 @@ def prepare_early(trainer) -> None:
     if trainer.is_in_train or trainer.model_wrapped is not model or accelerator._models:
         return
     engine = engine_of(accelerator)
-    if engine == "FSDP":
+    if engine == "FSDP" and _is_fsdp2(accelerator):
         trainer.create_optimizer()
         trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.optimizer)
         trainer.model_wrapped = trainer.model
+        register_fsdp_forward_method(trainer.model, "generate")  # as transformers does before training
+        accelerator.state.fsdp_plugin.activation_checkpointing = False  # it is there, and would be put around it anew
     elif engine == "DEEPSPEED":
         trainer.deepspeed = _inference_engine(model, accelerator)
         accelerator._models.append(model)  # or it would be prepared once more
