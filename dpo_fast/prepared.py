@@ -82,6 +82,10 @@ def engine_of(accelerator) -> str:
     return str(accelerator.distributed_type).rpartition(".")[2]
 
 
+def _is_fsdp2(accelerator) -> bool:
+    return getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+
+
 def places_models_late(accelerator) -> bool:
     """Whether a model stays on the CPU, and whole, until it is prepared for training."""
     return engine_of(accelerator) in ("DEEPSPEED", "FSDP")
@@ -93,6 +97,12 @@ def prepare_frozen(model: nn.Module, accelerator) -> nn.Module:
     if engine == "DEEPSPEED":
         return _inference_engine(model, accelerator)
     if engine == "FSDP":
+        if not _is_fsdp2(accelerator):
+            raise ValueError(
+                "FSDP1 shards a model that is trained, and a reference model (which scores before training, too, with "
+                "precompute_ref_log_probs) is not: use FSDP2 (fsdp_version: 2 in accelerate's file, or "
+                "fsdp_config={'version': 2})"
+            )
         from accelerate.utils import fsdp2_prepare_model  # accelerate's `prepare` asks for an optimizer
 
         return fsdp2_prepare_model(accelerator, model)
