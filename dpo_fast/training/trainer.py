@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ from .data import (
     prepare_dataset,
 )
 from .sampler import TokenBudgetBatchSampler
+
+logger = logging.getLogger("dpo_fast")
 
 # Arguments of other trainers -> what to do instead
 NOT_TAKEN = {
@@ -152,6 +155,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             self.data_collator = dataclasses.replace(data_collator, layout=self._layout[0])
         self._sums, self._evaluated_pairs = {"train": MetricSums(), "eval": MetricSums()}, 0
         self._counts = {"pairs": 0, "tokens": 0, "scored": 0}
+        self._say_what_repeats()
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         if args.print_example and train_dataset is not None and self.is_world_process_zero():
@@ -279,6 +283,21 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         )
         self.accelerator.even_batches = False  # the sampler has seen to it
         return self.accelerator.prepare(loader)
+
+    def _say_what_repeats(self) -> None:
+        args, dataset = self.args, self.train_dataset
+        if args.world_size == 1 or args.dataloader_drop_last or args.tokens_per_batch or not has_length(dataset):
+            return
+        of_all = args.train_batch_size * args.world_size
+        if missing := -len(dataset) % of_all:
+            logger.warning(
+                "%d pairs fill no whole number of batches on %d ranks: at the end of an epoch its first %d pairs are "
+                "taken again, as accelerate does it; dataloader_drop_last=True leaves out the last %d instead",
+                len(dataset),
+                args.world_size,
+                missing,
+                of_all - missing,
+            )
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
