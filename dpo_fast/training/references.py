@@ -135,7 +135,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _partitioned_copies(model: nn.Module) -> dict[int, nn.Parameter]:
-    """id -> copy, partitioned as well, of each parameter that DeepSpeed ZeRO-3 has partitioned; one is whole at a time."""
+    """id -> copy, partitioned as well, of each parameter that ZeRO-3 has partitioned; one at a time is whole."""
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if not partitioned:
         return {}

@@ -96,10 +96,10 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
                 raise TypeError(f"FastDPOTrainer takes no {name}: {NOT_TAKEN[name]}")
         args = FastDPOConfig() if args is None else args
         check_arguments(model, ref_model, args)
+        let_reentrant_checkpoints_run(args)
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if (
             args.use_liger_kernel
-        let_reentrant_checkpoints_run(args)
         ):  # its layers; its forward, which ends in a cross-entropy, would take the place of ours
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         self.objective, self._uses = args.objective(), 0
