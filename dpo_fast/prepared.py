@@ -66,14 +66,14 @@ def prepare_early(trainer) -> None:
     if trainer.is_in_train or trainer.model_wrapped is not model or accelerator._models:
         return
     engine = engine_of(accelerator)
-    if engine == "FSDP" and _is_fsdp2(accelerator):
+    if engine == "FSDP" and is_fsdp2(accelerator):
         trainer.create_optimizer()
         trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.optimizer)
         trainer.model_wrapped = trainer.model
         register_fsdp_forward_method(trainer.model, "generate")  # as transformers does before training
         accelerator.state.fsdp_plugin.activation_checkpointing = False  # it is there, and would be put around it anew
     elif engine == "DEEPSPEED":
-        trainer.deepspeed = _inference_engine(model, accelerator)
+        trainer.deepspeed = inference_engine(model, accelerator)
         accelerator._models.append(model)  # or it would be prepared once more
 
 
@@ -82,7 +82,7 @@ def engine_of(accelerator) -> str:
     return str(accelerator.distributed_type).rpartition(".")[2]
 
 
-def _is_fsdp2(accelerator) -> bool:
+def is_fsdp2(accelerator) -> bool:
     return getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
 
 
@@ -91,25 +91,7 @@ def places_models_late(accelerator) -> bool:
     return engine_of(accelerator) in ("DEEPSPEED", "FSDP")
 
 
-def prepare_frozen(model: nn.Module, accelerator) -> nn.Module:
-    """Place, and shard, a frozen model as the policy will be; returns what to call in its place."""
-    engine = engine_of(accelerator)
-    if engine == "DEEPSPEED":
-        return _inference_engine(model, accelerator)
-    if engine == "FSDP":
-        if not _is_fsdp2(accelerator):
-            raise ValueError(
-                "FSDP1 shards a model that is trained, and a reference model (which scores before training, too, with "
-                "precompute_ref_log_probs) is not: use FSDP2 (fsdp_version: 2 in accelerate's file, or "
-                "fsdp_config={'version': 2})"
-            )
-        from accelerate.utils import fsdp2_prepare_model  # accelerate's `prepare` asks for an optimizer
-
-        return fsdp2_prepare_model(accelerator, model)
-    return accelerator.prepare_model(model, evaluation_mode=True)
-
-
-def _inference_engine(model: nn.Module, accelerator) -> nn.Module:
+def inference_engine(model: nn.Module, accelerator) -> nn.Module:
     """DeepSpeed's engine without an optimizer: ZeRO-3 shards the weights, and what the other stages shard is not there.
 
     What trains is left out of the configuration, or DeepSpeed would make an optimizer for a model that has none.

@@ -13,7 +13,7 @@ from dpo_fast.batch import PreferenceBatch
 from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weights, gathered
 from dpo_fast.forward import attach
 from dpo_fast.functional import SequenceScores, score
-from dpo_fast.prepared import engine_of, places_models_late, prepare_frozen
+from dpo_fast.prepared import engine_of, inference_engine, is_fsdp2, places_models_late
 
 from . import models, reference_columns
 from .config import FastDPOConfig
@@ -156,6 +156,24 @@ def prepare_model(model: nn.Module, accelerator, config: FastDPOConfig) -> refer
     attach(reference.freeze(model), impl=config.impl, tile_mib=config.tile_mib)
     prepared = prepare_frozen(model, accelerator)
     return reference.FrozenModel(model, engine=None if prepared is model else prepared)
+
+
+def prepare_frozen(model: nn.Module, accelerator) -> nn.Module:
+    """Place, and shard, a frozen model as the policy will be; returns what to call in its place."""
+    engine = engine_of(accelerator)
+    if engine == "DEEPSPEED":
+        return inference_engine(model, accelerator)
+    if engine == "FSDP":
+        if not is_fsdp2(accelerator):
+            raise ValueError(
+                "FSDP1 shards a model that is trained, and a reference model (which scores before training, too, with "
+                "precompute_ref_log_probs) is not: use FSDP2 (fsdp_version: 2 in accelerate's file, or "
+                "fsdp_config={'version': 2})"
+            )
+        from accelerate.utils import fsdp2_prepare_model  # accelerate's `prepare` asks for an optimizer
+
+        return fsdp2_prepare_model(accelerator, model)
+    return accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def scorer_of(source, policy: nn.Module, accelerator, config: FastDPOConfig):
