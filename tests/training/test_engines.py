@@ -32,7 +32,7 @@ pytest.importorskip("datasets")
 import datasets
 
 from dpo_fast.copies import gathered
-from dpo_fast.prepared import prepare_frozen
+from dpo_fast.training.references import prepare_frozen
 
 TRAINERS = ("fast", "drop-in")
 LOSS, WEIGHT = 1e-6, 1e-5  # what rounding may change
@@ -213,7 +213,7 @@ def build(folder: Path, row: Row, trainer: str, ranks: int):
         from dpo_fast.trl import DPOTrainer
 
         kind, args = DPOTrainer, trl.DPOConfig(**settings)
-    if ranks > 1 and row.engine != "ddp":
+    if ranks > 1 and row.engine == "fsdp":
         admit_cpu()
     path = str(folder / f"model{tied}")
     return kind(
@@ -262,7 +262,7 @@ def train(folder: Path, row: Row, trainer: str, ranks: int, resume: bool = False
     for when, metrics in (("before", early), ("after", built.evaluate())):
         logged |= {f"{when} {name}": metrics[name] for name in metrics if "loss" in name or "margins" in name}
     weights = weights_of(built)
-    assert not start or max((weights[name] - start[name]).abs().max() for name in start) > 100 * row.weight
+    assert not start or max((weights[name] - start[name]).abs().max() for name in start) > 100 * WEIGHT
     return {"losses": logged, "weights": weights}
 
 
