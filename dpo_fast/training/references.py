@@ -186,6 +186,13 @@ def scorer_of(source, policy: nn.Module, accelerator, config: FastDPOConfig):
     return prepare_model(twin, accelerator, config)
 
 
+def empty(copied: nn.Module) -> None:
+    """Give back the memory of a copy that ZeRO-3 has partitioned: DeepSpeed keeps a list of all its models."""
+    for p in copied.parameters():
+        if hasattr(p, "ds_tensor"):
+            p.ds_tensor.data = p.ds_tensor.new_empty(0)
+
+
 # --- the proof -----------------------------------------------------------------------------------------------------
 
 

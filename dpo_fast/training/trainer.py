@@ -190,6 +190,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         scorer = references.scorer_of(self.reference, self.model, self.accelerator, args)
         self.train_dataset = self._with_logps_of(scorer, self.train_dataset, "train", args.per_device_train_batch_size)
         self.eval_dataset = self._with_logps_of(scorer, self.eval_dataset, "eval", args.per_device_eval_batch_size)
+        if scorer is not self.reference:
+            references.empty(scorer.model)
         if not models.is_peft_model(self.model):
             self.reference = reference_columns.DataColumns()
 
