@@ -6,6 +6,7 @@ copy of the model compute with the original's weights, or hand out the original:
 policy, and a copy that is trained does not move at all.
 """
 
+import contextlib
 import functools
 import logging
 import types
@@ -145,6 +146,18 @@ def reached(value, seen: set[int] | None = None) -> Iterator:
         yield from reached(content, seen)
 
 
+@contextlib.contextmanager
+def gathered(parameter: nn.Parameter) -> Iterator[nn.Parameter]:
+    """The parameter, whole inside if DeepSpeed ZeRO-3 has partitioned it: every rank must come here."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield parameter
+
+
 def check_storage(policy: nn.Module, reference: nn.Module) -> None:
     """Raise ValueError for a reference that holds memory of a parameter that trains."""
     held = {where for p in reference.parameters() for where in _storages(p)}
@@ -161,7 +174,8 @@ def _storages(tensor: Tensor) -> set[int]:
     """Where the memory of a tensor lies; of a wrapper (DTensor, quantised), of what it wraps."""
     if is_traceable_wrapper_subclass(tensor):
         names, _context = tensor.__tensor_flatten__()
-        return {where for name in names for where in _storages(getattr(tensor, name))}
+        inner = [getattr(tensor, name) for name in names]  # of a DTensor, its mesh, too
+        return {where for held in inner if isinstance(held, Tensor) for where in _storages(held)}
     if tensor.is_meta or not tensor.numel():  # nothing there, or not yet
         return set()
     return {tensor.untyped_storage().data_ptr()}
@@ -189,5 +203,6 @@ class WeightSample:
 def _sample(parameter: nn.Parameter) -> Tensor:
     if is_traceable_wrapper_subclass(parameter) or parameter.is_meta:
         return torch.empty(0, device=parameter.device)  # judged by identity alone
-    flat = parameter.detach().reshape(-1)
+    here = getattr(parameter, "ds_tensor", parameter)  # of one that ZeRO-3 has partitioned, this rank's part
+    flat = here.detach().reshape(-1)
     return flat[:: max(1, -(-flat.numel() // 1024))].nan_to_num().clone()

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .batch import PreferenceBatch
-from .copies import base_model_of
+from .copies import base_model_of, gathered
 from .forward import attachment
 from .functional import SequenceScores, score
 from .hooks import mode
@@ -55,13 +55,17 @@ class _OfModel(ABC):
 
 @dataclass
 class FrozenModel(_OfModel):
-    """Another model, or a frozen copy of the policy; attached, in eval mode."""
+    """Another model, or a frozen copy of the policy; attached, in eval mode.
+
+    engine: a wrapper of the model that is called in its place, as DeepSpeed's.
+    """
 
     model: nn.Module
+    engine: nn.Module | None = None
 
     @contextlib.contextmanager
     def inside(self, policy: nn.Module) -> Iterator[nn.Module]:
-        yield self.model
+        yield self.model if self.engine is None else self.engine
 
 
 @dataclass
@@ -271,7 +275,12 @@ _ZERO_AT_START = ("lora_B", "lora_embedding_A", "lora_E")
 
 def _is_zero_product(layer: nn.Module) -> bool:
     factors = [list(getattr(layer, name).parameters()) for name in _ZERO_AT_START if hasattr(layer, name)]
-    return any(factor and not any(p.any() for p in factor) for factor in factors)
+    return any(factor and not any(_has_values(p) for p in factor) for factor in factors)
+
+
+def _has_values(parameter: nn.Parameter) -> bool:
+    with gathered(parameter) as whole:
+        return bool(whole.any())
 
 
 def _in_adapter_layers(model: nn.Module, names: str) -> Iterator[tuple[str, nn.Parameter]]:

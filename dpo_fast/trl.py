@@ -46,7 +46,7 @@ from .layout import pack
 from .objective import Objective
 from .ops.stats import STATS, TokenStats
 from .preference import preference_from_stats
-from .prepared import check_ranks, prepare_anew
+from .prepared import check_ranks, let_reentrant_checkpoints_run, prepare_anew, prepare_early
 from .reference import is_peft_model
 from .report.callback import reporting
 from .report.pairs import PairEvaluation
@@ -125,6 +125,7 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
                 raise TypeError(f"args must be a trl.DPOConfig, got {type(config).__name__}")
             check_ranks(config.world_size)
             _take_old_dtype(config)
+            let_reentrant_checkpoints_run(config)
         _check_models(given.get("model"), given.get("ref_model"))
         if layout != "padded" and getattr(config, "neftune_noise_alpha", None) is not None:
             _refuse_or_log(layout, [NEFTUNE])
@@ -196,6 +197,11 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             )
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         return self._precompute_ref_logps(dataset, "test", size)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As TRL's."""
+        prepare_early(self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As TRL's."""

@@ -20,6 +20,7 @@ THOROUGH = {
     "repo/test_packaging",
     "test_cli",
     "test_demo",
+    "training/test_engines",
     "training/test_fsdp",
     "training/test_ranks",
     "training/test_resume",

@@ -105,12 +105,17 @@ def dtype_of(value) -> torch.dtype | str:
 def limits(*given: nn.Module | None) -> ModelLimits:
     """What all the models can take: the smallest embedding, the fewest positions."""
     found = [m for m in given if m is not None]
-    vocabularies = [embedding.weight.shape[0] for m in found if (embedding := m.get_input_embeddings()) is not None]
+    vocabularies = [_rows_of(embedding) for m in found if (embedding := m.get_input_embeddings()) is not None]
     if len(set(vocabularies)) > 1:
         logger.warning("model has %d token embeddings, ref_model %d", *vocabularies)
     positions = [count for m in found if (count := _positions(m)) is not None]
     learned = any(_has_learned_positions(m) for m in found)
     return ModelLimits(min(vocabularies, default=None), min(positions, default=None), learned)
+
+
+def _rows_of(embedding: nn.Module) -> int:
+    weight: Any = embedding.weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor in its place
 
 
 def _positions(model: nn.Module) -> int | None:

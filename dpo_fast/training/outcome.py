@@ -11,6 +11,7 @@ import datasets
 import torch
 import transformers
 
+from dpo_fast.prepared import prepare_early
 from dpo_fast.report import ReportCallback
 from dpo_fast.report.charts import training_curves
 from dpo_fast.report.png import can_draw_png, draw_png
@@ -169,6 +170,8 @@ def _sample_prompts(trainer: FastDPOTrainer, count: int) -> list[list[int]]:
 @torch.no_grad()
 def _answers(trainer: FastDPOTrainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """The model's greedy answers, within the positions that it has."""
+    if prompts:
+        prepare_early(trainer)
     positions = limits(trainer.model).positions
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     training = model.training

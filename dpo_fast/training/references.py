@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from dpo_fast import reference
 from dpo_fast.batch import PreferenceBatch
-from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weights
+from dpo_fast.copies import WeightSample, check_storage, compute_with_own_weights, gathered
 from dpo_fast.forward import attach
 from dpo_fast.functional import SequenceScores, score
+from dpo_fast.prepared import engine_of, inference_engine, is_fsdp2, places_models_late
 
 from . import models, reference_columns
 from .config import FastDPOConfig
@@ -78,8 +79,8 @@ def _warn_of_rest(model: nn.Module, rest: set[int]) -> None:
 
 def is_sharded(accelerator) -> bool:
     """Whether a rank holds parts of parameters, which are gathered in each pass."""
-    kind = str(accelerator.distributed_type).split(".")[-1]
-    return kind == "FSDP" or (kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
+    engine = engine_of(accelerator)
+    return engine == "FSDP" or (engine == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
 
 
 def check_sharded(model: nn.Module, rest: set[int]) -> None:
@@ -127,25 +128,69 @@ def _kinds(model: nn.Module) -> str:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A frozen copy of the policy, on its device, that computes with its own weights."""
-    if any(getattr(p, "ds_id", None) is not None for p in model.parameters()):
-        raise ValueError(
-            "the policy is sharded by DeepSpeed ZeRO-3 and cannot be copied: pass ref_model= (a path will do)"
-        )
-    twin = reference.freeze(compute_with_own_weights(copy.deepcopy(model), original=model))
+    twin = copy.deepcopy(model, _partitioned_copies(model))
+    twin = reference.freeze(compute_with_own_weights(twin, original=model))
     check_storage(model, twin)
     return twin
 
 
-def prepare_model(model: nn.Module, accelerator, config: FastDPOConfig) -> nn.Module:
-    """A reference model, frozen, attached, and placed as the accelerator places models for evaluation."""
-    if str(accelerator.distributed_type).split(".")[-1] in ("DEEPSPEED", "FSDP"):
-        raise ValueError(
-            f"a separate reference model under {accelerator.distributed_type} is not supported yet: use "
-            "precompute_ref_log_probs=True, or a PEFT adapter, whose reference is the policy without it"
-        )
+def _partitioned_copies(model: nn.Module) -> dict[int, nn.Parameter]:
+    """id -> copy, partitioned as well, of each parameter that ZeRO-3 has partitioned; one at a time is whole."""
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        return {}
+    import deepspeed
+
+    copies = {}
+    for p in partitioned:
+        with gathered(p) as whole:
+            twin = nn.Parameter(whole.detach().clone(), requires_grad=False)
+        deepspeed.zero.Init(module=nn.ParameterList([twin]))
+        copies[id(p)] = twin
+    return copies
+
+
+def prepare_model(model: nn.Module, accelerator, config: FastDPOConfig) -> reference.FrozenModel:
+    """A reference model, frozen, attached, and placed, or sharded, as the accelerator does it with the policy."""
     # Attached first: accelerate wraps the forward in autocast, and what is attached last would be left inside for good
     attach(reference.freeze(model), impl=config.impl, tile_mib=config.tile_mib)
+    prepared = prepare_frozen(model, accelerator)
+    return reference.FrozenModel(model, engine=None if prepared is model else prepared)
+
+
+def prepare_frozen(model: nn.Module, accelerator) -> nn.Module:
+    """Place, and shard, a frozen model as the policy will be; returns what to call in its place."""
+    engine = engine_of(accelerator)
+    if engine == "DEEPSPEED":
+        return inference_engine(model, accelerator)
+    if engine == "FSDP":
+        if not is_fsdp2(accelerator):
+            raise ValueError(
+                "FSDP1 shards a model that is trained, and a reference model (which scores before training, too, with "
+                "precompute_ref_log_probs) is not: use FSDP2 (fsdp_version: 2 in accelerate's file, or "
+                "fsdp_config={'version': 2})"
+            )
+        from accelerate.utils import fsdp2_prepare_model  # accelerate's `prepare` asks for an optimizer
+
+        return fsdp2_prepare_model(accelerator, model)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def scorer_of(source, policy: nn.Module, accelerator, config: FastDPOConfig):
+    """What scores data before training, in the reference's place. A policy that is neither on its device nor sharded
+    before training starts cannot: there a frozen copy of it, as the reference, does."""
+    if isinstance(source, reference.FrozenModel) or not places_models_late(accelerator):
+        return source
+    with source.inside(policy) as model:
+        twin = frozen_copy(model)
+    return prepare_model(twin, accelerator, config)
+
+
+def empty(copied: nn.Module) -> None:
+    """Give back the memory of a copy that ZeRO-3 has partitioned: DeepSpeed keeps a list of all its models."""
+    for p in copied.parameters():
+        if hasattr(p, "ds_tensor"):
+            p.ds_tensor.data = p.ds_tensor.new_empty(0)
 
 
 # --- the proof -----------------------------------------------------------------------------------------------------

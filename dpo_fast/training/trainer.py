@@ -27,7 +27,7 @@ from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step,
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
 from dpo_fast.objective import Objective
 from dpo_fast.ops.checks import describe
-from dpo_fast.prepared import check_ranks, prepare_anew
+from dpo_fast.prepared import check_ranks, let_reentrant_checkpoints_run, prepare_anew, prepare_early
 from dpo_fast.report.callback import reporting
 from dpo_fast.report.pairs import PairEvaluation
 from dpo_fast.report.record import plain
@@ -106,6 +106,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         check_arguments(model, ref_model, args)
         text.remember(vars(args))
         check_hooks(callbacks, optimizers)
+        let_reentrant_checkpoints_run(args)
         args.accelerator_config.dispatch_batches = False  # left to accelerate, it would be True for streams
         if (
             args.use_liger_kernel
@@ -166,6 +167,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         self._counts, self._losses = {"pairs": 0, "tokens": 0, "scored": 0}, LossWatch(tokenizer)
         self._passes = self._batches = 0  # over a stream
         self.run_id = ""  # what its checkpoints are marked with
+        self._say_what_repeats()
         if args.precompute_ref_log_probs:
             self._precompute_reference()
         if args.print_example and train_dataset is not None and self.is_world_process_zero():
@@ -195,16 +197,21 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
     def _precompute_reference(self) -> None:
         """Score the data with the reference, add the results as columns, and let the reference go."""
         args = self.args
-        self.train_dataset = self._with_reference_logps(self.train_dataset, "train", args.per_device_train_batch_size)
-        self.eval_dataset = self._with_reference_logps(self.eval_dataset, "eval", args.per_device_eval_batch_size)
-        if self.reference is not None and not models.is_peft_model(self.model):
+        if self.reference is None:
+            return
+        scorer = references.scorer_of(self.reference, self.model, self.accelerator, args)
+        self.train_dataset = self._with_logps_of(scorer, self.train_dataset, "train", args.per_device_train_batch_size)
+        self.eval_dataset = self._with_logps_of(scorer, self.eval_dataset, "eval", args.per_device_eval_batch_size)
+        if scorer is not self.reference:
+            references.empty(scorer.model)
+        if not models.is_peft_model(self.model):
             self.reference = reference_columns.DataColumns()
 
-    def _with_reference_logps(self, dataset, name: str, batch_size: int):
-        if dataset is None or self.reference is None:
+    def _with_logps_of(self, scorer, dataset, name: str, batch_size: int):
+        if dataset is None:
             return dataset
         if isinstance(dataset, dict):
-            return {key: self._with_reference_logps(part, key, batch_size) for key, part in dataset.items()}
+            return {key: self._with_logps_of(scorer, part, key, batch_size) for key, part in dataset.items()}
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError(f"precompute_ref_log_probs needs data of known length, the {name} dataset is a stream")
         loader = DataLoader(
@@ -213,7 +220,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         found = []
         for batch in self.accelerator.prepare(loader):
             with self._autocast():
-                tokens = self.reference(self.model, batch).tokens
+                tokens = scorer(self.model, batch).tokens
             pairs = reference_columns.tokens_by_pair(tokens.logps, batch)
             found += self.accelerator.gather_for_metrics(pairs, use_gather_object=True)
         replaced = {*reference_columns.SUMS, *reference_columns.TOKENS} & set(dataset.column_names)
@@ -237,9 +244,9 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             if self.args.precompute_ref_log_probs:
                 return reference.InitialPolicy(reference.Snapshot())  # before training the policy is the reference
             ref_model = references.frozen_copy(self.model)
-        ref_model = references.prepare_model(ref_model, self.accelerator, self.args)
-        check_storage(self.model, ref_model)  # whatever has placed it
-        return reference.FrozenModel(ref_model)
+        source = references.prepare_model(ref_model, self.accelerator, self.args)
+        check_storage(self.model, source.model)  # whatever has placed it
+        return source
 
     def _check_reference_columns(self, *sets, precompute: bool | None = None) -> bool:
         """Whether all these data come with log-probs of a reference that are used: see `reference_columns.check`."""
@@ -290,6 +297,21 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         )
         self.accelerator.even_batches = False  # the sampler has seen to it
         return self.accelerator.prepare(loader)
+
+    def _say_what_repeats(self) -> None:
+        args, dataset = self.args, self.train_dataset
+        if args.world_size == 1 or args.dataloader_drop_last or args.tokens_per_batch or not has_length(dataset):
+            return
+        of_all = args.train_batch_size * args.world_size
+        if missing := -len(dataset) % of_all:
+            logger.warning(
+                "%d pairs fill no whole number of batches on %d ranks: at the end of an epoch its first %d pairs are "
+                "taken again, as accelerate does it; dataloader_drop_last=True leaves out the last %d instead",
+                len(dataset),
+                args.world_size,
+                missing,
+                of_all - missing,
+            )
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -607,6 +629,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         """Adds the metrics to what `Trainer` returns, each a mean over all pairs or tokens; one sync at the end."""
         self._sums["eval"], self._evaluated_pairs = MetricSums(), 0
         with self._models_in_use():
+            prepare_early(self)
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         if not has_length(dataloader.dataset):  # Trainer has counted the rows of the first tensor
             output = output._replace(num_samples=self._evaluated_pairs * self.args.world_size)

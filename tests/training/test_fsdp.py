@@ -7,25 +7,15 @@ import sys
 
 import pytest
 import torch
+from fsdp_means import NO_MEANS, averages
 from tiny import tiny_model, tiny_pairs
 
 from dpo_fast import Objective, attach
 from dpo_fast.layout import shared_prefix_batch
 
-NO_MEANS = 77  # exit status
-
 
 def loss(model, batch):
     return model(batch, objective=Objective(), reference_logps=torch.zeros(4)).loss
-
-
-def averages(mesh) -> bool:
-    """Whether gradients of FSDP2 are means over ranks here: those of torch 2.8 are sums on CPU."""
-    from torch.distributed.fsdp import fully_shard
-
-    layer = fully_shard(torch.nn.Linear(2, 2, bias=False), mesh=mesh)
-    layer(torch.ones(1, 2)).sum().backward()
-    return torch.equal(layer.weight.grad.full_tensor(), torch.ones(2, 2))
 
 
 def worker(own_unit: bool, attach_first: bool) -> None:

@@ -635,3 +635,17 @@ def test_dropped_pairs_are_said(build, caplog):
     with caplog.at_level(logging.WARNING, logger="dpo_fast"):
         build(train_dataset=[*tiny_rows(4), {"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert any("train dataset: 1 of 5 pairs dropped" in message for message in caplog.messages)
+
+
+def test_pairs_that_ranks_take_twice_are_told_of(tmp_path, caplog, monkeypatch):
+    trainer = fast_trainer(tmp_path, per_device_train_batch_size=3)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with caplog.at_level(logging.WARNING, logger="dpo_fast"):
+        trainer._say_what_repeats()
+    assert "its first 4 pairs are taken again" in caplog.text and "leaves out the last 2 instead" in caplog.text
+    caplog.clear()
+    for settings in (dict(per_device_train_batch_size=4), dict(dataloader_drop_last=True), dict(tokens_per_batch=99)):
+        vars(trainer.args).update(settings)
+        trainer._say_what_repeats()
+        vars(trainer.args).update(per_device_train_batch_size=3, dataloader_drop_last=False, tokens_per_batch=None)
+    assert not caplog.text
