@@ -51,6 +51,7 @@ from .reference import is_peft_model
 from .report.callback import reporting
 from .report.pairs import PairEvaluation
 from .router import balancing_loss
+from .training import checkpoints
 
 try:
     import trl
@@ -174,6 +175,22 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         from .training.models import check_trains
 
         check_trains(self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As TRL's, which leaves out weights that are saved under other names, as experts are."""
+        model = self.model if model is None else model
+        if not self._load_renamed(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_renamed(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_renamed(self, folder: str, model) -> bool:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not checkpoints.is_renamed(Path(folder), model):
+            return False
+        checkpoints.load_renamed(Path(folder), model)
+        return True
 
     def evaluate(self, *args, **kwargs):
         """As TRL's."""

@@ -167,6 +167,23 @@ def test_a_model_that_has_hardly_moved_is_said(files, capsys):
     assert "after 2 steps at a learning_rate of 1e-09; more steps or a larger one" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["prompts", "conversations"])
+def test_all_pairs_of_a_prompt_are_on_one_side(kind, caplog):
+    def row(n: int) -> dict:
+        ask, answer = dict(role="user", content=f"prompt {n % 7}"), dict(role="assistant", content=f"answer {n}")
+        if kind == "prompts":
+            return {"prompt": f"prompt {n % 7}", "chosen": f"answer {n}", "rejected": ""}
+        return {"chosen": [ask, answer], "rejected": [ask, answer]}
+
+    rows = datasets.Dataset.from_list([row(n) for n in range(35)])
+    trained, held_out = launch._hold_out(rows, 0.2, 3)
+    prompts = [{launch._prompt_of(row) for row in part} for part in (trained, held_out)]
+    assert not prompts[0] & prompts[1] and len(trained) + len(held_out) == 35 and len(held_out) == 10
+    assert "35 pairs have 7 prompts; all pairs of a prompt are held out, or none" in caplog.text
+    with pytest.raises(launch.BadInput, match="0.5 of pairs that all have the same prompt leaves none"):
+        launch._hold_out(rows.filter(lambda row: "prompt 3" in str(row)), 0.5, 3)
+
+
 def test_what_is_held_out_depends_on_the_seed_alone():
     rows = datasets.Dataset.from_list([{"n": n} for n in range(40)])
     first, again, other = (launch._hold_out(rows, 0.1, seed)[1].to_list() for seed in (1, 1, 2))

@@ -1,8 +1,13 @@
 """`dpo-fast train`, before training: a YAML file and options -> model, data, `FastDPOTrainer`. `outcome` comes next."""
 
 import dataclasses
+import json
+import logging
 import os
 import pickle
+import random
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,10 @@ from dpo_fast.report.record import command_line
 from . import preflight, recipe
 from .config import FastDPOConfig
 from .keys import keys_of
-from .sources import BadInput, load_pairs, may_be_hub_id, one_line
+from .sources import BadInput, decode_row, load_pairs, may_be_hub_id, one_line
 from .trainer import FastDPOTrainer
+
+logger = logging.getLogger("dpo_fast")
 
 
 @dataclass
@@ -204,11 +211,31 @@ def _load(key: str, source: str, name: str | None, split: str) -> datasets.Datas
 
 def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(what is trained on, the share that is held out), the same for the same seed; at least one pair each."""
-    count = max(1, round(share * len(dataset)))
-    if count >= len(dataset):
-        raise BadInput(f"eval_split: {share:g} of {len(dataset)} pairs leaves none to train on")
-    parts = dataset.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
+    count, prompts = max(1, round(share * len(dataset))), [_prompt_of(decode_row(row)) for row in dataset]
+    pairs = Counter(prompts)
+    if count >= len(dataset) or len(pairs) == 1:
+        few = f"{len(dataset)} pairs" if len(pairs) > 1 else "pairs that all have the same prompt"
+        raise BadInput(f"eval_split: {share:g} of {few} leaves none to train on")
+    if len(pairs) == len(dataset):
+        parts = dataset.train_test_split(test_size=count, seed=seed)
+        return parts["train"], parts["test"]
+    held_out: set[str] = set()
+    order = random.Random(seed).sample(list(pairs), len(pairs))
+    while sum(pairs[prompt] for prompt in held_out) < count and len(held_out) < len(pairs) - 1:
+        held_out.add(order[len(held_out)])
+    logger.warning(
+        "eval_split: %d pairs have %d prompts; all pairs of a prompt are held out, or none", len(dataset), len(pairs)
+    )
+    sides = [[index for index, prompt in enumerate(prompts) if (prompt in held_out) is side] for side in (False, True)]
+    return dataset.select(sides[0]), dataset.select(sides[1])
+
+
+def _prompt_of(row: Mapping) -> str:
+    """What tells a row's prompt from others'; without a column of it, what is before the last message, or the row."""
+    prompt, chosen = row.get("prompt", row.get("prompt_ids")), row.get("chosen")
+    if prompt is None and isinstance(chosen, list) and len(chosen) > 1:
+        prompt = chosen[:-1]
+    return json.dumps(row if prompt is None else prompt, default=str)
 
 
 def _is_about_keywords(error: Exception, config: FastDPOConfig) -> bool:

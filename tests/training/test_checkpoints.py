@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 from trainers import TOKENIZER, fast_trainer
 
 pytest.importorskip("datasets")
@@ -122,6 +122,28 @@ def test_weights_that_are_saved_under_other_names_are_loaded(tmp_path):
     whole.train()
     resumed = resume(tmp_path, str(tmp_path / "checkpoint-2"), experts())
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_drop_in_loads_them_too(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    from dpo_fast.trl import DPOTrainer
+
+    settings = {**QUIET, **SETTINGS, "output_dir": str(tmp_path), "bf16": False, "gradient_checkpointing": False}
+    built = [
+        DPOTrainer(
+            experts(),
+            args=trl.DPOConfig(**settings),
+            train_dataset=datasets.Dataset.from_list(tiny_rows(8)),
+            processing_class=TOKENIZER,
+            ref_model=experts(),
+        )
+        for _ in range(2)
+    ]
+    built[0].train()
+    built[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, ours), theirs in zip(built[1].model.named_parameters(), built[0].model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
