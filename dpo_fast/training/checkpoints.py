@@ -133,7 +133,7 @@ def _weight_faults(folder: Path) -> list[str]:
                 for name in sorted({*index["weight_map"].values()})
                 if not (folder / name).is_file()
             ]
-    for path in folder.glob("pytorch_model_fsdp_*"):
+    for path in (*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_*")):
         if path.is_dir() and not (path / ".metadata").is_file():  # which is written when all ranks' parts are
             found.append(f"{path.name}/.metadata is missing")
     for name in ("config.json", "adapter_config.json"):

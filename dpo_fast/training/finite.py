@@ -77,7 +77,7 @@ class LossWatch:
 
 def are_finite(model: nn.Module) -> Tensor:
     """() 1.0 if every parameter that trains is finite, as far as this rank holds it, else 0.0."""
-    parts = [_local(p.detach()) for p in model.parameters() if p.requires_grad]
+    parts = [_local(p).detach() for p in model.parameters() if p.requires_grad]
     found = [part.isfinite().all() for part in parts if part.numel()]
     if not found:
         return torch.ones((), device=next(model.parameters()).device)

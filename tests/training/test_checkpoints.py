@@ -183,7 +183,8 @@ def test_sharded_checkpoints_are_taken_for_what_they_are(copy):
     (folder / "optimizer_0").mkdir()
     with pytest.raises(checkpoints.Unfit, match=r"pytorch_model_fsdp_0/\.metadata is missing"):
         checkpoints.check(folder, tiny_model())
-    (folder / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"x")
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name / ".metadata").write_bytes(b"x")
     checkpoints.check(folder, tiny_model())
     shutil.rmtree(folder / "pytorch_model_fsdp_0")
     (folder / "global_step4").mkdir()
