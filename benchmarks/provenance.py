@@ -60,7 +60,10 @@ CODE = {
     "demo": (*_package_but(*(name for name in _NOT_IN_A_STEP if name not in ("demo", "data"))), "benchmarks/demo.py"),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
     "attention": (
-        *(f"dpo_fast/{name}.py" for name in ("attention", "block_mask", "layout", "batch", "comparisons")),
+        *(
+            f"dpo_fast/{name}.py"
+            for name in ("attention", "block_mask", "layout", "batch", "comparisons", "ops/checks")
+        ),
         "benchmarks/attention.py",
         _MEASURE,
     ),

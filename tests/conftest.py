@@ -20,11 +20,14 @@ THOROUGH = {
     "repo/test_packaging",
     "test_cli",
     "test_demo",
+    "training/test_checkpoints",
     "training/test_engines",
     "training/test_fsdp",
     "training/test_ranks",
     "training/test_resume",
+    "training/test_runs",
     "training/test_trainer",
+    "trl/test_curves",
     "trl/test_trainer",
     "trl/test_trl",
 }
@@ -38,6 +41,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DPO_FAST_IMPL", "torch")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """A test leaves the environment as it was: arguments of a training set it, for accelerate."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def pytest_configure(config):

@@ -64,6 +64,8 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # of a network
+            raise
         text = " ".join(str(error).split())
         there = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
         free = shutil.disk_usage(there).free
@@ -86,10 +88,9 @@ def faults(folder: Path) -> list[str]:
     if not folder.is_dir():
         return ["there is no such directory"]
     found = []
-    state = _json(folder / STATE)
     if not (folder / STATE).is_file():
         found.append(f"{STATE} is missing")
-    elif not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+    elif not is_written(folder):
         found.append(f"{STATE} is cut or no state of a training")
     found += _weight_faults(folder)
     found += [f"{path.name} is cut or not of torch.save" for path in _torch_files(folder) if not _is_whole(path)]
@@ -113,6 +114,12 @@ def is_sharded(folder: Path) -> bool:
 
 def is_deepspeed(folder: Path) -> bool:
     return any(folder.glob("global_step*"))
+
+
+def is_written(folder: Path) -> bool:
+    """Whether the file that is written last is there."""
+    state = _json(folder / STATE)
+    return isinstance(state, dict) and isinstance(state.get("global_step"), int)
 
 
 def _deepspeed_faults(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from dpo_fast.functional import PreferenceStep
 
 logger = logging.getLogger("dpo_fast")
 
+_WITHOUT_LOGS = 4096  # steps, after which they are looked at
 _KEPT = 64  # batches whose tokens are kept until the next log
 _SHOWN = 3  # pairs
 _CHARACTERS = 60
@@ -37,6 +38,8 @@ class LossWatch:
     def add(self, number: int, step: PreferenceStep, batch: PreferenceBatch) -> None:
         if self.said:
             return
+        if len(self.steps) >= _WITHOUT_LOGS:
+            self.check()
         tokens = (batch.targets, batch.sequence_ids) if len(self.steps) < _KEPT else (None, None)
         kept = number, step.loss.detach(), step.losses.detach(), *tokens, batch.get("comparisons")
         self.steps.append(_Step(*kept))

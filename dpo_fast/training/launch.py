@@ -125,6 +125,7 @@ def read_job(options: list[str]) -> tuple[Job, FastDPOConfig]:
     settings = {"output_dir": out, **{name: value for name, value in values.items() if name not in of_job}}
     try:
         job = Job(**{name: values[name] for name in of_job})
+        preflight.check_launcher(settings)
         config = FastDPOConfig(**settings)
     except ImportError as error:
         raise preflight.missing_package(error) from error

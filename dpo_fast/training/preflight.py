@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import traceback
 from collections import defaultdict
@@ -44,6 +45,12 @@ def check(job, config: FastDPOConfig) -> None:
     reads = {"model": job.model, "ref_model": job.ref_model}
     folder.check(out, reads=reads, overwrite=job.overwrite, by="dpo-fast train")
     _check_resume(config.resume_from_checkpoint, out)
+
+
+def check_launcher(settings: dict) -> None:
+    """Raise BadInput for DeepSpeed in a process that no launcher has started: it looks for MPI then."""
+    if settings.get("deepspeed") and importlib.util.find_spec("deepspeed") and "RANK" not in os.environ:
+        raise BadInput("deepspeed needs a launcher, also for one process: torchrun or accelerate launch starts it")
 
 
 def _check_resume(resume: str | bool | None, out: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -530,6 +531,8 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
                     checkpoints.write_progress(folder, checkpoints.Progress(*progress))
                 super()._save_checkpoint(model, trial)
         except OSError as error:
+            if checkpoints.is_written(folder):  # pushing it, or removing older ones, has failed
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             kept = checkpoints.newest(folder.parent, self.run_id)
             raise OSError(f"{error}; {kept.name} is whole" if kept else str(error)) from error
@@ -641,10 +644,12 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log of training steps: one reduction, one sync."""
-        if "loss" in logs or "train_loss" in logs:
-            self._losses.check(self.args.process_index if self.args.world_size > 1 else None)
         if "loss" in logs:
             logs.update(self._sums["train"].means(self._sum_over_ranks))
+        if "loss" in logs or "train_loss" in logs:
+            if not all(math.isfinite(value) for value in logs.values() if isinstance(value, float)):
+                self._losses.check(self.args.process_index if self.args.world_size > 1 else None)
+            self._losses.steps.clear()
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, packed: Tensor) -> Tensor:
