@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import dpo_fast
-from dpo_fast.text import shown
+from dpo_fast.text import clean_logs, shown
 
 MATPLOTLIB_HINT = "(PNG charts need matplotlib: pip install matplotlib, then run this again)"
 EVALUATION_HINT = "(no pairs are held out: eval_split: 0.1 evaluates on a tenth of them, before and after)"
@@ -54,7 +54,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     print("dpo-fast demo: about two minutes on a CPU, no downloads", flush=True)
     from dpo_fast.demo import console, pages, story
 
-    folder.begin(arguments.out, "dpo-fast demo", None, resumes=False)
+    folder.begin(arguments.out, "dpo-fast demo", None)
     console.quiet_libraries()
     try:
         results = story.run(arguments.out, story.Settings(seed=arguments.seed))
@@ -85,6 +85,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(arguments.rest):
         print(launch.help_text())
         return 0
+    clean_logs("transformers", "datasets", "accelerate", "huggingface_hub", "peft")
     job = trainer = None
     try:
         job, config = launch.read_job(arguments.rest)
@@ -142,7 +143,7 @@ def _hardly_moved(result: dict) -> str | None:
 def _say(command: str, sentence: str, status: int, debug: bool = False) -> int:
     """The sentence; with --debug, below the traceback of the exception that is handled."""
     if debug:
-        traceback.print_exc()
+        print(shown(traceback.format_exc()), file=sys.stderr, end="")
     if status != 2:  # a progress bar may stand on the line
         print(file=sys.stderr)
     print(shown(f"dpo-fast {command}: {sentence}"), file=sys.stderr)
@@ -210,9 +211,9 @@ def _without_debug(options: list[str]) -> tuple[list[str], bool]:
 
 def _print_paths(files: dict[str, Path], pngs: list | None = None) -> None:
     for name, path in files.items():
-        print(f"  {name:<10}  {path}")
+        print(shown(f"  {name:<10}  {path}"))
     if pngs is not None:
-        print(f"  {'charts':<10}  {', '.join(str(path) for path in pngs) or MATPLOTLIB_HINT}")
+        print(shown(f"  {'charts':<10}  {', '.join(str(path) for path in pngs) or MATPLOTLIB_HINT}"))
 
 
 COMMANDS = {

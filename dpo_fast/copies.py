@@ -8,6 +8,7 @@ policy, and a copy that is trained does not move at all.
 
 import contextlib
 import functools
+import hashlib
 import logging
 import types
 from collections.abc import Iterator, Sequence, Set
@@ -198,6 +199,19 @@ class WeightSample:
         """
         held = {id(p) for p in model.parameters()}
         return [name for name, p, sample in self.before if id(p) not in held or not torch.equal(_sample(p), sample)]
+
+
+def digest(model: nn.Module, leave_out: Set[int] = frozenset()) -> str:
+    """Of a sample of each weight, by name, "" for a model whose weights are not whole here."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if id(p) in leave_out:
+            continue
+        if is_traceable_wrapper_subclass(p) or p.is_meta or hasattr(p, "ds_id"):
+            return ""
+        found.update(f"{name} {tuple(p.shape)}\n".encode())
+        found.update(_sample(p).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _sample(parameter: nn.Parameter) -> Tensor:

@@ -130,6 +130,14 @@ class FrozenAdapter(_OfModel):
                 self.peft_model.set_adapter(active)
 
 
+def left_out_by_peft(model: nn.Module) -> list[str]:
+    """Names of what trains beside a PEFT model's adapters, which PEFT does not save with them: biases it does, where an
+    adapter asks for them."""
+    rest = trainable(model) - of_adapters(model)
+    saved = ".bias" if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()) else None
+    return [name for name, p in model.named_parameters() if id(p) in rest and not (saved and name.endswith(saved))]
+
+
 # --- who a model is ------------------------------------------------------------------------------------------------
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)(?=\.)")

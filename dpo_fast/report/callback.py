@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from dpo_fast.text import without_secrets
+from dpo_fast.text import clean
 
 from . import record, run
 from .files import write_text
@@ -149,9 +149,9 @@ class ReportCallback(transformers.TrainerCallback):
 
     def write(self, folder: Path) -> None:
         """Write both files from what is kept of the run."""
-        numbers = json.dumps(record.plain(self.run), indent=1, default=str) + "\n"
-        write_text(folder / record.RESULTS, without_secrets(numbers))
-        write_text(folder / record.REPORT, without_secrets(run.page(self.run)))
+        cleaned = clean(self.run)
+        write_text(folder / record.RESULTS, json.dumps(cleaned, indent=1, default=str) + "\n")
+        write_text(folder / record.REPORT, run.page(cleaned))
 
 
 @contextlib.contextmanager

@@ -68,7 +68,9 @@ def plain(value, name: str = ""):
         return {str(key): plain(entry, str(key)) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [plain(entry) for entry in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        return without_assigned_secrets(without_secrets(value))
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     return getattr(value, "__name__", None) or str(value)
 

@@ -21,17 +21,16 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from dpo_fast.reference import is_peft_model
+from dpo_fast.reference import is_peft_model, left_out_by_peft
 from dpo_fast.report.files import write_text
 
-from .folder import UNMARKED
+from .folder import CHECKPOINT, PROGRESS, UNMARKED
 
 logger = logging.getLogger("dpo_fast")
 
-STATE, PROGRESS = "trainer_state.json", "dpo_fast_progress.json"
+STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class Unfit(ValueError):
@@ -40,12 +39,14 @@ class Unfit(ValueError):
 
 class Progress(NamedTuple):
     """What Trainer's state does not hold. run: which run has written the checkpoint, "" where that is not known;
-    ranks: how many processes wrote it; passes, batches: whole passes over a stream, and batches of the one begun."""
+    ranks: how many processes wrote it; passes, batches: whole passes over a stream, and batches of the one begun;
+    start: a digest of the weights that the run began from, "" where they do not matter."""
 
     run: str = ""
     ranks: int = 1
     passes: int = 0
     batches: int = 0
+    start: str = ""
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
@@ -55,7 +56,7 @@ def write_progress(folder: Path, progress: Progress) -> None:
 def read_progress(folder: Path) -> Progress | None:
     """None where another trainer has written the checkpoint."""
     found = _json(folder / PROGRESS)
-    return Progress(**found) if isinstance(found, dict) and found.keys() == set(Progress._fields) else None
+    return Progress(**found) if isinstance(found, dict) and found.keys() <= set(Progress._fields) else None
 
 
 @contextlib.contextmanager
@@ -146,9 +147,16 @@ def _weight_faults(folder: Path) -> list[str]:
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file() and not isinstance(_json(folder / name), dict):
             found.append(f"{name} is cut")
+    both = [path.name for names in (WEIGHTS, ADAPTER_WEIGHTS) for path in _present(folder, names)[:1]]
+    if len(both) == 2 and not is_sharded(folder):
+        found.append(f"it holds {both[0]} and {both[1]}, so one of them is of another run")
     if not found and not is_sharded(folder) and not _weight_files(folder):
         found.append(f"{WEIGHTS[0]} and {ADAPTER_WEIGHTS[0]} are missing")
     return found
+
+
+def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -203,7 +211,7 @@ def newest(folder: Path, run: str = "", *, say: bool = False) -> Path | None:
     run: of this run, where it is known; checkpoints that another one has left in the folder do not count.
     """
     found = folder.glob("checkpoint-*") if folder.is_dir() else ()
-    by_steps = {int(match[1]): path for path in found if path.is_dir() and (match := _NAME.fullmatch(path.name))}
+    by_steps = {int(match[1]): path for path in found if path.is_dir() and (match := CHECKPOINT.fullmatch(path.name))}
     passed_over = []
     chosen = None
     for steps in sorted(by_steps, reverse=True):
@@ -229,12 +237,16 @@ def step_of(folder: Path) -> int:
     return _json(folder / STATE)["global_step"]
 
 
-def check(folder: Path, model: nn.Module, unseen: str | None = None) -> None:
+def check(folder: Path, model: nn.Module, unseen: str | None = None, start: str = "") -> None:
     """Raise Unfit unless `folder` is a whole checkpoint of a model like this one. unseen: an adapter of the model
-    that is not saved."""
+    that is not saved. start: as in `Progress`, of this training."""
     reasons = _kind_faults(folder, model) or faults(folder)
     if not reasons and not is_sharded(folder):
         reasons = _adapter_faults(folder, model, unseen) if is_peft_model(model) else _model_faults(folder, model)
+    progress = read_progress(folder)
+    if not reasons and start and progress is not None and progress.start not in ("", start):
+        what = "an adapter of another model" if is_peft_model(model) else "a run that began from other weights"
+        reasons = [f"it is of {what}; build the trainer from the one that the run began with"]
     if reasons:
         more = "; and more" if len(reasons) > 4 else ""
         raise Unfit(
@@ -305,6 +317,10 @@ def _adapter_faults(folder: Path, model: nn.Module, unseen: str | None) -> list[
     import peft
 
     reasons = []
+    if lost := left_out_by_peft(model):
+        reasons.append(
+            f"{len(lost)} weights train that belong to no adapter ({lost[0]}, ...), and it does not hold them"
+        )
     for name, config in model.peft_config.items():
         if name == unseen:
             continue

@@ -38,6 +38,12 @@ def load_model(model, config: FastDPOConfig, quantization_config=None, adapter_t
             raise ValueError("quantization_config needs a model that is given as a path; this one is loaded already")
         return model
     options = loading_options(config, quantization_config)
+    weights = [path.name for path in Path(model).glob("*model*") if path.suffix in (".safetensors", ".bin")]
+    if len({name.startswith("adapter_") for name in weights}) == 2:
+        raise ValueError(
+            f"{model!r} holds the weights of a model and those of an adapter, and transformers would put one on the "
+            "other: move one of them into a folder of its own"
+        )
     if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
         return _load_adapter(model, options, adapter_trains)
     return transformers.AutoModelForCausalLM.from_pretrained(model, **options)

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from dpo_fast.prepared import prepare_early
-from dpo_fast.report import ReportCallback
+from dpo_fast.reference import is_peft_model
+from dpo_fast.report import ReportCallback, record
 from dpo_fast.report.charts import training_curves
 from dpo_fast.report.png import can_draw_png, draw_png
 
@@ -51,16 +52,23 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     trainer.run_id = (marker.run if marker else folder.UNMARKED) if asked else ""
     try:
         checkpoint = trainer.checkpoint_to_resume(asked)
+        if checkpoint is None and asked and marker and marker.source:  # the run has none of its own yet
+            checkpoint = trainer.checkpoint_to_resume(marker.source)
     except checkpoints.Unfit as error:
         raise BadInput(one_line(error)) from error
     if asked and marker and marker.finished:
-        _check_unfinished(trainer, checkpoint)
+        _check_unfinished(trainer, marker, checkpoint)
     if trainer.is_world_process_zero():
-        trainer.run_id = folder.begin(out, COMMAND, job.command, resumes=asked is not None)
+        newest = checkpoints.newest(out, trainer.run_id) if isinstance(asked, str) else checkpoint
+        other = checkpoint is not None and (newest is None or not newest.samefile(checkpoint))
+        goes_on = dict(
+            resumes=asked is not None, source=checkpoint if other else None, settings=_settings(trainer, job)
+        )
+        trainer.run_id = folder.begin(out, COMMAND, job.command, **goes_on)
     prompts = _sample_prompts(trainer, job.samples)
     texts_before = _answers(trainer, prompts, job.sample_tokens)
     report = ReportCallback(f"DPO on {Path(job.dataset).name}")
-    report.more = {"job": dataclasses.asdict(job), "command": job.command}
+    report.more = {"job": record.plain(dataclasses.asdict(job)), "command": job.command}
     trainer.add_callback(_CheckMetric())
     trainer.add_callback(report)
     try:
@@ -84,18 +92,38 @@ def train(trainer: FastDPOTrainer, job: Job) -> dict:
     with checkpoints.writing("the model", out):
         trainer.save_model()
     if trainer.is_world_process_zero():
-        folder.finish(out)
+        if all(
+            place is None or not Path(place).exists() or not out.samefile(place) for place in (job.model, job.ref_model)
+        ):
+            _remove_others(out, is_peft_model(trainer.model))
+        folder.finish(out, trainer.state.global_step)
     return report.run
 
 
-def _check_unfinished(trainer: FastDPOTrainer, checkpoint: Path | None) -> None:
-    """Raise Finished unless a finished run is to be trained further than it was."""
-    was = f"the run in {trainer.args.output_dir} was finished"
+def _check_unfinished(trainer: FastDPOTrainer, marker: folder.Marker, checkpoint: Path | None) -> None:
+    """Raise Finished unless a finished run is to be trained further than it was, or again from an earlier step."""
+    was, total = f"the run in {trainer.args.output_dir} was finished", trainer.steps_in_all()
     if checkpoint is None:
         raise Finished(f"{was}, and has left no checkpoint to go on from; nothing was trained")
-    done, total = checkpoints.step_of(checkpoint), trainer.steps_in_all()
+    named = isinstance(trainer.args.resume_from_checkpoint, str)
+    done = checkpoints.step_of(checkpoint) if named else max(marker.steps, checkpoints.step_of(checkpoint))
     if done >= total:
         raise Finished(f"{was}, at step {done} of {total}; nothing was trained")
+
+
+def _settings(trainer: FastDPOTrainer, job: Job) -> dict[str, str]:
+    """What decides about a run, as text without secrets."""
+    found = {**record.settings(trainer.args), **record.plain(dataclasses.asdict(job))}
+    return {name: str(value) for name, value in found.items() if name not in ("given", "command")}
+
+
+def _remove_others(out: Path, of_adapter: bool) -> None:
+    """Weights of the other kind, which a run that this one replaces has left beside: whoever loads the folder would
+    put the adapter on the model."""
+    names = ("model*.safetensors*", "pytorch_model*.bin*", "config.json", "generation_config.json")
+    for name in names if of_adapter else ("adapter_model.*", "adapter_config.json"):
+        for path in out.glob(name):
+            path.unlink()
 
 
 def _diverged(trainer: FastDPOTrainer) -> str | None:

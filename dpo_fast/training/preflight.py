@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import traceback
@@ -42,9 +43,21 @@ def check(job, config: FastDPOConfig) -> None:
                 f"{name} out"
             )
     out = Path(config.output_dir)
-    reads = {"model": job.model, "ref_model": job.ref_model}
-    folder.check(out, reads=reads, overwrite=job.overwrite, by="dpo-fast train")
+    reads = {name: getattr(job, name) for name in ("model", "ref_model", "dataset", "eval_dataset")}
+    reads |= {f"the base of {name}": _base_of(reads[name]) for name in ("model", "ref_model")}
+    resumes = bool(config.resume_from_checkpoint)
+    folder.check(out, reads=reads, overwrite=job.overwrite, by="dpo-fast train", resumes=resumes)
     _check_resume(config.resume_from_checkpoint, out)
+
+
+def _base_of(model: str | None) -> str | None:
+    """Where the model of an adapter lies."""
+    try:
+        return json.loads((Path(model or "") / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_launcher(settings: dict) -> None:
@@ -165,7 +178,9 @@ def _check_optimizer(config: FastDPOConfig) -> None:
     if any("=" not in item for item in (config.optim_args or "x=").split(",")):
         raise BadInput(f"optim_args must be as in 'momentum=0.9, nesterov=true', got {config.optim_args!r}")
     try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+        if kind.__module__.startswith("torch.optim"):  # which look at their numbers when they are made
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
     except ImportError as error:
         raise BadInput(f"optim={_value(config.optim)}: {one_line(error)}") from error
     except ValueError as error:  # without a model, some say that they need one

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,9 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
     from_options = read_options(options, keys)
     problems += _unknown(from_options, keys)
     written = {**written, **from_options}
-    text.remember({name: value.text for name, value in written.items() if isinstance(value, Text)})
+    if written.get("resume_from_checkpoint") == Text("", plain=False):  # as of a variable that is not set
+        problems.append("resume_from_checkpoint must be true, false or a folder, got ''")
+    text.remember(written)
     written = {name: value for name, value in written.items() if name in keys}
     values, given = {}, {}
     for name, value in written.items():
@@ -43,7 +46,8 @@ def read(config_file: Path | None, options: list[str], keys: dict[str, Key]) -> 
             values[name] = convert(keys[name], value)
         except Wrong as error:
             where = f"{config_file}: " if name not in from_options else ""
-            problems.append(f"{where}{error}")
+            said = f"{name} must be {accepted(keys[name])}" if text.is_secret(name) else str(error)
+            problems.append(where + text.without_assigned_secrets(said))
         given[name] = _shown(name, values.get(name), value)
     text.remember(values)
     if problems:
@@ -76,12 +80,18 @@ def hint_of(name: str, value, keys: Iterable[str]) -> str:
 def read_options(options: list[str], keys: dict[str, Key]) -> dict[str, Any]:
     """`--key value ...`, `--key=value`, `--flag` and `--no_flag`; the last one of a key counts."""
     found: dict[str, Any] = {}
+    for option, value in zip(options, options[1:], strict=False):
+        text.remember({option.lstrip("-"): value})
+    for option in options:
+        if re.search("[\ud800-\udfff]", option):  # what Python makes of bytes that are none
+            raise BadInput(f"{option!r} is not in UTF-8")
     position = 0
     while position < len(options):
         option = options[position]
         if not option.startswith("--") or option == "--":
             more = "; options begin with two dashes" if option.startswith("-") else ""
-            raise BadInput(f"unexpected {option!r}{more}")
+            hidden = position > 0 and text.is_secret(options[position - 1].lstrip("-"))
+            raise BadInput(f"unexpected {text.HIDDEN if hidden else repr(option)}{more}")
         position += 1
         name, equals, value = option[2:].partition("=")
         words = [value] if equals else []
@@ -98,8 +108,8 @@ def read_options(options: list[str], keys: dict[str, Key]) -> dict[str, Any]:
                 raise BadInput(f"--{name} needs a value: {accepted(keys[name])}")
             words = ["true"]
         if len(words) > 1 and name in keys and not takes(keys[name], list):
-            shown = " ".join(words)
-            raise BadInput(f"unexpected {words[1]!r}: {name} takes one value, got {shown!r}; the YAML file comes first")
+            shown = [text.HIDDEN] * 2 if text.is_secret(name) else [repr(words[1]), repr(" ".join(words))]
+            raise BadInput(f"unexpected {shown[0]}: {name} takes one value, got {shown[1]}; the YAML file comes first")
         texts = [Text(word, plain=word != "") for word in words]
         found[name] = texts[0] if len(texts) == 1 else texts
     return found

@@ -29,7 +29,7 @@ def of_adapter(model: nn.Module, base: WeightSample | None, accelerator):
     sharded, switched = is_sharded(accelerator), reference.of_adapters(model)
     trained = reference.trainable(model)
     rest = trained - switched
-    _warn_of_rest(model, rest)
+    _warn_of_rest(model)
     if base is None:
         if not sharded:
             moved = reference.moved_by_adapters(model)
@@ -64,11 +64,8 @@ def of_adapter(model: nn.Module, base: WeightSample | None, accelerator):
     return reference.AdapterOff(model, reference.Snapshot.of(model, rest))
 
 
-def _warn_of_rest(model: nn.Module, rest: set[int]) -> None:
-    """Say that PEFT saves an adapter without what trains beside it (biases excepted, if the adapter asks for those)."""
-    saved = ".bias" if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()) else None
-    names = [name for name, p in model.named_parameters() if id(p) in rest and not (saved and name.endswith(saved))]
-    if names:
+def _warn_of_rest(model: nn.Module) -> None:
+    if names := reference.left_out_by_peft(model):
         logger.warning(
             "%d parameters train that belong to no adapter (%s, ...): the reference keeps them as they were, but a "
             "saved adapter does not hold them; modules_to_save of the adapter's config does",
@@ -268,6 +265,16 @@ def keep_adapters(model: nn.Module) -> Iterator[None]:
         yield
         if list(model.active_adapters) != active:
             model.base_model.set_adapter(active)
+
+
+@contextlib.contextmanager
+def keep_dtypes(model: nn.Module) -> Iterator[None]:
+    """The dtypes of a PEFT model's weights, restored after: PEFT turns an adapter that it loads to float32."""
+    before = {name: p.dtype for name, p in model.named_parameters()} if models.is_peft_model(model) else {}
+    yield
+    for name, p in model.named_parameters():
+        if p.dtype != before.get(name, p.dtype):
+            p.data = p.data.to(before[name])
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from dpo_fast import reference, text
 from dpo_fast.batch import PreferenceBatch
-from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights
+from dpo_fast.copies import WeightSample, base_model_of, check_storage, compute_with_own_weights, digest
 from dpo_fast.forward import attach, is_attached, release
 from dpo_fast.functional import PreferenceStep, SequenceScores, preference_step, step_metrics
 from dpo_fast.metrics import MetricSums, loss_metrics, term_metrics
@@ -168,6 +168,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         self._counts, self._losses = {"pairs": 0, "tokens": 0, "scored": 0}, LossWatch(tokenizer)
         self._passes = self._batches = 0  # over a stream
         self.run_id = ""  # what its checkpoints are marked with
+        self._start = self._digest_of_start()
         self._say_what_repeats()
         if args.precompute_ref_log_probs:
             self._precompute_reference()
@@ -231,6 +232,16 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         return dataset
 
     # --- reference -------------------------------------------------------------------------------------------------
+
+    def _digest_of_start(self) -> str:
+        """Of the weights that training must begin from for its reference to be the same, "" where it does not matter.
+
+        An adapter's base in any case; a whole model's where the reference is made of it.
+        """
+        of_policy = self._must_agree and not isinstance(self.reference, reference_columns.DataColumns)
+        if not (of_policy or models.is_peft_model(self.model)):
+            return ""
+        return digest(self.model, leave_out=reference.of_adapters(self.model))
 
     def _make_reference(self, ref_model, base: WeightSample | None):
         """What gives the reference log-probs, None where no loss needs them. base: see `references.of_adapter`."""
@@ -453,7 +464,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         else:
             checkpoint = Path(str(resume))
         copied = self.reference.adapter if isinstance(self.reference, reference.FrozenAdapter) else None
-        checkpoints.check(checkpoint, self.model, unseen=copied)
+        checkpoints.check(checkpoint, self.model, unseen=copied, start=self._start)
         return checkpoint
 
     def _init_training_state(
@@ -521,14 +532,15 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if not self.is_finite():
             logger.warning("%s is not written: weights of the model are not finite", folder)
             return
-        if self.args.should_save:
+        if self.args.should_save and folder.exists():  # of an earlier run, maybe with other files
             (folder / checkpoints.STATE).unlink(missing_ok=True)
+            shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         try:
             with checkpoints.writing(f"checkpoint-{self.state.global_step}", folder):
                 if self.args.should_save:
-                    progress = self.run_id, self.args.world_size, self._passes, self._batches
-                    checkpoints.write_progress(folder, checkpoints.Progress(*progress))
+                    counts = self.args.world_size, self._passes, self._batches
+                    checkpoints.write_progress(folder, checkpoints.Progress(self.run_id, *counts, self._start))
                 super()._save_checkpoint(model, trial)
         except OSError as error:
             if checkpoints.is_written(folder):  # pushing it, or removing older ones, has failed
@@ -556,7 +568,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if not self.is_fsdp_enabled and checkpoints.is_renamed(folder, model):
             checkpoints.load_renamed(folder, model)
             return
-        with references.keep_adapters(model):
+        with references.keep_adapters(model), references.keep_dtypes(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             in_root = any(folder.glob("adapter_model.*"))
             if in_root and models.is_peft_model(model) and {"default"} < set(model.peft_config):

@@ -77,6 +77,10 @@ def _parse(text: str, where: str):
             return {str(key.value): _value(value, loader) for key, value in node.value}
         finally:
             loader.dispose()
+    except yaml.MarkedYAMLError as error:  # without the line itself, which may hold a secret
+        mark = error.problem_mark or error.context_mark
+        problem = re.sub(r"'[^']{4,}'", "'...'", error.problem or error.context or "it cannot be read")
+        raise BadInput(f"{where} is not YAML: {problem}{f', in line {mark.line + 1}' if mark else ''}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"{where} is not YAML: {one_line(error)}") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:  # of a tag that does not fit its value

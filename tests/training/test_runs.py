@@ -1,8 +1,11 @@
 """`dpo-fast train`: what a run leaves, says and returns when it ends otherwise than planned, and where it may write."""
 
+import io
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ pytest.importorskip("datasets")
 from safetensors.torch import load_file
 
 from dpo_fast.cli import main
+from dpo_fast.text import clean_logs
 from dpo_fast.training import checkpoints, folder, outcome
 from dpo_fast.training.trainer import FastDPOTrainer
 
@@ -251,7 +255,7 @@ def test_the_models_own_folder(run, here, tmp_path):
 def test_a_checkpoint_in_the_folder_is_not_trained_from(run, tmp_path):
     assert run()[0] == 0
     status, line, _ = run("--model", tmp_path / "out" / "checkpoint-4")
-    assert status == 2 and "model is a checkpoint in it, which may be overwritten" in line
+    assert status == 2 and "model is in a checkpoint there, which may be overwritten" in line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "results.json", "x.gguf", "adapter_config.json"])
@@ -366,3 +370,217 @@ def test_transformers_knows_no_more_secrets_than_we(here):
     config = FastDPOConfig(hub_token="hf_abc", model_init_kwargs={"token": "hf_abc"}, report_to="none", use_cpu=True)
     assert "hf_abc" not in json.dumps(config.to_dict(), default=str) + str(config.to_sanitized_dict())
     assert isinstance(config, transformers.TrainingArguments)
+
+
+SPELLED = 'Zq81KxPw"&ü77'  # a secret that JSON and HTML spell otherwise
+
+
+@pytest.mark.parametrize("options", [("--run_name", f"of {SPELLED}"), ("--run_name", "api_key=Zq81Kx77")])
+def test_secrets_are_hidden_before_they_are_spelled(run, tmp_path, monkeypatch, options):
+    monkeypatch.setenv("MY_PASSWORD", SPELLED)
+    monkeypatch.setenv("DB_PASSWORD", "finished")  # a word
+    monkeypatch.setenv("X_TOKEN", '": {\n  "')
+    _, _, printed = run("--max_steps", "1", *options)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["finished"] is True and "finished" in str(results.keys()) and "rewards/margins" in printed
+    text = json.dumps(results, ensure_ascii=False) + (tmp_path / "out" / "report.html").read_text() + printed
+    assert "Zq81Kx" not in text and "(not shown)" in results["settings"]["run_name"]
+
+
+LEAKS = {
+    "an open quote": 'hub_token: "{0}',
+    "two colons": "hub_token: {0}: x",
+    "a reserved sign": "hub_token: @{0}",
+    "a list": "hub_token: [{0}, b]",
+    "a mapping": "hub_token: {{a: {0}}}",
+    "no mapping": "model_init_kwargs: 'token={0}'",
+    "an alias": "hub_token: *{0}",
+    "an address": "dataset: https://h.org/x.jsonl?token={0}",
+    "a password in an address": "dataset: https://me:a@{0}@h.org/x.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+@pytest.mark.parametrize("debug", [False, True])
+def test_errors_show_no_secrets(tmp_path, capsys, name, debug):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        LEAKS[name].format("Zq81KxPw77Lm") + "\nmodel: nowhere\n" + "dataset: d\n" * ("dataset" not in LEAKS[name])
+    )
+    assert main(["train", str(path), *["--debug"] * debug]) == 2
+    assert "Zq81Kx" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--hub_token", "Zq81KxPw77Lm", "abc"], ["-hub_token", "Zq81KxPw77Lm"]])
+def test_options_that_are_wrong_show_no_secrets(capsys, options):
+    assert main(["train", *options]) == 2
+    assert "Zq81Kx" not in capsys.readouterr().err
+
+
+def test_ordinary_text_is_not_hidden():
+    from dpo_fast.text import clean, is_secret, remember, without_secrets
+
+    remember({"eos_token": "training_seconds", "token": "training"})
+    text = "http://x.org?q=1\nmail me@x.org, https://medium.com/@name training_seconds training"
+    assert without_secrets(text) == text and not is_secret("eos_token") and is_secret("GITHUB_PAT")
+    assert clean({"token": "x", "n": 1.5, "list": [True, None]}) == {"token": "x", "n": 1.5, "list": [True, None]}
+
+
+def test_logs_of_libraries_and_paths_are_printable(run, here, tmp_path, capfd):
+    odd = shutil.copytree(here / "model", tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "\x1b[31mEvil"}
+    (odd / "config.json").write_text(json.dumps(config))
+    _, _, printed = run("--model", odd, "--max_steps", "1", out="o\x1b[31mut")
+    assert "\x1b" not in printed and r"o\x1b[31mut" in printed
+    stream, logger = io.StringIO(), logging.getLogger("of_a_library")
+    logger.addHandler(logging.StreamHandler(stream))
+    clean_logs("of_a_library")
+    logging.getLogger("of_a_library.below").warning("%s", "\x1b[31mEvil token=Zq81KxPw77Lm")
+    assert stream.getvalue() == "\\x1b[31mEvil token=(not shown)\n"
+
+
+def test_bytes_that_are_no_text(capsys):
+    assert main(["train", "--run_name", "\udc80x"]) == 2
+    assert r"'\udc80x' is not in UTF-8" in capsys.readouterr().err
+
+
+# --- one folder, several runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ended(run, monkeypatch):
+    """Options -> a run that is ended after some steps."""
+
+    def train(*options, after=3, **where):
+        step = FastDPOTrainer.training_step
+
+        def some(self, *arguments, **keywords):
+            return step(self, *arguments, **keywords) if self.state.global_step < after else stop()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FastDPOTrainer, "training_step", some)
+            assert run(*options, **where)[0] == 130
+
+    return train
+
+
+def losses(path: Path) -> list:
+    log = json.loads((path / "results.json").read_text())["log"]
+    return [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("options", [("--lora_r", "4"), ("--save_strategy", "epoch", "--learning_rate", "1e-3")])
+def test_files_of_an_earlier_run_do_not_stay_in_a_checkpoint(run, ended, tmp_path, options):
+    """An adapter beside a whole model; another run's optimizer."""
+    if "--lora_r" in options:
+        pytest.importorskip("peft")
+    assert run("--max_steps", "6", "--learning_rate", "5e-2")[0] == 0
+    ended(*options, "--max_steps", "6")
+    assert run(*options, "--max_steps", "6", "--resume_from_checkpoint")[0] == 0
+    assert run(*options, "--max_steps", "6", out="alone")[0] == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "alone")
+
+
+def test_checkpoints_without_an_optimizer_are_not_mixed_with_others(run, ended, caplog):
+    assert run()[0] == 0
+    ended("--save_only_model", "true")
+    assert run("--save_only_model", "true", "--resume_from_checkpoint")[0] == 0
+    assert "optimizer.pt is missing" in caplog.text and "begins at step 0" in caplog.text
+
+
+def test_a_folder_holds_one_kind_of_weights(run, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    assert run("--lora_r", "2")[0] == 0 and (out / "adapter_model.safetensors").exists()
+    assert run()[0] == 0
+    assert (out / "model.safetensors").exists() and not list(out.glob("adapter_*"))
+    assert run("--lora_r", "2")[0] == 0
+    assert (out / "adapter_config.json").exists() and not (out / "model.safetensors").exists()
+    (out / "model.safetensors").write_bytes(b"x")
+    status, line, _ = run("--model", out, out="next")
+    assert status == 2 and "holds the weights of a model and those of an adapter" in line
+
+
+def test_the_base_of_an_adapter_is_not_written_over(run, tmp_path):
+    pytest.importorskip("peft")
+    assert run(out="base")[0] == 0
+    assert run("--model", tmp_path / "base", "--lora_r", "2", out="adapter")[0] == 0
+    status, line, _ = run("--model", tmp_path / "adapter", out="base")
+    assert status == 2 and "is the folder of the base of model, which would be overwritten" in line
+
+
+def test_an_adapter_goes_on_on_its_base_alone(run, ended, tmp_path):
+    pytest.importorskip("peft")
+    ended("--lora_r", "2")
+    tiny_model(seed=9).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    status, line, _ = run("--lora_r", "2", "--model", tmp_path / "other", "--resume_from_checkpoint")
+    assert status == 2 and "it is of an adapter of another model" in line
+
+
+def test_a_whole_model_goes_on_from_where_it_began(run, ended, tmp_path):
+    """Its reference is what it began from."""
+    ended()
+    tiny_model(seed=9).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    status, line, _ = run("--model", tmp_path / "other", "--resume_from_checkpoint")
+    assert status == 2 and "it is of a run that began from other weights" in line
+    reference_free = ["--loss_type", "simpo"]
+    ended(*reference_free, out="free")
+    assert run(*reference_free, "--model", tmp_path / "other", "--resume_from_checkpoint", out="free")[0] == 0
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_goes_on_from_a_checkpoint_that_is_named_is_a_run_of_its_own(run, ended, tmp_path, elsewhere):
+    """Not the run that had gone further from there."""
+    assert run("--max_steps", "6")[0] == 0
+    where = tmp_path / "out" / "checkpoint-2"
+    out = "other" if elsewhere else "out"
+    if elsewhere:
+        assert run("--max_steps", "6", "--seed", "5", out="other")[0] == 0
+    slower = ["--learning_rate", "1e-5", "--max_steps", "6"]
+    ended(*slower, "--resume_from_checkpoint", where, after=3, out=out)
+    assert run(*slower, "--resume_from_checkpoint", out=out)[0] == 0
+    results = json.loads((tmp_path / out / "results.json").read_text())
+    assert results["first_step"] == 2 and results["steps"] == 6
+    assert losses(tmp_path / out)[3][2] < 1e-5
+
+
+def test_other_settings_are_said(run, ended, caplog):
+    ended()
+    assert run("--beta", "0.3", "--max_steps", "6", "--resume_from_checkpoint")[0] == 0
+    assert "other settings than it has had: beta (it was 0.1)" in caplog.text
+
+
+def test_a_finished_run_is_finished_whatever_it_has_saved(run):
+    best = ["--eval_split", "0.25", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "best"]
+    best += ["--metric_for_best_model", "loss", "--greater_is_better", "true", "--max_steps", "6"]
+    assert run(*best)[0] == 0
+    status, _, printed = run(*best, "--resume_from_checkpoint")
+    assert status == 0 and "was finished, at step 6 of 6; nothing was trained" in printed
+
+
+def test_checkpoints_of_somebody_else(run, tmp_path):
+    precious = tmp_path / "out" / "checkpoint-2" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    status, line, _ = run("--save_total_limit", "1")
+    assert status == 2 and "has not written (checkpoint-2)" in line and precious.exists()
+
+
+def test_what_is_read_from_the_folder_is_kept(run, here, tmp_path):
+    out = tmp_path / "out"
+    assert run()[0] == 0
+    (out / "checkpoint-4" / "policy").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (out / "checkpoint-4" / "policy" / name).write_bytes((here / "model" / name).read_bytes())
+    status, line, _ = run("--model", out / "checkpoint-4" / "policy")
+    assert status == 2 and "model is in a checkpoint there" in line
+    status, line, _ = run("--dataset", out / "results.json")
+    assert status == 2 and "dataset is results.json in it, which would be overwritten" in line
+
+
+def test_an_empty_variable_is_no_folder(run):
+    status, line, _ = run("--resume_from_checkpoint=")
+    assert status == 2 and "resume_from_checkpoint must be true, false or a folder, got ''" in line
