@@ -319,7 +319,7 @@ def _adapter_faults(folder: Path, model: nn.Module, unseen: str | None) -> list[
     reasons = []
     if lost := left_out_by_peft(model):
         reasons.append(
-            f"{len(lost)} weights train that belong to no adapter ({lost[0]}, ...), and it does not hold them"
+            f"{len(lost)} weights that train belong to no adapter ({lost[0]}, ...), so it does not hold them"
         )
     for name, config in model.peft_config.items():
         if name == unseen:

@@ -157,6 +157,36 @@ def test_the_best_model_has_its_experts(tmp_path):
         assert torch.equal(ours, theirs[1]), name
 
 
+def test_an_adapter_of_16_bits_stays_one(tmp_path):
+    """PEFT turns an adapter that it loads to float32."""
+    peft = pytest.importorskip("peft")
+
+    def built():
+        torch.manual_seed(0)
+        config = peft_config(init_lora_weights=False)
+        model = peft.get_peft_model(tiny_model().bfloat16(), config, autocast_adapter_dtype=False)
+        return fast_trainer(tmp_path, model, **{**SETTINGS, "learning_rate": 0.5})
+
+    whole, resumed = built(), built()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype == torch.bfloat16 and torch.equal(ours, theirs), name
+
+
+def test_weights_that_no_adapter_holds_are_not_taken_for_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def built():
+        model = peft.get_peft_model(tiny_model(), peft_config())
+        model.get_base_model().model.norm.weight.requires_grad_(True)
+        return fast_trainer(tmp_path, model, **SETTINGS)
+
+    built().train()
+    with pytest.raises(checkpoints.Unfit, match=r"1 weights that train belong to no adapter \(.*norm.weight"):
+        built().train(resume_from_checkpoint=True)
+
+
 def test_checkpoints_of_an_earlier_run_do_not_count(copy, caplog):
     out = copy()
     for step, run in ((2, "ours"), (4, "theirs")):
