@@ -1,6 +1,8 @@
 """Two ranks under DDP, FSDP2 and DeepSpeed train as one process does on the same batches: the same losses and weights.
 
-    python tests/training/test_engines.py [WORD ...]   prints each row's largest differences, for both trainers
+    PYTHONPATH=tests:tests/support python tests/training/test_engines.py [WORD ...]
+
+prints each row's largest differences, for both trainers. DeepSpeed's rows need `pip install deepspeed`.
 
 accelerate keeps FSDP for accelerators: `admit_cpu` changes, in the ranks' own processes, what its state says of the
 device, between the arguments of a training and its trainer. None of its files is touched.
