@@ -37,15 +37,15 @@ COMMON = dict(max_steps=STEPS, save_steps=SAVE, logging_steps=1, learning_rate=1
 COMMON |= dict(save_strategy="steps", per_device_train_batch_size=2, samples=0, disable_tqdm=True, seed=3)
 # name -> (share of the kills, keys of the recipe); 20 pairs make 10 batches of 2, so each run is of several epochs
 KINDS = {
-    "all weights, SGD": (3, dict(optim="sgd")),
     "all weights, AdamW, dropout": (5, dict(disable_dropout=False)),
     "LoRA, dropout": (5, dict(lora_r=4, lora_dropout=0.1, disable_dropout=False)),
     "reference precomputed": (4, dict(precompute_ref_log_probs=True)),
-    "token budget": (4, dict(tokens_per_batch=60)),
     "token budget, length groups": (4, dict(tokens_per_batch=60, train_sampling_strategy="group_by_length")),
     "length groups": (5, dict(train_sampling_strategy="group_by_length")),
-    "accumulation, two checkpoints": (4, dict(gradient_accumulation_steps=3, save_total_limit=2)),
     "stream": (6, None),
+    "all weights, SGD": (3, dict(optim="sgd")),
+    "token budget": (4, dict(tokens_per_batch=60)),
+    "accumulation, two checkpoints": (4, dict(gradient_accumulation_steps=3, save_total_limit=2)),
 }
 
 

@@ -55,7 +55,6 @@ class Row:
     resume: bool = False  # the last step once more, from a checkpoint
     loss: float = LOSS
     weight: float = WEIGHT
-    quick: bool = False  # tested in the default suite
     trainers: tuple[str, ...] = TRAINERS  # that have such settings
     tested: tuple[str, ...] | None = None  # of these, None: all; the others are in the table alone
 
@@ -94,7 +93,7 @@ def of_stage(stage: str, tested: tuple[str, ...]) -> list[Row]:
 
 
 ROWS = [
-    Row("ddp", "full, ref_model", quick=True, **OTHER),
+    Row("ddp", "full, ref_model", **OTHER),
     Row("ddp", "full, uneven end", EPOCH, train=10, tested=NONE, **OTHER),  # accelerate repeats pairs
     Row("ddp", "full, uneven end left out", LEFT_OUT, train=10, **OTHER),
     Row("ddp", "accumulation, uneven end", EPOCH | dict(gradient_accumulation_steps=3), train=15, tested=NONE, **OTHER),
@@ -105,10 +104,10 @@ ROWS = [
     Row("ddp", "LoRA, evaluate() first", early=True, **QV),
     Row("ddp", "precompute, evaluate() first", AHEAD, early=True),
     Row("ddp", "simpo, evaluate() first", SIMPO, early=True, trainers=FAST),
-    Row("fsdp", "full, ref_model", quick=True, **OTHER),
-    Row("fsdp", "full, own copy", quick=True, tested=FAST),
+    Row("fsdp", "full, ref_model", **OTHER),
+    Row("fsdp", "full, own copy", tested=FAST),
     Row("fsdp", "full, path as ref_model", reference="path", trainers=FAST),
-    Row("fsdp", "full, precompute", AHEAD, quick=True, tested=FAST),
+    Row("fsdp", "full, precompute", AHEAD, tested=FAST),
     Row("fsdp", "full, precompute, ref_model", AHEAD, **OTHER),
     Row("fsdp", "full, tied weights", model=dict(tie_word_embeddings=True), **OTHER),
     Row(
@@ -118,7 +117,7 @@ ROWS = [
         **OTHER,
     ),
     Row("fsdp", "full, bf16, checkpointing", dict(bf16=True, **NOT_REENTRANT), **OTHER, **BF16),
-    Row("fsdp", "full, evaluate() first", early=True, quick=True, **OTHER),
+    Row("fsdp", "full, evaluate() first", early=True, **OTHER),
     Row(
         "fsdp",
         "full, its own checkpointing, evaluate() first",
@@ -129,7 +128,7 @@ ROWS = [
     Row("fsdp", "full, weights loaded by rank 0", fsdp=dict(cpu_ram_efficient_loading=True)),
     Row("fsdp", "full, save SHARDED, resume", ADAM, fsdp=SHARDED, resume=True, **OTHER),
     Row("fsdp", "full, save FULL, resume", ADAM, fsdp=FULL, resume=True, **OTHER),
-    Row("fsdp", "LoRA", quick=True, tested=FAST, **QV),
+    Row("fsdp", "LoRA", tested=FAST, **QV),
     Row("fsdp", "LoRA, precompute", AHEAD, **QV),
     Row("fsdp", "LoRA with lm_head", lora=("q_proj", "v_proj", "lm_head")),
     Row("fsdp", "LoRA, evaluate() first", early=True, **QV),
@@ -381,20 +380,18 @@ def differing(one: dict, other: dict) -> dict[str, float]:
 
 # --- tests ---------------------------------------------------------------------------------------------------------
 
-GROUPS = ("quick", pytest.param("ddp and fsdp", marks=pytest.mark.slow), pytest.param("zero", marks=pytest.mark.slow))
-
 
 def names_of(group: str) -> list[str]:
     found = []
     for row in ROWS:
-        of = "zero" if row.engine.startswith("zero") else "quick" if row.quick else "ddp and fsdp"
-        if of == group:
+        if group == ("zero" if row.engine.startswith("zero") else "ddp and fsdp"):
             found += [f"{row} {t}" for t in row.trainers if row.tested is None or t in row.tested]
     return found
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["ddp and fsdp", "zero"])
 def test_two_ranks_are_one_process(tmp_path, group):
     """Each row's losses and weights. accelerate is told that CPUs are accelerators, see the top of the file."""
     accelerate, names = pytest.importorskip("accelerate.utils"), names_of(group)

@@ -206,7 +206,7 @@ def test_a_real_ctrl_c(here, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
-@pytest.mark.parametrize("kib", [60, 150])
+@pytest.mark.parametrize("kib", [pytest.param(60, marks=pytest.mark.slow), 150])
 def test_files_that_cannot_be_written_are_one_line(here, tmp_path, kib):
     """In a process that may write no larger files: the weights have 146 KB, the optimizer's state twice that."""
     code = f"""
