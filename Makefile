@@ -43,7 +43,7 @@ check: lint
 
 # Before a push
 test: lint
-	$(call suite,$(VENV),10,not gpu and not slow) $(WORKERS)
+	$(call suite,$(VENV),12,not gpu and not slow) $(WORKERS)
 
 # In CI: the slow tests, too
 test-all: lint

@@ -102,6 +102,7 @@ def fails_at_the_end(fail):
     return save_model
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_run_before_are_not_gone_on_from(run, tmp_path, caplog):
     """The second run in a folder is ended before its first checkpoint."""
     assert run("--max_steps", "6")[0] == 0
@@ -270,6 +271,7 @@ def test_what_somebody_else_has_written(run, tmp_path, name):
     assert run("--overwrite", "--max_steps", "1")[0] == 0 and (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_folder_of_ours_may_be_written_again(run, tmp_path, monkeypatch):
     """Also that of a run that was ended before it had written anything else."""
     (tmp_path / "out").mkdir()
@@ -531,6 +533,7 @@ def test_a_whole_model_goes_on_from_where_it_began(run, ended, tmp_path):
     assert run(*reference_free, "--model", tmp_path / "other", "--resume_from_checkpoint", out="free")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_what_goes_on_from_a_checkpoint_that_is_named_is_a_run_of_its_own(run, ended, tmp_path, elsewhere):
     """Not the run that had gone further from there."""
