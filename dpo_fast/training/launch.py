@@ -220,10 +220,12 @@ def _hold_out(dataset: datasets.Dataset, share: float, seed: int) -> tuple[datas
     if len(pairs) == len(dataset):
         parts = dataset.train_test_split(test_size=count, seed=seed)
         return parts["train"], parts["test"]
-    held_out: set[str] = set()
-    order = random.Random(seed).sample(list(pairs), len(pairs))
-    while sum(pairs[prompt] for prompt in held_out) < count and len(held_out) < len(pairs) - 1:
-        held_out.add(order[len(held_out)])
+    held_out, held = set(), 0
+    for prompt in random.Random(seed).sample(list(pairs), len(pairs))[:-1]:  # one stays to train on
+        if held >= count:
+            break
+        held_out.add(prompt)
+        held += pairs[prompt]
     logger.warning(
         "eval_split: %d pairs have %d prompts; all pairs of a prompt are held out, or none", len(dataset), len(pairs)
     )
