@@ -50,7 +50,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     try:
         folder.check(arguments.out, reads={}, overwrite=arguments.overwrite, by="dpo-fast demo")
     except BadInput as error:
-        return _say("demo", str(error), 2)
+        return _say("demo", str(error), 2, arguments.debug)
     print("dpo-fast demo: about two minutes on a CPU, no downloads", flush=True)
     from dpo_fast.demo import console, pages, story
 
