@@ -78,11 +78,11 @@ def config_of(given: Mapping[str, Any]):
         )
     for name, value in options.items():
         if "dtype" in name and isinstance(value, str):
-            options[name] = _SHORT.get(value, value)
+            options[name] = SHORT.get(value, value)
     try:
         return kind(**options)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"quantization_config: {error}") from error
 
 
-_SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # names of dtypes

@@ -179,18 +179,12 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """As TRL's, which leaves out weights that are saved under other names, as experts are."""
         model = self.model if model is None else model
-        if not self._load_renamed(resume_from_checkpoint, model):
+        if not checkpoints.loads_renamed(self, Path(resume_from_checkpoint), model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if not self._load_renamed(self.state.best_model_checkpoint, self.model):
+        if not checkpoints.loads_renamed(self, Path(self.state.best_model_checkpoint), self.model):
             super()._load_best_model()
-
-    def _load_renamed(self, folder: str, model) -> bool:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not checkpoints.is_renamed(Path(folder), model):
-            return False
-        checkpoints.load_renamed(Path(folder), model)
-        return True
 
     def evaluate(self, *args, **kwargs):
         """As TRL's."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dpo_fast.reference import is_peft_model, left_out_by_peft
-from dpo_fast.report.files import write_text
+from dpo_fast.report.files import read_json, write_text
 
 from .folder import CHECKPOINT, PROGRESS, UNMARKED
 
@@ -55,7 +55,7 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 def read_progress(folder: Path) -> Progress | None:
     """None where another trainer has written the checkpoint."""
-    found = _json(folder / PROGRESS)
+    found = read_json(folder / PROGRESS)
     return Progress(**found) if isinstance(found, dict) and found.keys() <= set(Progress._fields) else None
 
 
@@ -119,7 +119,7 @@ def is_deepspeed(folder: Path) -> bool:
 
 def is_written(folder: Path) -> bool:
     """Whether the file that is written last is there."""
-    state = _json(folder / STATE)
+    state = read_json(folder / STATE)
     return isinstance(state, dict) and isinstance(state.get("global_step"), int)
 
 
@@ -132,7 +132,7 @@ def _deepspeed_faults(folder: Path) -> list[str]:
 def _weight_faults(folder: Path) -> list[str]:
     found = [f"{path.name} is cut" for path in sorted(folder.rglob("*.safetensors")) if _header(path) is None]
     for path in folder.glob("*.index.json"):
-        index = _json(path)
+        index = read_json(path)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             found.append(f"{path.name} is cut")
         else:
@@ -145,7 +145,7 @@ def _weight_faults(folder: Path) -> list[str]:
         if path.is_dir() and not (path / ".metadata").is_file():  # which is written when all ranks' parts are
             found.append(f"{path.name}/.metadata is missing")
     for name in ("config.json", "adapter_config.json"):
-        if (folder / name).is_file() and not isinstance(_json(folder / name), dict):
+        if (folder / name).is_file() and not isinstance(read_json(folder / name), dict):
             found.append(f"{name} is cut")
     both = [path.name for names in (WEIGHTS, ADAPTER_WEIGHTS) for path in _present(folder, names)[:1]]
     if len(both) == 2 and not is_sharded(folder):
@@ -175,14 +175,6 @@ def _is_whole(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(2)
     return zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"
-
-
-def _json(path: Path):
-    """What a file of JSON holds, None where that cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]] | None:
@@ -234,7 +226,7 @@ def newest(folder: Path, run: str = "", *, say: bool = False) -> Path | None:
 
 def step_of(folder: Path) -> int:
     """Optimizer steps that a whole checkpoint has behind it."""
-    return _json(folder / STATE)["global_step"]
+    return read_json(folder / STATE)["global_step"]
 
 
 def check(folder: Path, model: nn.Module, unseen: str | None = None, start: str = "") -> None:
@@ -272,7 +264,7 @@ def _kind_faults(folder: Path, model: nn.Module) -> list[str]:
 
 
 def _model_faults(folder: Path, model: nn.Module) -> list[str]:
-    config = _json(folder / "config.json") or {}
+    config = read_json(folder / "config.json") or {}
     if config.get("model_type") != model.config.model_type:
         return [f"it holds a {config.get('model_type')!r} model, this trainer a {model.config.model_type!r}"]
     return _differences(shapes_in(folder), saved_shapes(model), optional=_shared_names(model))
@@ -289,7 +281,7 @@ def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def shapes_in(folder: Path, weights: tuple[str, ...] = WEIGHTS) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the weights that lie in a folder, in one file or several."""
-    single = [folder / name for name in weights if (folder / name).is_file()]
+    single = _present(folder, weights)
     stem = Path(weights[0]).stem
     several = sorted([*folder.glob(f"{stem}-*.safetensors"), *folder.glob(f"{Path(weights[1]).stem}-*.bin")])
     found: dict[str, tuple[int, ...]] = {}
@@ -326,7 +318,7 @@ def _adapter_faults(folder: Path, model: nn.Module, unseen: str | None) -> list[
             continue
         inside = folder / name
         part = inside if (inside / "adapter_config.json").is_file() else folder
-        theirs = _json(part / "adapter_config.json") or {}
+        theirs = read_json(part / "adapter_config.json") or {}
         ours = config.to_dict()
         for key in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern"):
             mine = getattr(ours.get(key), "value", ours.get(key))
@@ -397,3 +389,12 @@ def load_renamed(folder: Path, model: Any) -> None:
     """Load such weights as `from_pretrained` does; takes the memory of a second model for a moment."""
     loaded = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
+
+
+def loads_renamed(trainer, folder: Path, model: nn.Module) -> bool:
+    """Whether a Trainer's weights lie under other names, which have been loaded then."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    renamed = not sharded and is_renamed(folder, model)
+    if renamed:
+        load_renamed(folder, model)
+    return renamed

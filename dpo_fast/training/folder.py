@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_fast.report.files import write_text
+from dpo_fast.report.files import read_json, write_text
 from dpo_fast.report.record import REPORT, RESULTS, versions
 
 from .sources import BadInput
@@ -46,11 +46,9 @@ class Marker(NamedTuple):
 
 def read(out: Path) -> Marker | None:
     """The marker in a folder, None where there is none of ours."""
-    try:
-        found = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        return Marker(*(found[name] for name in Marker._fields))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    found = read_json(out / MARKER)
+    whole = isinstance(found, dict) and set(Marker._fields) <= found.keys()
+    return Marker(*(found[name] for name in Marker._fields)) if whole else None
 
 
 def check(out: Path, *, reads: dict[str, str | None], overwrite: bool, by: str, resumes: bool = False) -> None:

@@ -81,7 +81,7 @@ def _load_adapter(path: str, options: dict, trains: bool) -> nn.Module:
     return peft.PeftModel.from_pretrained(model, path, is_trainable=trains)
 
 
-_SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_SHORT = {**quantised.SHORT, "fp64": torch.float64}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import traceback
@@ -15,6 +14,7 @@ from datasets.exceptions import DatasetsError
 from transformers.integrations import integration_utils
 
 from dpo_fast.ops.dispatch import choose_impl
+from dpo_fast.report.files import read_json
 
 from . import folder
 from .config import FastDPOConfig
@@ -52,12 +52,8 @@ def check(job, config: FastDPOConfig) -> None:
 
 def _base_of(model: str | None) -> str | None:
     """Where the model of an adapter lies."""
-    try:
-        return json.loads((Path(model or "") / "adapter_config.json").read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    config = read_json(Path(model or "") / "adapter_config.json")
+    return config.get("base_model_name_or_path") if isinstance(config, dict) else None
 
 
 def check_launcher(settings: dict) -> None:

@@ -565,8 +565,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         other names, as experts are. Which adapters are active stays as it is."""
         model = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
-        if not self.is_fsdp_enabled and checkpoints.is_renamed(folder, model):
-            checkpoints.load_renamed(folder, model)
+        if checkpoints.loads_renamed(self, folder, model):
             return
         with references.keep_adapters(model), references.keep_dtypes(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -581,10 +580,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self):
-        folder = Path(self.state.best_model_checkpoint)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if not sharded and folder.is_dir() and checkpoints.is_renamed(folder, self.model):
-            checkpoints.load_renamed(folder, self.model)
+        if checkpoints.loads_renamed(self, Path(self.state.best_model_checkpoint), self.model):
             return
         with references.keep_adapters(self.model):
             super()._load_best_model()
