@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import datasets
 import torch
 from safetensors.torch import load_file
-from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, save_inputs, tiny_model, tiny_rows, tiny_tokenizer
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, cli
 from dpo_fast.training import checkpoints, launch, outcome  # noqa: F401  # imported once, here
@@ -49,10 +49,8 @@ KINDS = {
 }
 
 
-def make_inputs(folder: Path) -> None:
-    tiny_model("gpt2", resid_pdrop=0.1, attn_pdrop=0.1).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(20)))
+def model_with_dropout():
+    return tiny_model("gpt2", resid_pdrop=0.1, attn_pdrop=0.1)
 
 
 def train(inputs: Path, out: Path, keys: dict | None, resume: bool) -> int:
@@ -64,7 +62,7 @@ def train(inputs: Path, out: Path, keys: dict | None, resume: bool) -> int:
     rows = datasets.Dataset.from_list(tiny_rows(15)).to_iterable_dataset(num_shards=3).shuffle(seed=1, buffer_size=5)
     settings = {**QUIET, **{name: COMMON[name] for name in ("max_steps", "save_steps", "save_strategy", "seed")}}
     settings |= dict(per_device_train_batch_size=2, learning_rate=1e-2, disable_dropout=False, output_dir=str(out))
-    model = tiny_model("gpt2", resid_pdrop=0.1, attn_pdrop=0.1)
+    model = model_with_dropout()
     trainer = FastDPOTrainer(
         model, args=FastDPOConfig(**settings), train_dataset=rows, processing_class=tiny_tokenizer()
     )
@@ -141,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     passed = in_saves = 0
     with tempfile.TemporaryDirectory() as temporary:
         inputs = Path(temporary)
-        make_inputs(inputs)
+        save_inputs(inputs, 20, model_with_dropout())
         for index, (name, (_, keys)) in enumerate(kinds.items()):
             kills = draws.count(name)
             if not kills:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import QUIET, tiny_config, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, save_inputs, tiny_config, tiny_model, tiny_rows, tiny_tokenizer
 
 pytest.importorskip("datasets")
 
@@ -383,9 +383,7 @@ def it(tmp_path_factory):
     """An attached model, a tokenizer, rows and a folder with a model and data."""
     folder = tmp_path_factory.mktemp("bad")
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    save_inputs(folder, 8, model)
     return SimpleNamespace(folder=folder, model=dpo_fast.attach(model), tokenizer=tokenizer, rows=tiny_rows(3))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import save_inputs, tiny_rows
 
 pytest.importorskip("datasets")
 
@@ -25,9 +25,7 @@ ROOT = Path(__file__).parents[1]
 def files(tmp_path_factory):
     """A model directory, a JSONL file and a config that uses both."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    save_inputs(folder, 8)
     config = {
         "model": str(folder / "model"),
         "dataset": str(folder / "pairs.jsonl"),

@@ -1,6 +1,8 @@
 """Tiny models, tokenizers and preference data for the tests, built from a config in milliseconds. No download."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,14 @@ def tiny_rows(n: int = 8, seed: int = 0) -> list[dict]:
     return [
         {"prompt": words(3, 8), "chosen": f" {words(2, 6)} yes", "rejected": f" {words(2, 9)} no"} for _ in range(n)
     ]
+
+
+def save_inputs(folder: Path, pairs: int = 0, model: transformers.PreTrainedModel | None = None) -> None:
+    """folder/model: a tiny model, or `model`, with its tokenizer; with `pairs`, so many rows in folder/pairs.jsonl."""
+    (tiny_model() if model is None else model).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    if pairs:
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(pairs)))
 
 
 def tiny_chat_rows(n: int = 8, seed: int = 0) -> list[dict]:

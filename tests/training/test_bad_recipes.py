@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import save_inputs
 
 pytest.importorskip("datasets")
 
@@ -327,9 +327,7 @@ def test_the_report_shows_what_was_written_and_no_secrets(tmp_path):
 def here(tmp_path_factory):
     """A folder with a tiny model and twenty pairs."""
     folder = tmp_path_factory.mktemp("here")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(20)))
+    save_inputs(folder, 20)
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import save_inputs, tiny_model, tiny_rows
 
 pytest.importorskip("datasets")
 
@@ -29,9 +29,7 @@ from dpo_fast.training.trainer import FastDPOTrainer
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     made = tmp_path_factory.mktemp("here")
-    tiny_model().save_pretrained(made / "model")
-    tiny_tokenizer().save_pretrained(made / "model")
-    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(12)))
+    save_inputs(made, 12)
     return made
 
 
@@ -515,22 +513,20 @@ def test_the_base_of_an_adapter_is_not_written_over(run, tmp_path):
 def test_an_adapter_goes_on_on_its_base_alone(run, ended, tmp_path):
     pytest.importorskip("peft")
     ended("--lora_r", "2")
-    tiny_model(seed=9).save_pretrained(tmp_path / "other")
-    tiny_tokenizer().save_pretrained(tmp_path / "other")
-    status, line, _ = run("--lora_r", "2", "--model", tmp_path / "other", "--resume_from_checkpoint")
+    save_inputs(tmp_path / "other", model=tiny_model(seed=9))
+    status, line, _ = run("--lora_r", "2", "--model", tmp_path / "other" / "model", "--resume_from_checkpoint")
     assert status == 2 and "it is of an adapter of another model" in line
 
 
 def test_a_whole_model_goes_on_from_where_it_began(run, ended, tmp_path):
     """Its reference is what it began from."""
     ended()
-    tiny_model(seed=9).save_pretrained(tmp_path / "other")
-    tiny_tokenizer().save_pretrained(tmp_path / "other")
-    status, line, _ = run("--model", tmp_path / "other", "--resume_from_checkpoint")
+    save_inputs(tmp_path / "other", model=tiny_model(seed=9))
+    status, line, _ = run("--model", tmp_path / "other" / "model", "--resume_from_checkpoint")
     assert status == 2 and "it is of a run that began from other weights" in line
     reference_free = ["--loss_type", "simpo"]
     ended(*reference_free, out="free")
-    assert run(*reference_free, "--model", tmp_path / "other", "--resume_from_checkpoint", out="free")[0] == 0
+    assert run(*reference_free, "--model", tmp_path / "other" / "model", "--resume_from_checkpoint", out="free")[0] == 0
 
 
 @pytest.mark.slow
