@@ -62,7 +62,7 @@ CODE = {
     "attention": (
         *(
             f"dpo_fast/{name}.py"
-            for name in ("attention", "block_mask", "layout", "batch", "comparisons", "ops/checks")
+            for name in ("attention", "block_mask", "layout", "batch", "transfer", "comparisons", "ops/checks")
         ),
         "benchmarks/attention.py",
         _MEASURE,

@@ -6,27 +6,33 @@ these vectors and never sees padding.
 """
 
 import numbers
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import transfer
 from .comparisons import Comparisons, pairs_of
 from .ops.checks import check_count, describe
+
+Ids = Sequence[int] | np.ndarray | Tensor
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One preference pair as token ids, after truncation.
+    """One preference pair as token ids, after truncation: each a sequence of ints, or an array or tensor of them.
 
     The two prompts are equal unless truncation from the left cut them differently.
     """
 
-    chosen_prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected_prompt: Sequence[int]
-    rejected: Sequence[int]
+    chosen_prompt: Ids
+    chosen: Ids
+    rejected_prompt: Ids
+    rejected: Ids
 
 
 _NOT_ATTACHED = (
@@ -84,30 +90,69 @@ class PreferenceBatch(dict):
         pairs = self.get("comparisons") or pairs_of(self.num_pairs, "cpu").tolist()
         return sum(self["host_lengths"][chosen] for chosen, _ in pairs)
 
+    def _tensors(self) -> list[Tensor]:
+        """All of them, those of the layout, too."""
+        layout = self.get("layout")
+        own = [value for value in self.values() if isinstance(value, Tensor)]
+        return own if layout is None else [*own, *layout.tensors()]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
+        mapped = {name: function(value) for name, value in self.items() if isinstance(value, Tensor)}
+        if self.get("layout") is not None:
+            mapped["layout"] = self["layout"].map(function)
+        return type(self)({**self, **mapped})
+
     def to(self, device, non_blocking: bool = False) -> "PreferenceBatch":
-        """A copy with every tensor on `device`."""
-        return type(self)(
-            {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in self.items()}
-        )
+        """A copy with every tensor on `device`; all travel in one copy to a CUDA device, and the host waits for none
+        (see transfer.py)."""
+        return self._map(transfer.mover(self._tensors(), device, non_blocking))
 
     def pin_memory(self) -> "PreferenceBatch":
-        return type(self)({k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in self.items()})
+        """A copy whose tensors lie in one pinned buffer."""
+        return self._map(transfer.pinned(self._tensors()))
 
 
-def largest_id(op: str, sequences: Iterable[Sequence[int]]) -> int:
-    """The largest of all token ids, -1 for none; TypeError for what is no id (6.7 would be read as 6), ValueError for
-    one below 0."""
-    kinds: set[type] = set()
-    low, high = 0, -1
-    for ids in sequences:
-        if len(ids):
-            kinds.update(map(type, ids))
-            if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds):
-                raise TypeError(f"{op}: token ids must be ints, got {describe(ids)}")
-            low, high = min(low, *ids), max(high, *ids)
+def token_ids(op: str, ids: Ids) -> Tensor:
+    """(n,) int64 on the CPU; TypeError for what is no id (6.7 would be read as 6)."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
+        ids = torch.from_numpy(ids.astype(np.int64, order="C"))
+    if isinstance(ids, Tensor):
+        if ids.ndim != 1 or ids.device.type != "cpu" or ids.dtype not in _INTEGERS:
+            raise TypeError(f"{op}: token ids must be ints, one dimension of them on the CPU, got {describe(ids)}")
+        return ids.to(torch.int64)
+    if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in set(map(type, ids))):
+        raise TypeError(f"{op}: token ids must be ints, got {describe(ids)}")
+    try:  # through an array, which takes a tenth of the time of torch.tensor
+        return torch.frombuffer(array("q", ids), dtype=torch.int64) if len(ids) else torch.empty(0, dtype=torch.int64)
+    except OverflowError:
+        raise _out_of_range(op, min(ids), max(ids)) from None
+
+
+def _out_of_range(op: str, low: int, high: int) -> ValueError:
+    return ValueError(f"{op}: token ids are at least 0 and below 2**31, got {low if low < 0 else high}")
+
+
+def largest_id(op: str, sequences: Sequence[Tensor]) -> int:
+    """The largest of all token ids, -1 for none; ValueError for one below 0."""
+    together = torch.cat([*sequences, torch.empty(0, dtype=torch.int64)])
+    if not len(together):
+        return -1
+    low, high = int(together.min()), int(together.max())
     if low < 0 or high >= 2**31:
-        raise ValueError(f"{op}: token ids are at least 0 and below 2**31, got {low if low < 0 else high}")
-    return int(high)
+        raise _out_of_range(op, low, high)
+    return high
+
+
+def whole_sequences(op: str, pairs: Sequence[TokenPair]) -> list[tuple[Tensor, int]]:
+    """Of each pair's chosen and rejected: prompt and completion in one, and how much of it is prompt."""
+    found = []
+    for pair in pairs:
+        prompt = token_ids(op, pair.chosen_prompt)
+        one = pair.rejected_prompt is pair.chosen_prompt
+        other = prompt if one else token_ids(op, pair.rejected_prompt)
+        found += [(torch.cat([prompt, token_ids(op, pair.chosen)]), len(prompt))]
+        found += [(torch.cat([other, token_ids(op, pair.rejected)]), len(other))]
+    return found
 
 
 def check_pairs(op: str, pairs: Iterable[TokenPair]) -> list[TokenPair]:
@@ -121,7 +166,7 @@ def check_pairs(op: str, pairs: Iterable[TokenPair]) -> list[TokenPair]:
         if not isinstance(pair, TokenPair):
             raise TypeError(f"{op}: pairs[{i}] must be a TokenPair, got {type(pair).__name__}")
         for name, ids in vars(pair).items():
-            if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+            if not isinstance(ids, (Sequence, np.ndarray, Tensor)) or isinstance(ids, (str, bytes)):
                 raise TypeError(f"{op}: pairs[{i}].{name} must be a sequence of token ids, got {type(ids).__name__}")
     return pairs
 
@@ -135,33 +180,30 @@ def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_
     pairs = check_pairs(op, pairs)
     pad_token_id = check_count(op, "pad_token_id", pad_token_id, 0)
     pad_to_multiple_of = check_count(op, "pad_to_multiple_of", pad_to_multiple_of, 1)
-    rows = [(p.chosen_prompt, p.chosen) for p in pairs] + [(p.rejected_prompt, p.rejected) for p in pairs]
-    largest = largest_id(op, (ids for row in rows for ids in row))
-    width = max(1, *(len(prompt) + len(completion) for prompt, completion in rows))
-    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    both = whole_sequences(op, pairs)
+    rows, prompts = zip(*both[::2], *both[1::2], strict=True)
+    largest = largest_id(op, rows)
+    lengths = [len(ids) for ids in rows]
+    width = -(-max(1, *lengths) // pad_to_multiple_of) * pad_to_multiple_of
 
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    targets, sequence_ids, lengths = [], [], []
-    predictors: list[int] = []
-    for row, (prompt, completion) in enumerate(rows):
-        ids = [*prompt, *completion]
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        attention_mask[row, : len(ids)] = 1
-        first = max(len(prompt), 1)  # position 0 has no predecessor
-        targets += ids[first:]
-        sequence_ids += [row] * (len(ids) - first)
-        predictors += range(row * width + first - 1, row * width + len(ids) - 1)
-        lengths.append(max(len(ids) - first, 0))
+    targets, predictors = [], []
+    for row, (ids, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        input_ids[row, : len(ids)] = ids
+        first = max(prompt, 1)  # position 0 has no predecessor
+        targets.append(ids[first:])
+        predictors.append(torch.arange(len(targets[-1])) + (row * width + first - 1))
+    counts = [len(scored) for scored in targets]
+    lengths_scored = torch.tensor(counts)
     return PreferenceBatch(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=(torch.arange(width) < torch.tensor(lengths)[:, None]).long(),
         position_ids=None,
-        targets=torch.tensor(targets, dtype=torch.int64),
-        sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
-        predictors=torch.tensor(predictors, dtype=torch.int64),
-        lengths=torch.tensor(lengths, dtype=torch.int64),
-        host_lengths=tuple(lengths),
+        targets=torch.cat(targets),
+        sequence_ids=torch.arange(len(rows)).repeat_interleave(lengths_scored),
+        predictors=torch.cat(predictors),
+        lengths=lengths_scored,
+        host_lengths=tuple(counts),
         host_largest_id=max(largest, pad_token_id),
         layout=None,
     )

@@ -15,13 +15,15 @@ begin with in common, if anything. Prompts that truncation has cut differently s
 Attention (attention.py): a token attends to the tokens before it in a sequence that both belong to; nothing else.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import PreferenceBatch, TokenPair, check_pairs, largest_id
+from . import transfer
+from .batch import Ids, PreferenceBatch, TokenPair, check_pairs, largest_id, token_ids, whole_sequences
 
 
 class CalledModules:
@@ -130,12 +132,16 @@ class SharedPrefixLayout:
         once = torch.ones(self.index.shape, device=self.index.device)
         return once.new_zeros(self.length).index_add_(0, self.index, once)
 
-    def _map(self, function) -> "SharedPrefixLayout":
-        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def tensors(self) -> list[Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SharedPrefixLayout":
+        """This layout with `function` of each of its tensors."""
+        tensors: Any = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors, copies={}, kept=ForLayers())
 
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        return self.map(transfer.mover(self.tensors(), device, non_blocking))
 
     def on(self, device: torch.device) -> "SharedPrefixLayout":
         """The same on `device`, made once: layers of a model may be spread over several."""
@@ -146,7 +152,7 @@ class SharedPrefixLayout:
         return self.copies[device]
 
     def pin_memory(self) -> "SharedPrefixLayout":
-        return self._map(Tensor.pin_memory)
+        return self.map(transfer.pinned(self.tensors()))
 
 
 def _first_tokens(path: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
@@ -186,38 +192,42 @@ def _interleaved(pairs: int) -> list[int]:
     return [s for i in range(pairs) for s in (i, pairs + i)]
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def common_prefix(a: Tensor, b: Tensor) -> int:
+    """Length of the longest common prefix of two sequences of token ids."""
+    shorter = min(len(a), len(b))
+    differ = a[:shorter] != b[:shorter]
+    return int(differ.int().argmax()) if differ.any() else shorter  # argmax: the first of them
 
 
-def shared_with_before(groups: Iterable[Sequence[Sequence[int]]], across: bool = False) -> list[int]:
+def shared_with_before(groups: Iterable[Sequence[Ids]], across: bool = False) -> list[int]:
     """How many first tokens each sequence shares with the one before it; with one of another group only if `across`,
     or a beginning-of-text token would join all groups of a row."""
     shared: list[int] = []
-    before: Sequence[int] = ()
+    before = none = torch.empty(0, dtype=torch.int64)
     for group in groups:
-        before = before if across else ()
-        for sequence in group:
+        before = before if across else none
+        for ids in group:
+            sequence = token_ids("shared_with_before", ids)
             shared.append(common_prefix(before, sequence))
             before = sequence
     return shared
 
 
-def row_length(groups: Sequence[Sequence[Sequence[int]]], across: bool = False) -> int:
+def row_length(groups: Sequence[Sequence[Ids]], across: bool = False) -> int:
     """Tokens that `pack` lays in the row."""
     return sum(len(sequence) for group in groups for sequence in group) - sum(shared_with_before(groups, across))
 
 
 def pack(
-    groups: Sequence[Sequence[Sequence[int]]], ids: Sequence[int] | None = None, across: bool = False
+    groups: Sequence[Sequence[Ids]], ids: Sequence[int] | None = None, across: bool = False
 ) -> tuple[Tensor, SharedPrefixLayout]:
     """Groups of token sequences as one row, (1, T) int64, and its layout. A group's sequences share what they begin
     with, if neighbours do: sorted sequences share most. across: groups share, too. ids: see `SharedPrefixLayout`."""
-    sequences, shared = [sequence for group in groups for sequence in group], shared_with_before(groups, across)
-    row = [token for sequence, k in zip(sequences, shared, strict=True) for token in sequence[k:]]
+    tensors = [[token_ids("pack", sequence) for sequence in group] for group in groups]
+    sequences, shared = [sequence for group in tensors for sequence in group], shared_with_before(tensors, across)
+    own = [sequence[k:] for sequence, k in zip(sequences, shared, strict=True)]
     layout = SharedPrefixLayout.make([len(sequence) for sequence in sequences], shared, ids)
-    return torch.tensor([row], dtype=torch.int64), layout
+    return torch.cat([torch.empty(0, dtype=torch.int64), *own]).unsqueeze(0), layout
 
 
 def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
@@ -225,14 +235,15 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
 
     Scored tokens come pair by pair, chosen before rejected. A shared completion token is run once and scored twice.
     """
-    pairs = check_pairs("shared_prefix_batch", pairs)
-    groups = [([*p.chosen_prompt, *p.chosen], [*p.rejected_prompt, *p.rejected]) for p in pairs]
-    prompts = [len(prompt) for p in pairs for prompt in (p.chosen_prompt, p.rejected_prompt)]
+    op = "shared_prefix_batch"
+    pairs = check_pairs(op, pairs)
+    sequences, prompts = zip(*whole_sequences(op, pairs), strict=True)
+    groups = list(zip(sequences[::2], sequences[1::2], strict=True))
     return packed_batch(groups, prompts, _interleaved(len(pairs)))
 
 
 def packed_batch(
-    groups: Sequence[Sequence[Sequence[int]]],
+    groups: Sequence[Sequence[Ids]],
     prompts: Sequence[int],
     ids: Sequence[int] | None = None,
     across: bool = False,
@@ -242,25 +253,27 @@ def packed_batch(
 
     prompts: of each sequence, the length. groups, ids, across: as `pack` takes them. comparisons: (chosen, rejected)
     ids; None: P pairs of 2P sequences."""
-    largest = largest_id("packed_batch", (sequence for group in groups for sequence in group))
-    row, layout = pack(groups, ids, across)
-    targets: list[int] = []
-    predictors, sequence_ids, start = [], [], 0
+    op = "packed_batch"
+    tensors = [[token_ids(op, sequence) for sequence in group] for group in groups]
+    sequences = [sequence for group in tensors for sequence in group]
+    largest = largest_id(op, sequences)
+    row, layout = pack(tensors, ids, across)
+    targets, predictors, start = [], [], 0
     counts = [0] * len(layout.ids)
-    for sequence, tokens, prompt in zip(layout.ids, (s for group in groups for s in group), prompts, strict=True):
+    for sequence, tokens, prompt in zip(layout.ids, sequences, prompts, strict=True):
         first = max(prompt, 1)  # the first token has nothing to predict it
-        counts[sequence] = max(len(tokens) - first, 0)
-        targets += tokens[first:]
+        targets.append(tokens[first:])
+        counts[sequence] = len(targets[-1])
         predictors.append(layout.index[start + first - 1 : start + first - 1 + counts[sequence]])
-        sequence_ids += [sequence] * counts[sequence]
         start += len(tokens)
+    lengths, order = torch.tensor(counts), torch.tensor(layout.ids)
     return PreferenceBatch(
         input_ids=row,
         position_ids=layout.positions.long().unsqueeze(0),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+        targets=torch.cat(targets),
+        sequence_ids=order.repeat_interleave(lengths[order]),
         predictors=torch.cat(predictors),
-        lengths=torch.tensor(counts, dtype=torch.int64),
+        lengths=lengths,
         host_lengths=tuple(counts),
         host_largest_id=largest,
         layout=layout,

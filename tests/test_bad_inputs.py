@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import QUIET, save_inputs, tiny_config, tiny_model, tiny_rows, tiny_tokenizer
@@ -512,6 +513,32 @@ MODELS = {
     "multiple: 0": (lambda it: padded_batch(PAIR, 0, 0), ValueError, "pad_to_multiple_of must be an int of at least 1"),
     "ids: floats": (lambda it: padded_batch(one_pair([6.7]), 0), TypeError, "token ids must be ints, got .6.7"),
     "ids: truths": (lambda it: padded_batch(one_pair([True]), 0), TypeError, "token ids must be ints, got .True"),
+    "ids: ints and a truth": (lambda it: padded_batch(one_pair([5, True]), 0), TypeError, "must be ints, got .5, True"),
+    "ids: an array of floats": (
+        lambda it: padded_batch(one_pair(np.array([6.0])), 0),
+        TypeError,
+        r"token ids must be ints, got array\(\[6",
+    ),
+    "ids: an array of truths": (
+        lambda it: shared_prefix_batch(one_pair(np.array([True]))),
+        TypeError,
+        r"token ids must be ints, got array\(\[ ?True",
+    ),
+    "ids: a tensor of floats": (
+        lambda it: shared_prefix_batch(one_pair(torch.ones(2))),
+        TypeError,
+        r"token ids must be ints, .* got tensor of shape \(2,\)",
+    ),
+    "ids: a matrix": (
+        lambda it: shared_prefix_batch(one_pair(torch.ones((2, 2), dtype=torch.int64))),
+        TypeError,
+        r"token ids must be ints, one dimension of them on the CPU, got tensor of shape \(2, 2\)",
+    ),
+    "ids: negative in an array": (
+        lambda it: shared_prefix_batch(one_pair(np.array([5, -6]))),
+        ValueError,
+        "token ids are at least 0 .* got -6",
+    ),
     "ids: text": (lambda it: padded_batch(one_pair("67"), 0), TypeError, r"chosen must be a sequence of token ids"),
     "ids: None": (lambda it: padded_batch(one_pair(None), 0), TypeError, r"pairs\[0\].chosen must be .* NoneType"),
     "ids: negative": (lambda it: padded_batch(one_pair([-6]), 0), ValueError, "token ids are at least 0 .* got -6"),

@@ -1,12 +1,15 @@
 """The packed row: what lies where, what is scored, and that it is the same as in padded rows."""
 
 import dataclasses
+import random
 
+import numpy as np
+import plain_rows
 import pytest
 import torch
 
 from dpo_fast.batch import TokenPair, padded_batch
-from dpo_fast.layout import common_prefix, make_layout, separate_rows, shared_prefix_batch
+from dpo_fast.layout import common_prefix, make_layout, packed_batch, separate_rows, shared_prefix_batch
 
 
 def pair(prompt, chosen, rejected, rejected_prompt=None, **more):
@@ -105,4 +108,67 @@ def test_layers_on_other_devices_share_one_copy():
 def test_errors():
     with pytest.raises(ValueError, match="got no pairs"):
         shared_prefix_batch([])
-    assert common_prefix([1, 2, 3], [1, 2]) == 2 and common_prefix([], [1]) == 0
+    assert common_prefix(torch.tensor([1, 2, 3]), torch.tensor([1, 2])) == 2
+    assert common_prefix(torch.tensor([]), torch.tensor([1])) == 0
+
+
+# How token ids may come
+KINDS = {
+    "list": list,
+    "tuple": tuple,
+    "numpy": lambda ids: np.array(ids, dtype=np.int64),
+    "numpy, 16 bits, every second": lambda ids: np.array([x for x in ids for _ in range(2)], dtype=np.uint16)[::2],
+    "torch": lambda ids: torch.tensor(ids, dtype=torch.int32),
+    "list of numpy's": lambda ids: [np.int64(x) for x in ids],
+}
+
+
+def assert_is(batch, true):
+    """Fields and dtypes, bit for bit."""
+    for name in true.keys() - {"shared", "index"}:
+        value = batch[name][0] if batch.layout is not None and name in ("input_ids", "position_ids") else batch[name]
+        assert value.dtype == torch.int64 and value.is_contiguous() and value.tolist() == true[name], name
+    assert batch.host_lengths == tuple(true["lengths"]) and all(type(n) is int for n in batch.host_lengths)
+    if batch.layout is not None:
+        assert list(batch.layout.shared) == true["shared"] and batch.layout.index.tolist() == true["index"]
+
+
+def random_ids(rng, longest):
+    return [rng.randrange(rng.choice([2, 3, 1000])) for _ in range(rng.randint(0, longest))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_pairs_are_laid_out_as_token_by_token(kind):
+    """Empty completions, prompts of no and of one token, prompts cut differently."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        pairs, whole, prompts = [], [], []
+        for _ in range(rng.randint(1, 4)):
+            prompt = random_ids(rng, rng.choice([0, 1, 5]))
+            other = prompt if rng.random() < 0.7 else prompt[rng.randint(0, 2) :]
+            ids = prompt, random_ids(rng, 4), other, random_ids(rng, 4)
+            pairs.append(TokenPair(*(KINDS[kind](x) for x in ids)))
+            whole.append((prompt + ids[1], other + ids[3]))
+            prompts.append((len(prompt), len(other)))
+        P = len(pairs)
+        order = [s for i in range(P) for s in (i, P + i)]
+        batch = shared_prefix_batch(pairs)
+        assert_is(batch, plain_rows.packed(whole, [n for both in prompts for n in both], order))
+        assert batch.host_largest_id == max((x for pair in whole for one in pair for x in one), default=-1)
+        sides = [[both[side] for both in of] for of in (whole, prompts) for side in (0, 1)]
+        multiple = rng.choice([1, 4])
+        true = plain_rows.padded(sides[0] + sides[1], sides[2] + sides[3], 7, multiple)
+        assert_is(padded_batch(pairs, 7, multiple), true)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_random_groups_are_laid_out_as_token_by_token(across):
+    for seed in range(60):
+        rng = random.Random(seed)
+        groups = [[random_ids(rng, 6) for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(1, 3))]
+        flat = [s for group in groups for s in group]
+        prompts, order = [rng.randint(0, len(s)) for s in flat], list(range(len(flat)))
+        for ids in (None, rng.sample(order, len(order))):
+            found = packed_batch(groups, prompts, ids, across, comparisons=[(0, 0)])
+            assert_is(found, plain_rows.packed(groups, prompts, ids or order, across))
+            assert found.layout.ids == tuple(ids or order) and found.comparisons == ((0, 0),)
