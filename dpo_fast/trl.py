@@ -12,7 +12,6 @@ variable `DPO_FAST_LAYOUT=padded`, asks for padded rows; "shared_prefix" raises 
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import logging
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, packing
+from . import attention, packing, trl_rows
 from .copies import ATTACHED, compute_with_own_weights
 from .drift import AdapterWatch
 from .forward import (
@@ -42,7 +41,6 @@ from .forward import (
     score_hidden,
 )
 from .hooks import NEFTUNE
-from .layout import pack
 from .objective import Objective
 from .ops.stats import STATS, TokenStats
 from .preference import preference_from_stats
@@ -151,6 +149,8 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
             attention.disable(model)
         if not torch.accelerator.is_available():  # there is nothing to pin memory for, of which torch would warn
             self.args.dataloader_pin_memory = False
+        if layout != "padded" and not self._is_vision_dataset:
+            self.data_collator = trl_rows.PackingCollator(self.data_collator)
         self._installed, self._uses = installed, 0
         try:
             self._check_trains()
@@ -244,15 +244,20 @@ class DPOTrainer(PairEvaluation, dpo_trainer.DPOTrainer):
         found = out.chosen_rewards, out.rejected_rewards, out.pairs.chosen_lengths, out.pairs.rejected_lengths
         return torch.stack([x.to(out.loss) for x in found])
 
-    def compute_loss(self, *args, **kwargs):
+    def _prepare_inputs(self, inputs):
+        return trl_rows.prepared(inputs, super()._prepare_inputs(inputs))
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
         """As TRL's. By itself it leaves the models as they are in use: a backward may come."""
         self._use_models()
-        return super().compute_loss(*args, **kwargs)
+        with trl_rows.handed_over(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def compute_ref_log_probs(self, *args, **kwargs):
+    def compute_ref_log_probs(self, model, inputs):
         """As TRL's."""
         self._use_models()
-        return super().compute_ref_log_probs(*args, **kwargs)
+        with trl_rows.handed_over(inputs):
+            return super().compute_ref_log_probs(model, inputs)
 
     def report_facts(self) -> dict:
         """What `dpo_fast.report` shows of this trainer, each choice with its reason."""
@@ -542,7 +547,7 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
         return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)
 
     loss = -stats.logps.sum() / (max(places.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
-    aux_loss = balancing_loss(model, getattr(out, "router_logits", None), rows.token_weights) if routed else None
+    aux_loss = balancing_loss(model, getattr(out, "router_logits", None), rows.token_weights()) if routed else None
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return trl_utils.FusedCausalLMOutput(
@@ -564,7 +569,12 @@ class _Rows:
     predictors: Tensor  # (N,) int64 positions of the backbone's flattened rows
     targets: Tensor  # (N,) int64
     places: Tensor  # (N,) int64 positions of TRL's flattened fields
-    token_weights: Tensor | None  # (B, T) of the backbone's rows: how many of TRL's tokens each stands for
+
+    def token_weights(self) -> Tensor | None:
+        """(B, T) of the backbone's rows: how many of TRL's tokens each stands for."""
+        if "pair_layout" in self.inputs:
+            return self.inputs["pair_layout"].sequences_per_token().unsqueeze(0)
+        return self.inputs.get("attention_mask")
 
 
 def _rows_of(model: nn.Module, layout: str, kwargs: dict, labels, shift_labels) -> _Rows:
@@ -584,7 +594,6 @@ def _rows_of(model: nn.Module, layout: str, kwargs: dict, labels, shift_labels) 
         predictors=places + row_ends,
         targets=targets.flatten()[places],
         places=places,
-        token_weights=kwargs.get("attention_mask"),
     )
 
 
@@ -614,53 +623,23 @@ def _reasons_against_batch(kwargs: dict, labels) -> list[str]:
 
 @torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
 def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
-    """`_pack` for the policy's and the reference's forward of a batch: kept with its labels, and gone with them."""
+    """The batch as the data loader has packed it; else packed here, for the policy's and the reference's forward: kept
+    with its labels, and gone with them."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-    known = getattr(labels, _PACKED, None)
-    if known is None or known[0] is not ids or known[1] is not mask:
-        known = ids, mask, _pack(ids, mask, labels)
-        setattr(labels, _PACKED, known)
-    packed = known[2]
-    if not isinstance(packed, _Rows):
+    packed: trl_rows.PackedRows | list[str] | None = trl_rows.handed(ids, mask, labels)
+    if packed is None:
+        known = getattr(labels, _PACKED, None)
+        if known is None or known[0] is not ids or known[1] is not mask:
+            known = ids, mask, trl_rows.pack_rows(ids, mask, labels)
+            setattr(labels, _PACKED, known)
+        packed = known[2]
+    if isinstance(packed, list):
         return packed
-    return dataclasses.replace(packed, inputs={**kwargs, **packed.inputs})
-
-
-def _pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> _Rows | list[str]:
-    """TRL's (2P, T) tensors, on one device, as one shared-prefix row on that device; reasons if they cannot be.
-
-    Waits for the device once, to read them.
-    """
-    device, width = labels.device, labels.shape[1]
-    host = torch.stack([x.to(torch.int64) for x in (input_ids, attention_mask, labels)]).tolist()
-    rows = list(zip(*host, strict=True))
-    sequences = []
-    for ids, mask, row in rows:
-        length = sum(mask)
-        if not length or mask != [1] * length + [0] * (width - length) or any(x != -100 for x in row[length:]):
-            return ["the rows are not sequences padded on the right"]
-        sequences.append(ids[:length])
-    P = len(rows) // 2
-    order = [row for i in range(P) for row in (i, P + i)]
-    input_ids, layout = pack([(sequences[i], sequences[P + i]) for i in range(P)], order)
-    starts = dict(zip(order, layout.key_ends.tolist(), strict=False))
-    # A row's first token has nothing to predict it
-    tokens = [(row, t) for row in order for t in range(1, len(sequences[row])) if rows[row][2][t] != -100]
-    predictors = layout.index[torch.tensor([starts[row] + t - 1 for row, t in tokens], dtype=torch.int64)]
-
-    def send(x):
-        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-    sent = send(layout)
+    row = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     return _Rows(
-        inputs={
-            "input_ids": send(input_ids),
-            "position_ids": send(layout.positions.long().unsqueeze(0)),
-            **attention.model_inputs(sent, device),
-        },
-        shape=torch.Size((len(rows), width - 1)),
-        predictors=send(predictors),
-        targets=send(torch.tensor([rows[row][2][t] for row, t in tokens], dtype=torch.int64)),
-        places=send(torch.tensor([row * (width - 1) + t - 1 for row, t in tokens], dtype=torch.int64)),
-        token_weights=sent.sequences_per_token().unsqueeze(0),
+        inputs={**kwargs, **row, **attention.model_inputs(packed.layout, labels.device)},
+        shape=packed.shape,
+        predictors=packed.predictors,
+        targets=packed.targets,
+        places=packed.places,
     )

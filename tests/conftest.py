@@ -32,6 +32,7 @@ THOROUGH = {
     "trl/test_curves",
     "trl/test_trainer",
     "trl/test_trl",
+    "trl/test_trl_rows",
 }
 
 # Processes that tests start import the checkout that is tested, installed or not, and what its tests share

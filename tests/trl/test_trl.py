@@ -17,6 +17,7 @@ from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import dpo_fast.trl as ours  # noqa: E402
+from dpo_fast import trl_rows  # noqa: E402
 from dpo_fast.trl import DPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -306,7 +307,8 @@ def test_a_head_that_trls_does_not_score_either_is_refused():
 
 def test_policy_and_reference_pack_a_batch_once(monkeypatch):
     packed = []
-    monkeypatch.setattr(ours, "_pack", lambda *args, pack=ours._pack: packed.append(1) or pack(*args))
+    pack = trl_rows.pack_rows
+    monkeypatch.setattr(trl_rows, "pack_rows", lambda *args: packed.append(1) or pack(*args))
     _, policy = both()
     _, reference = both(seed=1)
     inputs = inputs_of()

@@ -1,0 +1,341 @@
+"""TRL's batches as packed rows: the same bits as token by token, in the loader, and never those of another batch."""
+
+import copy
+import pickle
+import random
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import plain_rows
+import pytest
+import torch
+from accelerate.utils import concatenate, send_to_device, slice_tensors
+from no_sync import no_sync
+from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+from torch.utils.data._utils.pin_memory import pin_memory  # noqa: E402
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
+
+from dpo_fast import transfer, trl_rows  # noqa: E402
+from dpo_fast.ops import dispatch  # noqa: E402
+from dpo_fast.trl import DPOTrainer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+SETTINGS = dict(**QUIET, bf16=False, per_device_train_batch_size=3, gradient_checkpointing=False, max_steps=3)
+SETTINGS |= dict(per_device_eval_batch_size=4, learning_rate=1e-3)
+EXAMPLES = [
+    dict(prompt_ids=[5, 6, 7, 8], chosen_ids=[9, 10, 11], rejected_ids=[12, 13]),
+    dict(prompt_ids=[5, 6], chosen_ids=[20, 21, 22, 23], rejected_ids=[20, 21, 30]),
+]
+
+
+def trainer_of(folder, trainer_class=DPOTrainer, stream=False, collator=None, rows=None, **options):
+    rows = datasets.Dataset.from_list(tiny_rows(9, seed=4) if rows is None else rows)
+    tiny_model().save_pretrained(folder / "model")
+    return trainer_class(
+        str(folder / "model"),
+        args=trl.DPOConfig(output_dir=str(folder), **{**SETTINGS, **options}),
+        data_collator=collator,
+        train_dataset=rows.to_iterable_dataset() if stream else rows,
+        eval_dataset=datasets.Dataset.from_list(tiny_rows(6, seed=5)),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def curve(trainer) -> list[tuple]:
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return [(log["loss"], log["logps/chosen"], log["entropy"], log["num_tokens"]) for log in logs]
+
+
+@pytest.fixture
+def packed_in_forward(monkeypatch):
+    """Where rows were packed: True for each batch that a forward has packed, False for a collator's."""
+    found, pack = [], trl_rows.pack_rows
+
+    def noted(*args):
+        found.append(
+            not any(frame.name == "__call__" and "trl_rows" in frame.filename for frame in traceback.extract_stack())
+        )
+        return pack(*args)
+
+    monkeypatch.setattr(trl_rows, "pack_rows", noted)
+    return found
+
+
+# --- the packing -----------------------------------------------------------------------------------------------------
+
+
+def random_batch(rng):
+    """(ids, mask, labels) and the sequences in them."""
+    few, width, pairs = rng.choice([2, 3, 1000]), rng.randint(1, 9), rng.randint(1, 4)
+    sequences = [[rng.randrange(few) for _ in range(rng.randint(1, width))] for _ in range(2 * pairs)]
+    for i in range(pairs):
+        k = rng.randint(0, len(sequences[i]))
+        sequences[pairs + i] = (sequences[i][:k] + sequences[pairs + i])[:width]
+    labels = [[x if rng.random() < 0.6 else -100 for x in tokens] for tokens in sequences]
+    fill = [(sequences, 0), ([[1] * len(tokens) for tokens in sequences], 0), (labels, -100)]
+    return [torch.tensor([row + [x] * (width - len(row)) for row in rows]) for rows, x in fill], sequences
+
+
+def test_random_batches_are_packed_as_token_by_token():
+    for seed in range(150):
+        (ids, mask, labels), sequences = random_batch(random.Random(seed))
+        P, width = len(ids) // 2, ids.shape[1]
+        order = [row for i in range(P) for row in (i, P + i)]
+        groups = [(sequences[i], sequences[P + i]) for i in range(P)]
+        true = plain_rows.packed(groups, [1] * 2 * P, order)
+        found = trl_rows.pack_rows(ids, mask, labels)
+        assert found.input_ids.tolist() == [true["input_ids"]] and found.shape == (2 * P, width - 1)
+        assert found.position_ids.tolist() == [true["position_ids"]]
+        assert found.layout.index.tolist() == true["index"] and list(found.layout.shared) == true["shared"]
+        # Of what `packed` scores, which is all but first tokens, what has a label
+        of_row = [t for row in order for t in range(1, len(sequences[row]))]
+        kept = [
+            i for i, (row, t) in enumerate(zip(true["sequence_ids"], of_row, strict=True)) if labels[row, t] != -100
+        ]
+        assert found.predictors.tolist() == [true["predictors"][i] for i in kept]
+        assert found.targets.tolist() == [true["targets"][i] for i in kept]
+        places = [true["sequence_ids"][i] * (width - 1) + of_row[i] - 1 for i in kept]
+        assert found.places.tolist() == places
+        assert {x.dtype for x in (found.input_ids, found.position_ids, found.places)} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids, mask, labels: (ids, mask.flip(1), labels),
+        lambda ids, mask, labels: (ids, mask * torch.tensor([[1], [0]]), labels),
+        lambda ids, mask, labels: (ids, mask, labels.index_fill(1, torch.tensor([2]), 7)),
+        lambda ids, mask, labels: (ids, mask * 2, labels),
+    ],
+    ids=["padded on the left", "an empty row", "a label on padding", "a mask of twos"],
+)
+def test_rows_that_are_no_sequences_are_refused(change):
+    batch = (
+        torch.tensor([[5, 6, 0], [5, 7, 0]]),
+        torch.tensor([[1, 1, 0], [1, 1, 0]]),
+        torch.tensor([[-100, 6, -100]] * 2),
+    )
+    assert isinstance(trl_rows.pack_rows(*batch), trl_rows.PackedRows)
+    assert trl_rows.pack_rows(*change(*batch)) == ["the rows are not sequences padded on the right"]
+
+
+def test_the_host_reads_three_numbers_a_pair_and_one(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda x, tolist=torch.Tensor.tolist: read.append(x.numel()) or tolist(x)
+    )
+    (ids, mask, labels), _ = random_batch(random.Random(3))
+    with no_sync() as stream:
+        monkeypatch.setattr(stream, "refuse", lambda what: what == "Tensor.tolist" or pytest.fail(what))
+        monkeypatch.setattr(trl_rows.SharedPrefixLayout, "make", paused(stream, trl_rows.SharedPrefixLayout.make))
+        trl_rows.pack_rows(ids, mask, labels)
+    assert read[0] == 3 * len(ids) // 2 + 1
+
+
+def paused(stream, function):
+    def on_the_host(*args):
+        with stream.paused():
+            return function(*args)
+
+    return on_the_host
+
+
+# --- a batch on its way ----------------------------------------------------------------------------------------------
+
+
+def collated(**options):
+    return trl_rows.PackingCollator(DataCollatorForPreference(pad_token_id=0, **options))(EXAMPLES)
+
+
+WAYS = {
+    "as it is": lambda batch: batch,
+    "to a device": lambda batch: send_to_device(batch, torch.device("meta")),
+    "pinned": pin_memory,
+    "through a worker's pipe": lambda batch: pickle.loads(pickle.dumps(batch)),
+    "prepared by Trainer": lambda batch: trl_rows.prepared(
+        batch, type(batch)({k: v.to("cpu") for k, v in batch.items()})
+    ),
+    "all of it": lambda batch: send_to_device(pin_memory(pickle.loads(pickle.dumps(batch))), torch.device("meta")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_rows_go_along(way, monkeypatch):
+    monkeypatch.setattr(transfer, "_pinned_bytes", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(transfer, "_IN_ONE_COPY", ("meta",))
+    batch = collated()
+    found = WAYS[way](batch)
+    assert found.keys() == batch.keys() and found.rows().input_ids.device == found["input_ids"].device
+    for ours, theirs in zip(found.rows().tensors(), batch.rows().tensors(), strict=True):
+        assert ours.shape == theirs.shape and (ours.is_meta or torch.equal(ours, theirs))
+
+
+def written_to(batch):
+    batch["completion_mask"][:, 2:] = 0
+    return batch
+
+
+def with_another(batch):
+    return trl_rows.PairBatch({**batch, "input_ids": batch["input_ids"].clone()}, None)
+
+
+def replaced(batch):
+    batch["attention_mask"] = batch["attention_mask"].clone()
+    return batch
+
+
+LOST = {
+    "cut by accelerate": lambda batch: slice_tensors(batch, slice(0, 2)),
+    "joined by accelerate": lambda batch: concatenate([batch, batch]),
+    "one that is joined": lambda batch: concatenate([batch]),
+    "written to": written_to,
+    "written to, then sent": lambda batch: send_to_device(written_to(batch), torch.device("cpu")),
+    "written to, then through a pipe": lambda batch: pickle.loads(pickle.dumps(written_to(batch))),
+    "a tensor replaced": replaced,
+    "a tensor replaced in a copy": lambda batch: replaced(copy.copy(batch)),
+    "made anew": with_another,
+    "moved by Trainer": lambda batch: trl_rows.prepared(batch, type(batch)({k: v.clone() for k, v in batch.items()})),
+}
+
+
+@pytest.mark.parametrize("way", LOST)
+def test_rows_of_other_tensors_are_never_taken(way):
+    found = LOST[way](collated())
+    assert getattr(found, "rows", lambda: None)() is None
+    labels = trl_rows.labels_of(found)
+    with trl_rows.handed_over(found):
+        assert trl_rows.handed(found["input_ids"], found["attention_mask"], labels) is None
+
+
+def test_rows_are_found_for_the_tensors_of_the_batch_alone():
+    batch, other = collated(), collated()
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], trl_rows.labels_of(batch)
+    with trl_rows.handed_over(batch):
+        assert trl_rows.handed(ids, mask, labels) is batch.rows()
+        assert trl_rows.handed(other["input_ids"], mask, labels) is None
+        assert trl_rows.handed(ids, other["attention_mask"], labels) is None
+        assert trl_rows.handed(ids, mask, labels.masked_fill(labels == 9, -100)) is None
+        with trl_rows.handed_over(dict(batch)):
+            assert trl_rows.handed(ids, mask, labels) is None
+    assert trl_rows.handed(ids, mask, labels) is None
+
+
+def with_images(rows):
+    return {**DataCollatorForPreference(pad_token_id=0)(rows), "pixel_values": torch.ones(2)}
+
+
+def padded_left(rows):
+    batch = DataCollatorForPreference(pad_token_id=0)(rows)
+    return {name: x.flip(1) for name, x in batch.items()}
+
+
+def in_lists(rows):
+    return {name: x.tolist() for name, x in DataCollatorForPreference(pad_token_id=0)(rows).items()}
+
+
+class Batch(dict):
+    pass
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [with_images, padded_left, in_lists, lambda rows: Batch(DataCollatorForPreference(0)(rows)), lambda rows: rows],
+    ids=["images", "padded left", "lists", "a class of its own", "rows"],
+)
+def test_other_collators_batches_are_theirs(collator):
+    found, theirs = trl_rows.PackingCollator(collator)(EXAMPLES), collator(EXAMPLES)
+    assert type(found) is type(theirs) or found.rows() is None
+    assert str(dict(found) if isinstance(found, dict) else found) == str(
+        dict(theirs) if isinstance(theirs, dict) else theirs
+    )
+
+
+def test_the_collator_is_still_trls_to_ask():
+    collator = trl_rows.PackingCollator(DataCollatorForPreference(pad_token_id=3, max_length=4))
+    assert (collator.pad_token_id, collator.max_length) == (3, 4)
+    assert pickle.loads(pickle.dumps(collator)) == collator
+    with pytest.raises(AttributeError, match="no_such"):
+        collator.no_such  # noqa: B018
+
+
+# --- in the trainer --------------------------------------------------------------------------------------------------
+
+
+def half_a_mask(rows):
+    """A user's own: it scores other tokens than TRL's."""
+    batch = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=8)(rows)
+    batch["completion_mask"] &= torch.arange(batch["input_ids"].shape[1]) % 2
+    return batch
+
+
+@pytest.mark.parametrize(
+    "options, in_forward",
+    [
+        (dict(), False),
+        (dict(gradient_accumulation_steps=2, pad_to_multiple_of=16, max_length=12), False),
+        (dict(collator=half_a_mask), False),
+        (dict(accelerator_config={"split_batches": True}), False),  # one process: nothing is split
+        (dict(accelerator_config={"dispatch_batches": True}), True),  # it joins batches and cuts them
+        (dict(stream=True), False),
+        (dict(rows=[{**row, "tools": "[]"} for row in tiny_rows(9, seed=4)]), False),
+    ],
+    ids=["plain", "accumulated", "a user's collator", "split batches", "dispatched", "a stream", "tools"],
+)
+def test_curves_are_trls_wherever_rows_are_packed(options, in_forward, tmp_path, packed_in_forward):
+    mine = curve(trainer_of(tmp_path, **options))
+    assert packed_in_forward and set(packed_in_forward) == ({True, False} if in_forward else {False})
+    for ours, theirs in zip(mine, curve(trainer_of(tmp_path, trl.DPOTrainer, **options)), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_evaluation_and_precomputing(tmp_path, packed_in_forward):
+    trainer = trainer_of(tmp_path, precompute_ref_log_probs=True)
+    assert set(packed_in_forward) == {True}  # by the constructor, with TRL's collator
+    packed_in_forward.clear()
+    trainer.evaluate()
+    trainer.evaluate(datasets.Dataset.from_list(tiny_rows(3, seed=6)))
+    trainer.predict(datasets.Dataset.from_list(tiny_rows(3, seed=7)))
+    assert packed_in_forward and not any(packed_in_forward)
+
+
+def test_workers_pack(tmp_path, packed_in_forward):
+    """None is packed in this process."""
+    mine = curve(trainer_of(tmp_path, dataloader_num_workers=1))
+    assert not packed_in_forward
+    assert mine == curve(trainer_of(tmp_path))
+
+
+def test_nothing_is_packed_for_padded_rows(tmp_path, packed_in_forward):
+    curve(trainer_of(tmp_path, lambda *args, **kwargs: DPOTrainer(*args, layout="padded", **kwargs)))
+    assert not packed_in_forward
+
+
+@pytest.mark.parametrize("of_loader, ours", [(True, 0), (False, 1)], ids=["packed by the loader", "a foreign batch"])
+def test_reads_of_a_step(of_loader, ours, tmp_path, monkeypatch):
+    """Of a whole step, CPU tensors for the device's: where the loader has packed, the host waits for TRL's metrics
+    alone, else once to pack."""
+    trainer = trainer_of(tmp_path)
+    trainer.train()  # the probe has run
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
+    reads: Counter = Counter()
+    with trainer._models_in_use(), no_sync() as stream:
+        monkeypatch.setattr(stream, "refuse", lambda what: stream.off or reads.update([innermost()]))
+        monkeypatch.setattr(trl_rows.SharedPrefixLayout, "make", paused(stream, trl_rows.SharedPrefixLayout.make))
+        trainer.training_step(trainer.model, batch if of_loader else dict(batch))
+    assert reads["trl"] > 10 and set(reads) <= {"trl", "dpo_fast"} and reads["dpo_fast"] == ours
+
+
+def innermost() -> str:
+    """The package whose code has asked."""
+    files = (Path(frame.filename) for frame in reversed(traceback.extract_stack()))
+    names = (name for file in files if file.parent != Path(__file__).parent for name in file.parts)
+    return next(name for name in names if name in ("dpo_fast", "trl", "accelerate", "transformers"))
