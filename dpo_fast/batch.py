@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import transfer
-from .comparisons import Comparisons, pairs_of
+from .comparisons import Comparisons
 from .ops.checks import check_count, describe
 
 Ids = Sequence[int] | np.ndarray | Tensor
@@ -87,8 +87,10 @@ class PreferenceBatch(dict):
     @property
     def num_chosen_tokens(self) -> int:
         """Scored tokens of the chosen sequences, once for each pair; asks no device."""
-        pairs = self.get("comparisons") or pairs_of(self.num_pairs, "cpu").tolist()
-        return sum(self["host_lengths"][chosen] for chosen, _ in pairs)
+        lengths = self["host_lengths"]
+        if "comparisons" not in self:
+            return sum(lengths[: self.num_pairs])
+        return sum(lengths[chosen] for chosen, _ in self["comparisons"])
 
     def _tensors(self) -> list[Tensor]:
         """All of them, those of the layout, too."""

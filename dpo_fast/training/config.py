@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class FastDPOConfig(LossParams, TrainingArguments):
         gradient_checkpointing   False    True                          True
         tf32                     None     None: torch's setting         None
         weights from a path      float32  float32                       float32
+        non_blocking copies      False    True on CUDA                  False: accelerator_config
 
     Raises ValueError for values out of range and combinations that do not fit, before any model is loaded.
     """
@@ -185,6 +187,8 @@ class FastDPOConfig(LossParams, TrainingArguments):
                 logger.warning("bf16: this device has none, so training is in float32; fp16=True takes 16 bits")
         if not accelerated or torch.backends.mps.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, of which torch would warn
+        elif self.dataloader_pin_memory and isinstance(self.accelerator_config, (dict, NoneType)):
+            self.accelerator_config = {"non_blocking": True, **(self.accelerator_config or {})}
         # transformers calls it activation_checkpointing as well since 5.23
         name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
         if self.gradient_checkpointing is None and getattr(self, name) is None:

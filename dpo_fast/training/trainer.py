@@ -38,6 +38,7 @@ from . import aliases, card, checkpoints, facts, models, reference_columns, refe
 from .config import FastDPOConfig
 from .data import (
     LENGTH_COLUMN,
+    TOKEN_COLUMNS,
     PairCollator,
     format_example,
     prepare_dataset,
@@ -217,7 +218,9 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError(f"precompute_ref_log_probs needs data of known length, the {name} dataset is a stream")
         loader = DataLoader(
-            dataset, batch_size=self.args.precompute_ref_batch_size or batch_size, collate_fn=self.data_collator
+            self._as_arrays(dataset),
+            batch_size=self.args.precompute_ref_batch_size or batch_size,
+            collate_fn=self.data_collator,
         )
         found = []
         for batch in self.accelerator.prepare(loader):
@@ -300,7 +303,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             padded=padded,
         )
         loader = DataLoader(
-            dataset,
+            self._as_arrays(dataset),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -309,6 +312,15 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
         )
         self.accelerator.even_batches = False  # the sampler has seen to it
         return self.accelerator.prepare(loader)
+
+    def _get_dataloader(self, dataset, *args, **kwargs) -> DataLoader:
+        return super()._get_dataloader(self._as_arrays(dataset), *args, **kwargs)
+
+    def _as_arrays(self, dataset):
+        """The same rows; token ids are arrays for our own collator, and no lists are made of them."""
+        if not (isinstance(dataset, datasets.Dataset) and isinstance(self.data_collator, PairCollator)):
+            return dataset
+        return dataset.with_format("numpy", columns=list(TOKEN_COLUMNS), output_all_columns=True)
 
     def _say_what_repeats(self) -> None:
         args, dataset = self.args, self.train_dataset

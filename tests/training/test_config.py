@@ -6,6 +6,8 @@ import transformers
 
 pytest.importorskip("datasets")
 
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from dpo_fast import FastDPOConfig
 from dpo_fast.training import config as config_module
 from dpo_fast.training.data import Truncation
@@ -108,6 +110,26 @@ def test_defaults_on_an_accelerator(tmp_path, monkeypatch, options, bf16, checkp
         monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
     args = FastDPOConfig(output_dir=str(tmp_path), report_to="none", **options)
     assert (args.bf16, args.gradient_checkpointing, args.tf32) == (bf16, checkpointing, None)
+
+
+@pytest.mark.parametrize(
+    "options, non_blocking",
+    [
+        ({}, True),
+        (dict(accelerator_config={"even_batches": False}), True),
+        (dict(accelerator_config={"non_blocking": False}), False),
+        (dict(accelerator_config=AcceleratorConfig()), False),
+        (dict(dataloader_pin_memory=False), False),  # accelerate would warn
+        (dict(use_cpu=True), False),
+    ],
+)
+def test_copies_to_an_accelerator_do_not_block_unless_asked_to(tmp_path, monkeypatch, options, non_blocking):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for module in (config_module, transformers.training_args):
+        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    args = FastDPOConfig(output_dir=str(tmp_path), report_to="none", **options)
+    assert args.accelerator_config.non_blocking is non_blocking
+    assert args.accelerator_config.even_batches is (options.get("accelerator_config") != {"even_batches": False})
 
 
 def test_an_accelerator_without_bf16_says_that_it_trains_in_float32(tmp_path, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import pickle
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from reads import counted_reads
 from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 from trainers import TOKENIZER, fast_trainer
 
@@ -21,7 +24,8 @@ import datasets
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer, preference_loss
 from dpo_fast.metrics import MetricSums
-from dpo_fast.training.data import Truncation
+from dpo_fast.ops import dispatch
+from dpo_fast.training.data import TOKEN_COLUMNS, PairCollator, Truncation
 from dpo_fast.training.reference_columns import TOKENS
 from dpo_fast.training.trainer import NOT_TAKEN
 
@@ -649,3 +653,70 @@ def test_pairs_that_ranks_take_twice_are_told_of(tmp_path, caplog, monkeypatch):
         trainer._say_what_repeats()
         vars(trainer.args).update(per_device_train_batch_size=3, dataloader_drop_last=False, tokens_per_batch=None)
     assert not caplog.text
+
+
+# --- the host keeps out of the way -----------------------------------------------------------------------------------
+
+
+def test_workers_pack_and_arrays_come_from_the_data(build, monkeypatch):
+    """No batch is made in this process, and none of lists; the losses are those of lists, bit for bit."""
+    curves, seen, collate = [], [], PairCollator.__call__
+
+    def noted(self, rows):
+        seen.append({type(row[name]) for row in rows for name in TOKEN_COLUMNS})
+        return collate(self, rows)
+
+    monkeypatch.setattr(PairCollator, "__call__", noted)
+    for options in ({}, dict(dataloader_num_workers=1), dict(tokens_per_batch=60), {"as_lists": True}):
+        seen.clear()
+        as_lists = options.pop("as_lists", False)
+        trainer = build(args=dict(max_steps=4, **options))
+        if as_lists:
+            monkeypatch.setattr(trainer, "_as_arrays", lambda dataset: dataset)
+        trainer.train()
+        assert (
+            seen == []
+            if options.get("dataloader_num_workers")
+            else {list if as_lists else np.ndarray} == set().union(*seen)
+        )
+        curves.append(losses(trainer))
+    assert curves[0] == curves[1] == curves[3] and len(curves[0]) == 4
+
+
+# what a step has besides -> the settings
+STEPS = {
+    "plain": {},
+    "statistics": dict(extra_metrics=["entropy", "logits", "mean_token_accuracy"]),
+    "likelihood, weights, accumulated": dict(
+        loss_type=["sigmoid", "sft"], use_weighting=True, gradient_accumulation_steps=2
+    ),
+    "padded": dict(layout="padded"),
+    "tail weighted": dict(ld_alpha=0.5),
+    "noise": dict(neftune_noise_alpha=5.0),
+    "checkpointing": dict(gradient_checkpointing=True),
+}
+
+
+def experts() -> dict:
+    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    return dict(model=tiny_model("qwen3_moe", **sizes, output_router_logits=True))
+
+
+@pytest.mark.parametrize("name", [*STEPS, "adapter", "experts", "reference with the data"])
+def test_no_step_waits_for_the_device(name, build, monkeypatch):
+    """Whole steps, CPU tensors for the device's: nothing is read between two logs, but by transformers, which looks
+    whether a mask of padded rows hides anything."""
+    options = {"adapter": lambda: dict(peft_config=lora()), "experts": experts}.get(name, dict)()
+    settings = STEPS.get(name, {}) | dict(precompute_ref_log_probs=name == "reference with the data")
+    trainer = build(args=dict(max_steps=2, **settings), **options)
+    trainer.train()  # the probe, and all that is done once
+    batches = [*itertools.islice(trainer.get_train_dataloader(), 2)]
+    monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._sums["train"], trainer._losses.steps = MetricSums(), []
+    with trainer._models_in_use(), counted_reads() as (reads, stream):
+        _, pairs = trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))
+        for batch in batches:
+            trainer.training_step(trainer.model, batch, num_items_in_batch=pairs)
+    assert set(reads) == ({"transformers"} if name in ("padded", "noise") else set()), reads
+    assert stream.kernels and trainer._sums["train"].sums[1, 0] == pairs and len(trainer._losses.steps) == 2

@@ -4,14 +4,13 @@ import copy
 import pickle
 import random
 import traceback
-from collections import Counter
-from pathlib import Path
 
 import plain_rows
 import pytest
 import torch
 from accelerate.utils import concatenate, send_to_device, slice_tensors
 from no_sync import no_sync
+from reads import counted_reads
 from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -326,16 +325,7 @@ def test_reads_of_a_step(of_loader, ours, tmp_path, monkeypatch):
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
-    reads: Counter = Counter()
-    with trainer._models_in_use(), no_sync() as stream:
-        monkeypatch.setattr(stream, "refuse", lambda what: stream.off or reads.update([innermost()]))
+    with trainer._models_in_use(), counted_reads() as (reads, stream):
         monkeypatch.setattr(trl_rows.SharedPrefixLayout, "make", paused(stream, trl_rows.SharedPrefixLayout.make))
         trainer.training_step(trainer.model, batch if of_loader else dict(batch))
     assert reads["trl"] > 10 and set(reads) <= {"trl", "dpo_fast"} and reads["dpo_fast"] == ours
-
-
-def innermost() -> str:
-    """The package whose code has asked."""
-    files = (Path(frame.filename) for frame in reversed(traceback.extract_stack()))
-    names = (name for file in files if file.parent != Path(__file__).parent for name in file.parts)
-    return next(name for name in names if name in ("dpo_fast", "trl", "accelerate", "transformers"))
