@@ -67,6 +67,11 @@ CODE = {
         "benchmarks/attention.py",
         _MEASURE,
     ),
+    "host": (
+        *(f"dpo_fast/{name}.py" for name in ("batch", "layout", "transfer", "trl_rows", "comparisons", "ops/checks")),
+        "benchmarks/host.py",
+        _MEASURE,
+    ),
     "sweep": ("kernels", "benchmarks/sweep.py", _MEASURE),
 }
 
