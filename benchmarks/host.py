@@ -2,9 +2,9 @@
 
     python -m benchmarks.host                # processor ms of one core; no GPU takes part
 
-Pairs of n tokens: a third each of prompt, chosen, rejected. `shared_prefix_batch` and `padded_batch` take lists, as users
-give them, `of arrays` is what `FastDPOTrainer`'s loader hands over; `pack_rows` takes TRL's padded tensors. The bar is
-twice the one tensor.
+Pairs of n tokens: a third each of prompt, chosen, rejected. `shared_prefix_batch` and `padded_batch` take lists, `of
+arrays` is what `FastDPOTrainer`'s loader hands over; `pack_rows` takes TRL's padded tensors. The bar is twice the one
+tensor.
 """
 
 import argparse

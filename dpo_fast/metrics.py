@@ -41,7 +41,14 @@ def pair_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
         "logps/chosen": pairs.chosen.detach(),
         "logps/rejected": pairs.rejected.detach(),
     }
-    return {name: (value.sum(), value.new_full((), value.numel())) for name, value in values.items()}
+    return _means_over_pairs(values)
+
+
+def _means_over_pairs(values: dict[str, Tensor]) -> Metrics:
+    """name -> (P,) values; in one sum and one count, as each is a launch."""
+    together = torch.stack(list(values.values()), 1)  # (P, number of names)
+    count = together.new_full((), len(together))
+    return {name: (total, count) for name, total in zip(values, together.sum(0).unbind(), strict=True)}
 
 
 def term_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
@@ -49,8 +56,7 @@ def term_metrics(pairs: PairLogps, objective: Objective) -> Metrics:
     is only where `pairs.mean_chosen_length` is that of all batches: for training."""
     if len(objective.parts) == 1:
         return {}
-    terms = objective.terms(pairs)
-    return {f"loss/{name}": (value.sum(), value.new_full((), value.numel())) for name, value in terms.items()}
+    return _means_over_pairs({f"loss/{name}": value for name, value in objective.terms(pairs).items()})
 
 
 def loss_metrics(losses: Tensor, pairs: PairLogps, objective: Objective) -> Metrics:
@@ -78,6 +84,8 @@ def token_metrics(
     """Means over scored tokens, of the statistics that are there: entropy of all, logits of chosen and of rejected,
     top-1 accuracy of chosen. comparisons: None: of pairs. A token counts as chosen once for each comparison
     in which its sequence is the chosen one."""
+    if all(value is None for value in (stats.entropy, stats.mean_logits, stats.is_top1)):
+        return {}
     if comparisons is None:
         comparisons = Comparisons.make("token_metrics", num_pairs, None, None, sequence_ids.device)
     everything = torch.ones_like(sequence_ids)
@@ -104,9 +112,11 @@ class MetricSums:
 
     def add(self, metrics: Metrics) -> None:
         names = list(metrics)
-        first = next(iter(metrics.values()))[0]
-        wide = torch.float32 if first.device.type == "mps" else torch.float64
-        packed = torch.stack([torch.stack([part.to(wide) for part in pair]) for pair in metrics.values()], dim=1)
+        sums, weights = zip(*metrics.values(), strict=True)
+        parts = [*sums, *weights]
+        wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
+        parts = [part if part.is_floating_point() else part.to(wide) for part in parts]  # counts stay exact
+        packed = torch.stack(parts).to(wide).view(2, len(names))
         if self.sums is None:
             self.names, self.sums = names, packed
         elif names == self.names:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from loss_cases import make_pairs
+from no_sync import no_sync
 from trl_loss import make_tokens, our_loss, statistics, trl_loss
 
 from dpo_fast.metrics import MetricSums, pair_metrics, token_metrics
@@ -89,3 +90,28 @@ def test_a_mean_of_nothing_is_zero_and_names_must_not_change():
     with pytest.raises(ValueError, match="must keep their names"):
         sums.add({"other": (torch.tensor(0.0), torch.tensor(0.0))})
     assert sums.means() == {"entropy": 0.0}
+
+
+def test_launches_of_a_step():
+    """10 for metrics of pairs; 3 to add up all metrics, and one more for each count of tokens."""
+    pairs, objective, sums = make_pairs(), Objective("sigmoid"), MetricSums()
+    stats = TokenStats(torch.zeros(4), entropy=torch.ones(4), is_top1=torch.ones(4, dtype=torch.bool))
+    ids = torch.tensor([0, 1, 2, 3])
+    nothing = TokenStats(torch.zeros(4))
+    with no_sync() as stream:
+        assert token_metrics(nothing, ids, 2) == {} and not stream.kernels
+        of_pairs, of_tokens = pair_metrics(pairs, objective), token_metrics(stats, ids, 2)
+        sums.add(of_pairs | of_tokens)
+        before = stream.kernels.total()
+        sums.add(of_pairs | of_tokens)
+        assert stream.kernels.total() - before == 3 + 2
+        before = stream.kernels.total()
+        pair_metrics(pairs, objective)
+        assert stream.kernels.total() - before == 10
+
+
+def test_counts_stay_exact():
+    """2**24 + 1 tokens, which fp32 does not hold, beside sums in fp32."""
+    sums = MetricSums()
+    sums.add({"entropy": (torch.ones(()), torch.tensor(2**24 + 1)), "loss": (torch.ones(()), torch.ones(()))})
+    assert sums.sums[1].tolist() == [2**24 + 1, 1]
