@@ -155,6 +155,7 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_devices(args)
         # The loss is a mean over pairs, which compute_loss takes care of; nothing depends on a count of labels
         self.model_accepts_loss_kwargs = False
         attach(self.model, impl=args.impl, tile_mib=args.tile_mib)
@@ -694,13 +695,22 @@ def check_arguments(model, ref_model, args) -> None:
         raise TypeError(f"args must be a FastDPOConfig, which has TRL's names, got {type(args).__name__}")
     models.check_reference(model, ref_model)
     check_ranks(args.world_size)
-    if args.n_gpu > 1 and not getattr(model, "hf_device_map", None):
+    of_path = (args.model_init_kwargs or {}).get("device_map") if isinstance(model, str) else None
+    mapped = of_path or getattr(model, "hf_device_map", None)
+    if not mapped:
+        check_devices(args)
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
+
+
+def check_devices(args) -> None:
+    """Raise ValueError where transformers would put nn.DataParallel around the model. Of a model that is spread over
+    devices its Trainer takes one to be visible."""
+    if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} devices are visible to one process, which transformers serves with nn.DataParallel, and "
             "that copies the model in each step; start with torchrun or accelerate launch, or make one visible"
         )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError("dispatch_batches must not be True: batches would be cut up by rows for other processes")
 
 
 def check_hooks(callbacks, optimizers) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from reads import counted_reads
-from tiny import tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 from trainers import TOKENIZER, fast_trainer
 
 pytest.importorskip("datasets")
@@ -504,6 +504,26 @@ def test_bad_arguments(build, monkeypatch):
     monkeypatch.setattr(FastDPOConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="2 devices are visible to one process"):
         build()
+
+
+@pytest.mark.parametrize(
+    "device_map, refused",
+    [(None, True), ({"": "cpu"}, True), ({"model": 0, "lm_head": 1}, False)],
+    ids=["no map", "a map to one device", "spread over two"],
+)
+def test_two_visible_devices(tmp_path, device_map, refused):
+    """transformers would put nn.DataParallel around the model, unless it is spread over them."""
+    args, model = FastDPOConfig(output_dir=str(tmp_path), **QUIET), tiny_model()
+    args._n_gpu = 2
+    if device_map:
+        model.hf_device_map = device_map
+    make = functools.partial(FastDPOTrainer, model, args=args, train_dataset=tiny_rows(8), processing_class=TOKENIZER)
+    if refused:
+        with pytest.raises(ValueError, match="2 devices are visible to one process, .* nn.DataParallel, .* torchrun"):
+            make()
+    else:
+        make()
+        assert args.n_gpu == 1
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)

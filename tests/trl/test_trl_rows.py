@@ -329,3 +329,12 @@ def test_reads_of_a_step(of_loader, ours, tmp_path, monkeypatch):
         monkeypatch.setattr(trl_rows.SharedPrefixLayout, "make", paused(stream, trl_rows.SharedPrefixLayout.make))
         trainer.training_step(trainer.model, batch if of_loader else dict(batch))
     assert reads["trl"] > 10 and set(reads) <= {"trl", "dpo_fast"} and reads["dpo_fast"] == ours
+
+
+def test_two_visible_devices_are_refused(tmp_path):
+    args = trl.DPOConfig(output_dir=str(tmp_path), **SETTINGS)
+    args._n_gpu = 2
+    rows = datasets.Dataset.from_list(tiny_rows(4))
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"does not support `nn.DataParallel`"):
+        DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
