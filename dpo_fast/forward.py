@@ -18,7 +18,7 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -286,8 +286,10 @@ def score_batch(
 
     pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), mean_chosen_length;
     see `linear_preference_loss`. aux_loss, with an objective: return a mixture of experts' balancing loss as well.
+    Of a model that is spread over devices all comes back to the batch's.
     """
     _check_batch(model, batch)
+    device = batch.input_ids.device
     state = attachment(model)
     backbone, batch = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
     hidden = at_predictors(model, backbone[0], batch.predictors)
@@ -297,7 +299,8 @@ def score_batch(
         if aux_loss or any(value is not None for value in pair_knobs.values()):
             knobs = ", ".join([*pair_knobs, *(["aux_loss"] if aux_loss else [])])
             raise TypeError(f"model(batch, ...) takes {knobs} only together with objective=")
-        return _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
+        scored = _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
+        return _on(device, scored)
     tensors = _tensors_or_reason(head, hidden)
     common = dict(
         sequence_ids=batch.sequence_ids.to(hidden.device),
@@ -307,7 +310,7 @@ def score_batch(
         loss=objective,
         outputs=outputs,
         impl=state.impl,
-        **pair_knobs,
+        **{name: _on(hidden.device, value) for name, value in pair_knobs.items()},
     )
     if isinstance(tensors, str):
         needed = (*outputs, "log_sum_sq_probs") if objective.use_weighting else outputs
@@ -327,7 +330,20 @@ def score_batch(
             **common,
         )
     aux = _balancing_loss(model, batch, backbone) if aux_loss else None
-    return PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs), aux)
+    scores = PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs), aux)
+    return _on(device, scores) if hidden.device != device else scores
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Tensors, and what holds them, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, PairLogps):
+        return replace(value, **{field.name: _on(device, getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, tuple):
+        moved = [_on(device, part) for part in value]
+        return value._make(moved) if hasattr(value, "_make") else tuple(moved)
+    return value
 
 
 def _check_batch(model: nn.Module, batch: PreferenceBatch) -> None:
