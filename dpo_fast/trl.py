@@ -539,22 +539,24 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
     else:
         out = packing.run_padded(model, backbone_of(model), rows.inputs, one_by_one=not routed)
     hidden = at_predictors(model, out[0], rows.predictors)
-    targets, places = rows.targets.to(hidden.device), rows.places.to(hidden.device)
+    targets, places = rows.targets.to(hidden.device), rows.places
     wanted = [name for name in seam.outputs if name != "log_probs"]
     stats = score_hidden(model.get_output_embeddings(), hidden, targets, state, wanted)
 
     def spread(values: Tensor) -> Tensor:
+        values = values.to(places.device)  # of a model that is spread over devices
         return values.new_zeros(rows.shape.numel()).index_copy(0, places, values).view(rows.shape)
 
     loss = -stats.logps.sum() / (max(places.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
     aux_loss = balancing_loss(model, getattr(out, "router_logits", None), rows.token_weights()) if routed else None
     if aux_loss is not None:
+        aux_loss = aux_loss.to(loss.device)
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
     return trl_utils.FusedCausalLMOutput(
-        loss=loss,
+        loss=loss.to(places.device),
         log_probs=spread(stats.logps),
-        label_mask=spread(torch.ones_like(targets, dtype=torch.bool)),
-        aux_loss=aux_loss,
+        label_mask=spread(torch.ones_like(places, dtype=torch.bool)),
+        aux_loss=None if aux_loss is None else aux_loss.to(places.device),
         **{name: spread(getattr(stats, name)) for name in wanted},
     )
 

@@ -12,9 +12,9 @@ import torch
 import transformers
 from tiny import tiny_config, tiny_model, tiny_pairs
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from two_devices import two_devices
 
-from dpo_fast import attach, forward, terms
+from dpo_fast import attach, forward
 from dpo_fast.batch import TokenPair, padded_batch
 from dpo_fast.forward import HeadTransform, TokenScores, detach, is_attached, release, score_hidden
 from dpo_fast.functional import preference_step, score, step_metrics
@@ -22,7 +22,6 @@ from dpo_fast.heads import head_tensors
 from dpo_fast.layout import shared_prefix_batch
 from dpo_fast.metrics import MetricSums
 from dpo_fast.objective import Objective
-from dpo_fast.ops import call, dispatch, logits, sequence
 from dpo_fast.ops.stats import STATS
 
 HEADS = {
@@ -396,31 +395,15 @@ def test_a_compiled_model_is_attached_below_its_wrapper():
     assert not is_attached(model) and "forward" not in vars(model)
 
 
-class SpreadOverDevices(TorchDispatchMode):
-    """Lets "meta" stand in for a second device: what comes back from it is zeros, and mixing the two raises."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func._opname == "_to_copy" and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        return func(*args, **kwargs)
-
-
 @pytest.mark.parametrize("make", [lambda pairs: padded_batch(pairs, 0), shared_prefix_batch], ids=["padded", "packed"])
 @pytest.mark.parametrize("reference", ["tokens", "sums"])
-def test_a_head_on_another_device(make, reference, monkeypatch):
+def test_a_head_on_another_device(make, reference):
     """Hidden states go there, results come back; metrics and the reference's sums are made where the batch is."""
-    for module in (call, logits, sequence, terms):
-        check = lambda op, name, value, shape, dtypes, device=None, inner=module.check_tensor: inner(  # noqa: E731
-            op, name, value, shape, dtypes, value.device if device is None else device
-        )
-        monkeypatch.setattr(module, "check_tensor", check)
-    monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
     model, batch = attach(tiny_model()), make(tiny_pairs(3))
     score(model, batch)  # the probe, and the check of the head
     model.lm_head.to("meta")
     objective = Objective("sigmoid")
-    with SpreadOverDevices():
+    with two_devices():
         ref = score(model, batch) if reference == "tokens" else torch.zeros(6)
         step = preference_step(model, batch, objective, ref, extra_metrics=["entropy", "logits", "mean_token_accuracy"])
         sums = MetricSums()

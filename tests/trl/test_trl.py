@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
+from two_devices import two_devices
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -318,6 +319,19 @@ def test_policy_and_reference_pack_a_batch_once(monkeypatch):
     changed = {**inputs, "input_ids": inputs["input_ids"].flip(0)}  # the same labels, of another batch
     policy(**changed, fused_lm_head=True)
     assert len(packed) == 2
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+@pytest.mark.parametrize("kind, more", [("llama", {}), ("qwen3_moe", MOE)], ids=["llama", "experts"])
+def test_a_head_on_another_device(kind, more, layout):
+    model = tiny_model(kind, **more)
+    ours.install(model, FIELDS, layout)
+    inputs = inputs_of()
+    model(**inputs, fused_lm_head=True)  # the probe, and the check of the head
+    model.lm_head.to("meta")
+    with two_devices():
+        out = model(**inputs, fused_lm_head=True)
+    assert {x.device.type for x in out.values()} == {"cpu"} and (out.aux_loss is None) == (not more)
 
 
 def test_other_calls_are_the_models_own():
