@@ -13,15 +13,12 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpo_fast.kernels import linear_score, sequence_sum, token_logps
+from dpo_fast.kernels import sequence_sum, token_logps
 
-# The fastest matrix instruction of each: an HMMA on sm_90 would mean that wgmma was not taken
-TENSOR_CORE = {"80": "HMMA", "90": "HGMMA", "100": r"UTC\w*MMA", "120": "HMMA"}
 STATS = ("ENTROPY", "MEAN_LOGITS", "IS_TOP1", "LOG_SUM_SQ_PROBS")
 
 
@@ -36,7 +33,6 @@ def case(
     ones=(),
     divisible=(),
     loads=True,
-    tensor_core=False,
     **options,
 ):
     """How a launch would specialise `kernel`. Pointers are 16-byte aligned; `ones` are arguments equal to 1 (contiguous
@@ -50,7 +46,6 @@ def case(
         source=(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         options=options,
         wide_loads=loads,
-        tensor_core=tensor_core,
     )
 
 
@@ -102,51 +97,6 @@ def backward(target: str, dtype: str, d_dtype: str, softcap: bool, V: int = 128_
     )
 
 
-def fused_head(target: str, dtype: str, *, softcap=False, stats=False, bias=False, tf32=False):
-    flags = dict(softcap=softcap, stats=stats, bias=bias, tf32=tf32)
-    label = " ".join([dtype, *(name for name, is_set in flags.items() if is_set)])
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    config = linear_score.linear_score_config(target, torch_dtype, softcap=softcap, stats=stats, allow_tf32=tf32)
-    yield case(
-        f"linear_score_fwd {label}",
-        linear_score.linear_score_fwd_kernel,
-        {"labels_ptr": "*i64", "partials_ptr": "*fp32"}
-        | dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}"),
-        {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, **dict.fromkeys(STATS, stats)}
-        | {"INPUT_PRECISION": "tf32" if tf32 else "ieee"}
-        | {n: size for n, size in config.items() if n.isupper()},
-        integers=("N", "V", "H", "stride_hidden", "stride_weight", "stride_split", "splits", "split_columns")
-        + ("group", "ignore_index"),
-        floats=("logit_scale", "softcap", "inv_temperature"),
-        divisible=("H", "stride_hidden", "stride_weight", "stride_split", "split_columns"),
-        tensor_core=dtype != "fp32" or tf32 or target.startswith("hip"),  # AMD's take fp32 as it is
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-    )
-
-
-def fused_heads(target: str):
-    yield from fused_head(target, "fp16")
-    for bias in (False, True):
-        yield from fused_head(target, "bf16", bias=bias)
-        yield from fused_head(target, "bf16", bias=bias, softcap=True)
-    yield from fused_head(target, "bf16", stats=True)
-    yield from fused_head(target, "bf16", stats=True, softcap=True, bias=True)
-    for tf32 in (False, True):
-        yield from fused_head(target, "fp32", tf32=tf32)
-        yield from fused_head(target, "fp32", tf32=tf32, stats=True, softcap=True, bias=True)
-    rows = ("logps_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "mean_logits_ptr", "is_top1_ptr")
-    yield case(
-        "linear_score_merge",
-        linear_score.linear_score_merge_kernel,
-        dict.fromkeys((*rows, "log_sum_sq_probs_ptr", "partials_ptr"), "*fp32") | {"labels_ptr": "*i64"},
-        {**dict.fromkeys(STATS, True), "BLOCK_N": 32, "BLOCK_S": linear_score.MAX_SPLITS},
-        integers=("N", "V", "stride_split", "splits", "ignore_index"),
-        divisible=("stride_split",),
-        num_warps=4,
-    )
-
-
 def cases(target: str):
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         for softcap in (False, True):
@@ -170,7 +120,6 @@ def cases(target: str):
         loads=False,
         num_warps=4,
     )
-    yield from fused_heads(target)
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
@@ -186,13 +135,12 @@ def report(target: str, item: dict) -> dict:
     gpu = GPUTarget("hip", arch, 64) if backend == "hip" else GPUTarget("cuda", int(arch), 32)
     kernel = triton.compile(ASTSource(*item["source"]), target=gpu, options=item["options"])
     found = {"target": target, "kernel": item["name"], "shared": kernel.metadata.shared}
-    found |= {"wide_loads_expected": item["wide_loads"], "tensor_core_expected": item["tensor_core"]}
+    found |= {"wide_loads_expected": item["wide_loads"]}
     if backend == "hip":
         assembly = kernel.asm["amdgcn"]
         counts = {k: int(v) for k, v in re.findall(r"\.(\w*(?:spill_count|vgpr_count)):\s+(\d+)", assembly)}
         found |= {"registers": counts["vgpr_count"], "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"]}
         found["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
-        found["tensor_core"] = len(re.findall(r"\bv_mfma", assembly))
     else:
         usage = cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
@@ -200,7 +148,6 @@ def report(target: str, item: dict) -> dict:
         spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
         found |= {"registers": registers, "stack": stack, "local": local, "spills": spills}
         found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128", sass))
-        found["tensor_core"] = len(re.findall(rf"\b(?:{TENSOR_CORE[arch]})\b", sass))
     return found
 
 

@@ -1,5 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, without a spill, and reads 16 bytes at a time where it can; matrix
-products run on the tensor cores and their tiles fit."""
+"""Every kernel compiles for GPUs that are not here, without a spill, and reads 16 bytes at a time where it can."""
 
 import json
 import subprocess
@@ -33,8 +32,6 @@ def test_compiled_kernels(target):
     assert not spilled, spilled
     narrow = [r for r in reports if r["wide_loads_expected"] and not r["wide_loads"]]
     assert not narrow, narrow
-    scalar = [r for r in reports if r["tensor_core_expected"] and not r["tensor_core"]]
-    assert not scalar, scalar
     too_large = [r for r in reports if r["shared"] > SHARED_KIB[target] * 1024]
     assert not too_large, too_large
 

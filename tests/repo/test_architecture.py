@@ -73,8 +73,8 @@ FLOORS = """
    kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared report
    report.charts report.files testing training training.aliases training.rows training.sampler training.sources
    text
-1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
-   ops.oracle ops.softmax quantised report.png report.record report.svg training.written
+1  batch data.make_pairs demo.corpus demo.measure heads kernels.token_logps losses ops.oracle
+   ops.softmax quantised report.png report.record report.svg training.written
 2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
    training.folder training.keys
 3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
