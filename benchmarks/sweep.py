@@ -45,9 +45,9 @@ class LogitsRuns:
         self.d_logps = torch.ones(N, device=device)
         self.out = {name: torch.empty(N, device=device) for name in ("logps", "row_max", "log_sum")}
         self.forward()
-        self.candidates = list(forward_candidates() if kernel == "fwd" else backward_candidates())
-        for candidate in self.candidates if kernel == "fwd" else ():
-            candidate["WIDTH"] = 16 // self.logits.element_size()
+        candidates = forward_candidates() if kernel == "fwd" else backward_candidates()
+        rule = token_logps.forward_config(V, dtype.itemsize) if kernel == "fwd" else token_logps.backward_config(V)
+        self.candidates = [rule | candidate for candidate in candidates]
         if kernel == "bwd":  # where it is used most: from the head's fp32 tile to the D that 16-bit GEMMs take
             self.logits = self.logits.float()
 

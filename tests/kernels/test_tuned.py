@@ -17,10 +17,11 @@ def measured(monkeypatch):
 
 
 def test_entries_replace_the_rules_constants(measured):
-    assert token_logps.forward_config(4096, 2) == {"LANES": 64, "WIDTH": 8, "num_warps": 2}
-    assert token_logps.forward_config(4099, 2) == {"LANES": 16, "WIDTH": 8, "num_warps": 2}
-    assert token_logps.backward_config(4096, "cuda:89") == {"BLOCK_V": 256, "num_warps": 1}, "a relative of sm_120"
-    assert token_logps.backward_config(4096, "cuda:90") == {"BLOCK_V": 4096, "num_warps": 8}, "not measured"
+    wide = {"LANES": 64, "WIDTH": 8, "ADJACENT": True, "num_warps": 2}
+    assert token_logps.forward_config(4096, 2) == token_logps.forward_config(4099, 2) == wide
+    assert token_logps.forward_config(4099, 2, aligned=False) == wide | {"LANES": 32, "ADJACENT": False}
+    assert token_logps.backward_config(4096, "cuda:89")["BLOCK_V"] == 256, "a relative of sm_120"
+    assert token_logps.backward_config(4096, "cuda:90")["BLOCK_V"] == 4096, "not measured"
 
 
 def test_numbers_stay(measured):
