@@ -127,7 +127,7 @@ NVIDIA = Syntax(
     {"": 4, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16},
     r"MUFU\.EX2",
     r"\w*(?:HMMA|HGMMA|QMMA|UTC\w*MMA)",
-    r"SHFL|BAR|LDS|STS|REDUX|VOTE|LDSM|STSM",
+    r"SHFL|BAR|LDS|STS|REDUX",
     {r"FFMA2": 4, r"F(?:ADD|MUL)2": 2, r"FFMA(?!2)": 2, r"F(?:ADD|MUL)(?!2)|FMNMX|MUFU": 1},
 )
 AMD = Syntax(
