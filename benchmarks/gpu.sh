@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-GPU_TESTS=(tests/kernels/test_gpu.py tests/test_attention.py tests/kernels/test_linear_score.py)
+GPU_TESTS=(tests/kernels/test_gpu.py tests/test_attention.py)
 STAGES=(tests memcheck train_step gemm head level1 attention sweep)
 declare -A SHARE=([tests]=28 [memcheck]=6 [train_step]=28 [gemm]=3 [head]=16 [level1]=4 [attention]=7 [sweep]=8)
 minutes=10 dry= wheels= only= fail= allow=()

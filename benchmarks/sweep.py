@@ -1,6 +1,6 @@
 """Block sizes and warps of each kernel, timed: what a table of tuned sizes would be made of. Nothing tunes at run time.
 
-python -m benchmarks.sweep --kernel fwd bwd score
+python -m benchmarks.sweep --kernel fwd bwd
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import torch
 import triton
 
-from dpo_fast.kernels import linear_score, token_logps
+from dpo_fast.kernels import token_logps
 from dpo_fast.kernels.numerics import Knobs
 
 from .measure import interleaved, random_logits
@@ -22,7 +22,6 @@ from .record import Record, add_arguments, device_name, table
 NAMES = {
     "fwd": ("token_logps_fwd", ("LANES", "num_warps")),
     "bwd": ("token_logps_bwd", ("BLOCK_V", "num_warps")),
-    "score": ("linear_score_fwd", ("BLOCK_N", "BLOCK_V", "BLOCK_H", "FOLD_V", "num_warps", "num_stages")),
 }
 
 
@@ -36,27 +35,6 @@ def backward_candidates():
         yield {"BLOCK_V": block, "num_warps": warps}
 
 
-def score_candidates():
-    for n, v, h, warps, stages in itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (3, 4)):
-        if (n, v, warps) == (128, 256, 4):
-            continue  # 256 floats of the accumulator a thread: 862 registers spill
-        for fold in (v, v // 2):
-            yield {"BLOCK_N": n, "BLOCK_V": v, "FOLD_V": fold, "BLOCK_H": h, "num_warps": warps, "num_stages": stages}
-
-
-class ScoreRuns:
-    """linear_score_fwd on N hidden states and V entries."""
-
-    def __init__(self, N: int, H: int, V: int, dtype: torch.dtype, device: str):
-        self.hidden, self.weight = (torch.randn(rows, H, device=device).to(dtype) for rows in (N, V))
-        self.labels = torch.randint(V, (N,), device=device)
-        self.out = {name: torch.empty(N, device=device) for name in ("logps", "row_max", "log_sum")}
-        self.candidates = list(score_candidates())
-
-    def run(self, config: dict | None) -> None:
-        linear_score.linear_score_fwd(self.hidden, self.weight, self.labels, None, self.out, Knobs(), config=config)
-
-
 class LogitsRuns:
     """A kernel over rows of logits."""
 
@@ -67,9 +45,9 @@ class LogitsRuns:
         self.d_logps = torch.ones(N, device=device)
         self.out = {name: torch.empty(N, device=device) for name in ("logps", "row_max", "log_sum")}
         self.forward()
-        self.candidates = list(forward_candidates() if kernel == "fwd" else backward_candidates())
-        for candidate in self.candidates if kernel == "fwd" else ():
-            candidate["WIDTH"] = 16 // self.logits.element_size()
+        candidates = forward_candidates() if kernel == "fwd" else backward_candidates()
+        rule = token_logps.forward_config(V, dtype.itemsize) if kernel == "fwd" else token_logps.backward_config(V)
+        self.candidates = [rule | candidate for candidate in candidates]
         if kernel == "bwd":  # where it is used most: from the head's fp32 tile to the D that 16-bit GEMMs take
             self.logits = self.logits.float()
 
@@ -100,9 +78,9 @@ class replaced:
         setattr(token_logps, self.rule, self.original)
 
 
-def sweep(kernel: str, N: int, H: int, V: int, dtype: torch.dtype, rounds: int) -> list[dict]:
+def sweep(kernel: str, N: int, V: int, dtype: torch.dtype, rounds: int) -> list[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = ScoreRuns(N, H, V, dtype, device) if kernel == "score" else LogitsRuns(kernel, N, V, dtype, device)
+    runs = LogitsRuns(kernel, N, V, dtype, device)
     cases = {}
     for label, config in {"rule": None, **{str(c): c for c in runs.candidates}}.items():
         run = functools.partial(runs.run, config)
@@ -134,7 +112,6 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--N", type=int, default=4096 if cuda else 2)
-    parser.add_argument("--H", type=int, default=4096 if cuda else 32)
     parser.add_argument("--V", type=int, default=131_072 if cuda else 512)
     parser.add_argument("--rounds", type=int, default=10 if cuda else 1)
     add_arguments(parser)
@@ -143,11 +120,11 @@ def main(argv=None) -> int:
     record = Record.of("sweep", argv, a, parser)
     dtype, rows = torch.bfloat16 if cuda else torch.float32, []
     for kernel in a.kernel:
-        found = sweep(kernel, a.N, a.H, a.V, dtype, a.rounds)
+        found = sweep(kernel, a.N, a.V, dtype, a.rounds)
         print(table(found, ["kernel", "config", "wall_median_ms", "wall_min_ms"]))
         print("for kernels/tuned.py, where it beats the rule:", entries(found), flush=True)
         rows += found
-        result = {"N": a.N, "H": a.H, "V": a.V, "entries": entries(rows), "rows": rows}
+        result = {"N": a.N, "V": a.V, "entries": entries(rows), "rows": rows}
         record.save("sweep", result, complete=kernel == a.kernel[-1])
     return 0
 

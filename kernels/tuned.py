@@ -7,7 +7,6 @@ and prints entries in this form; tests/aot_compile.py compiles them. Nothing tun
 
     token_logps_fwd        (LANES, num_warps) of a long row
     token_logps_bwd        (BLOCK_V, num_warps) of a long row
-    linear_score_fwd       (BLOCK_N, BLOCK_V, BLOCK_H, FOLD_V, num_warps, num_stages), 16-bit operands
 """
 
 import functools

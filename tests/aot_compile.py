@@ -2,6 +2,8 @@
 
 Runs as a script of its own: the interpreter, which the tests need, replaces the compiler for a whole process.
     python tests/aot_compile.py cuda:90 hip:gfx942
+
+What is counted is counted in the part that each logit passes (machine_code.py).
 """
 
 import json
@@ -13,15 +15,14 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch
+import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpo_fast.kernels import linear_score, sequence_sum, token_logps
+from dpo_fast.kernels import sequence_sum, token_logps
 
-# The fastest matrix instruction of each: an HMMA on sm_90 would mean that wgmma was not taken
-TENSOR_CORE = {"80": "HMMA", "90": "HGMMA", "100": r"UTC\w*MMA", "120": "HMMA"}
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STATS = ("ENTROPY", "MEAN_LOGITS", "IS_TOP1", "LOG_SUM_SQ_PROBS")
 
 
@@ -30,17 +31,20 @@ def case(
     kernel,
     pointers,
     constexprs,
+    columns,
+    element,
     *,
+    written=0,
     integers=(),
     floats=(),
     ones=(),
     divisible=(),
     loads=True,
-    tensor_core=False,
     **options,
 ):
-    """How a launch would specialise `kernel`. Pointers are 16-byte aligned; `ones` are arguments equal to 1 (contiguous
-    rows), `divisible` integer arguments that are multiples of 16."""
+    """How a launch would specialise `kernel`. A program takes `columns` logits at a time, of `element` bytes, and
+    writes `written` bytes for each. Pointers are 16-byte aligned; `ones` are arguments equal to 1 (contiguous rows),
+    `divisible` integer arguments that are multiples of 16."""
     kinds = {**pointers, **{n: "i32" for n in integers}, **{n: "fp32" for n in floats}}
     constants = {**constexprs, **{n: 1 for n in ones}}
     signature = {n: "constexpr" if n in constants else kinds[n] for n in kernel.arg_names}
@@ -49,13 +53,15 @@ def case(
         name=name,
         source=(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         options=options,
+        columns=columns,
+        element=element,
+        written=written,
         wide_loads=loads,
-        tensor_core=tensor_core,
     )
 
 
-def label_of(dtype: str, V: int, softcap: bool, stats: bool = False) -> str:
-    return f"{dtype} V={V}{' softcap' if softcap else ''}{' stats' if stats else ''}"
+def label_of(dtype: str, V: int, softcap: bool, negative: bool, stats: bool = False) -> str:
+    return f"{dtype} V={V}{' softcap' * softcap}{' negative' * negative}{' stats' * stats}"
 
 
 def level_1_knobs(V: int, tile: bool) -> dict:
@@ -64,9 +70,8 @@ def level_1_knobs(V: int, tile: bool) -> dict:
     strides = ("stride_outer", "stride_inner", "d_stride_outer", "d_stride_inner")
     return dict(
         integers=("V", "inner", "ignore_index", "lowest", *strides),
-        floats=("logit_scale", "softcap", "inv_temperature"),
+        floats=("factor", "factor_rest", "slope", "slope_log2", "derivative"),
         divisible=(("V", *strides) if V % 16 == 0 else strides if tile else ()) + (() if tile else ("lowest",)),
-        loads=V % 16 == 0,
     )
 
 
@@ -74,103 +79,70 @@ ROWS = {n: "*fp32" for n in ("logps_ptr", "row_max_ptr", "log_sum_ptr", "entropy
 ROWS |= {"is_top1_ptr": "*fp32", "log_sum_sq_probs_ptr": "*fp32", "d_logps_ptr": "*fp32", "labels_ptr": "*i64"}
 
 
-def forward(target: str, dtype: str, size: int, softcap: bool, stats: bool, V: int = 128_256):
-    config = token_logps.forward_config(V, size, target)
+def forward(target, dtype, *, softcap=False, stats=False, negative=False, V=128_256, tile=False):
+    """Of logits, or of the head's fp32 tile."""
+    config = token_logps.forward_config(V, SIZES[dtype], tile or V % 16 == 0, target)
     yield case(
-        f"token_logps_fwd {label_of(dtype, V, softcap, stats)}",
+        f"token_logps_fwd {label_of(dtype + ' tile' * tile, V, softcap, negative, stats)}",
         token_logps.token_logps_fwd_kernel,
         {"logits_ptr": f"*{dtype}", **ROWS},
-        {"HAS_SOFTCAP": softcap, **dict.fromkeys(STATS, stats), "LANES": config["LANES"], "WIDTH": config["WIDTH"]},
+        {"HAS_SOFTCAP": softcap, "NEGATIVE": negative, **dict.fromkeys(STATS, stats)}
+        | {n: value for n, value in config.items() if n.isupper()},
+        config["LANES"] * config["WIDTH"],
+        SIZES[dtype],
         ones=("stride_v",),
-        num_warps=config["num_warps"],
-        **level_1_knobs(V, tile=False),
-    )
-
-
-def backward(target: str, dtype: str, d_dtype: str, softcap: bool, V: int = 128_256):
-    """Of logits in the dtype of their gradient, or of the head's fp32 tile, whose rows are always aligned."""
-    config = token_logps.backward_config(V, target)
-    tile = dtype != d_dtype
-    yield case(
-        f"token_logps_bwd {label_of(f'{dtype} to {d_dtype}' if tile else dtype, V, softcap)}",
-        token_logps.token_logps_bwd_kernel,
-        {"logits_ptr": f"*{dtype}", "d_logits_ptr": f"*{d_dtype}", **ROWS},
-        {"HAS_SOFTCAP": softcap, "BLOCK_V": config["BLOCK_V"]},
-        ones=("stride_v", "d_stride_v"),
+        loads=config["ADJACENT"],
         num_warps=config["num_warps"],
         **level_1_knobs(V, tile),
     )
 
 
-def fused_head(target: str, dtype: str, *, softcap=False, stats=False, bias=False, tf32=False):
-    flags = dict(softcap=softcap, stats=stats, bias=bias, tf32=tf32)
-    label = " ".join([dtype, *(name for name, is_set in flags.items() if is_set)])
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    config = linear_score.linear_score_config(target, torch_dtype, softcap=softcap, stats=stats, allow_tf32=tf32)
+def backward(target, dtype, d_dtype, *, softcap=False, negative=False, V=128_256):
+    """Of logits in the dtype of their gradient, or of the head's fp32 tile, whose rows are always aligned."""
+    config = token_logps.backward_config(V, target)
+    tile = dtype != d_dtype
     yield case(
-        f"linear_score_fwd {label}",
-        linear_score.linear_score_fwd_kernel,
-        {"labels_ptr": "*i64", "partials_ptr": "*fp32"}
-        | dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}"),
-        {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, **dict.fromkeys(STATS, stats)}
-        | {"INPUT_PRECISION": "tf32" if tf32 else "ieee"}
-        | {n: size for n, size in config.items() if n.isupper()},
-        integers=("N", "V", "H", "stride_hidden", "stride_weight", "stride_split", "splits", "split_columns")
-        + ("group", "ignore_index"),
-        floats=("logit_scale", "softcap", "inv_temperature"),
-        divisible=("H", "stride_hidden", "stride_weight", "stride_split", "split_columns"),
-        tensor_core=dtype != "fp32" or tf32 or target.startswith("hip"),  # AMD's take fp32 as it is
+        f"token_logps_bwd {label_of(f'{dtype} to {d_dtype}' if tile else dtype, V, softcap, negative)}",
+        token_logps.token_logps_bwd_kernel,
+        {"logits_ptr": f"*{dtype}", "d_logits_ptr": f"*{d_dtype}", **ROWS},
+        {"HAS_SOFTCAP": softcap, "NEGATIVE": negative} | {n: value for n, value in config.items() if n.isupper()},
+        config["BLOCK_V"],
+        SIZES[dtype],
+        written=SIZES[d_dtype],
+        ones=("stride_v", "d_stride_v"),
+        loads=V % 16 == 0,
         num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-    )
-
-
-def fused_heads(target: str):
-    yield from fused_head(target, "fp16")
-    for bias in (False, True):
-        yield from fused_head(target, "bf16", bias=bias)
-        yield from fused_head(target, "bf16", bias=bias, softcap=True)
-    yield from fused_head(target, "bf16", stats=True)
-    yield from fused_head(target, "bf16", stats=True, softcap=True, bias=True)
-    for tf32 in (False, True):
-        yield from fused_head(target, "fp32", tf32=tf32)
-        yield from fused_head(target, "fp32", tf32=tf32, stats=True, softcap=True, bias=True)
-    rows = ("logps_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "mean_logits_ptr", "is_top1_ptr")
-    yield case(
-        "linear_score_merge",
-        linear_score.linear_score_merge_kernel,
-        dict.fromkeys((*rows, "log_sum_sq_probs_ptr", "partials_ptr"), "*fp32") | {"labels_ptr": "*i64"},
-        {**dict.fromkeys(STATS, True), "BLOCK_N": 32, "BLOCK_S": linear_score.MAX_SPLITS},
-        integers=("N", "V", "stride_split", "splits", "ignore_index"),
-        divisible=("stride_split",),
-        num_warps=4,
+        **level_1_knobs(V, tile),
     )
 
 
 def cases(target: str):
-    for dtype, size in (("bf16", 2), ("fp32", 4)):
-        for softcap in (False, True):
-            for V in (128_256, 50_257):  # GPT-2's: rows are not aligned
-                yield from forward(target, dtype, size, softcap, stats=False, V=V)
-                yield from backward(target, dtype, dtype, softcap, V=V)
-            yield from forward(target, dtype, size, softcap, stats=True)
-    yield from forward(target, "bf16", 2, True, stats=True, V=50_257)
-    yield from forward(target, "fp16", 2, False, stats=False)
-    yield from backward(target, "fp16", "fp16", False)
-    for dtype in ("bf16", "fp16"):
-        for softcap in (False, True):
-            for V in (128_256, 50_257):
-                yield from backward(target, "fp32", dtype, softcap, V=V)
+    for softcap in (False, True):
+        for V in (128_256, 50_257):  # GPT-2's: rows of logits are not aligned
+            for dtype in ("bf16", "fp32"):
+                yield from forward(target, dtype, softcap=softcap, V=V)
+                yield from backward(target, dtype, dtype, softcap=softcap, V=V)
+            for dtype in ("bf16", "fp16"):
+                yield from backward(target, "fp32", dtype, softcap=softcap, V=V)
+        for dtype in ("bf16", "fp32"):
+            yield from forward(target, dtype, softcap=softcap, stats=True)
+    yield from forward(target, "fp32", V=50_257, tile=True)
+    yield from forward(target, "bf16", V=50_257, softcap=True, stats=True)
+    yield from forward(target, "fp16")
+    yield from backward(target, "fp16", "fp16")
+    yield from forward(target, "bf16", negative=True)
+    yield from backward(target, "bf16", "bf16", negative=True)
     yield case(
         "sequence_sum",
         sequence_sum.sequence_sum_kernel,
         {"values_ptr": "*fp32", "ids_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*fp32"},
         {"WEIGHTED": True, "BLOCK_N": 1024},
+        1024,
+        16,  # an id, a value and a weight
         integers=("N",),
         loads=False,
         num_warps=4,
     )
-    yield from fused_heads(target)
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
@@ -185,23 +157,21 @@ def report(target: str, item: dict) -> dict:
     backend, arch = target.split(":")
     gpu = GPUTarget("hip", arch, 64) if backend == "hip" else GPUTarget("cuda", int(arch), 32)
     kernel = triton.compile(ASTSource(*item["source"]), target=gpu, options=item["options"])
-    found = {"target": target, "kernel": item["name"], "shared": kernel.metadata.shared}
-    found |= {"wide_loads_expected": item["wide_loads"], "tensor_core_expected": item["tensor_core"]}
+    threads = gpu.warp_size * item["options"]["num_warps"]
+    found = {"target": target, "kernel": item["name"], "threads": threads}
+    share = item["columns"] // threads, item["element"]
+    found |= {"bytes": item["element"] + item["written"], "shared": kernel.metadata.shared}
+    found["wide_loads_expected"] = item["wide_loads"]
     if backend == "hip":
         assembly = kernel.asm["amdgcn"]
         counts = {k: int(v) for k, v in re.findall(r"\.(\w*(?:spill_count|vgpr_count)):\s+(\d+)", assembly)}
         found |= {"registers": counts["vgpr_count"], "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"]}
-        found["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
-        found["tensor_core"] = len(re.findall(r"\bv_mfma", assembly))
-    else:
-        usage = cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
-        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
-        sass = cuobjdump(kernel.asm["cubin"], "--dump-sass")
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-        found |= {"registers": registers, "stack": stack, "local": local, "spills": spills}
-        found["wide_loads"] = len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128", sass))
-        found["tensor_core"] = len(re.findall(rf"\b(?:{TENSOR_CORE[arch]})\b", sass))
-    return found
+        return found | machine_code.AMD.figures(assembly, *share)
+    usage = cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
+    sass = cuobjdump(kernel.asm["cubin"], "--dump-sass")
+    spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return found | {"registers": registers, "spills": spills} | machine_code.NVIDIA.figures(sass, *share)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ THOROUGH = {
     "benchmarks/test_train_step",
     "kernels/test_aot",
     "kernels/test_gpu",
-    "kernels/test_linear_score",
     "repo/test_packaging",
     "test_bad_inputs",
     "test_cli",

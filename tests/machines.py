@@ -17,7 +17,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SEEDED = """
-    repo/test_testing kernels/test_linear_score ops/test_logits ops/test_linear ops/test_sequence test_preference
+    repo/test_testing ops/test_logits ops/test_linear ops/test_sequence test_preference
 """.split()
 # Their inputs do not depend on the seed: once is enough
 FIXED = """
@@ -27,7 +27,7 @@ FIXED = """
 # Nothing that they compare is a number of this machine's, or they compile for most of their time
 NOT_NUMERICAL = "bad_input or bad_calls or opcheck or compile or flops or refused or cover_the_vocabulary or checking"
 # The interpreter, which takes most of the time, is of one thread: with more seeds and threads its budgets will do
-FEW_KERNELS = "(budget or not (triton or linear_score))"
+FEW_KERNELS = "(budget or not triton)"
 
 ISAS = ("default", "avx2", "avx512")
 # What each switch calls them. MKL_ENABLE_INSTRUCTIONS has no effect on AMD, where MKL_CBWR has

@@ -266,13 +266,15 @@ def test_without_a_repository_the_commit_can_be_given(monkeypatch, tmp_path):
         provenance.commit_of(("kernels",), tmp_path)
 
 
-def test_the_sweep_times_what_the_rule_would_take():
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_the_sweep_times_what_the_rule_would_take(kernel):
     from benchmarks import sweep
-    from dpo_fast.kernels import linear_score
+    from dpo_fast.kernels import token_logps
 
-    candidates = [tuple(c[field] for field in sweep.NAMES["score"][1]) for c in sweep.score_candidates()]
-    assert linear_score.HALF["cuda:90"] in candidates and linear_score.HALF["cuda:80"] in candidates
-    assert not any((n, v, warps) == (128, 256, 4) for n, v, _, _, warps, _ in candidates)
+    fields = sweep.NAMES[kernel][1]
+    rule = {"fwd": token_logps.forward_config(131_072, 2), "bwd": token_logps.backward_config(131_072)}[kernel]
+    candidates = {"fwd": sweep.forward_candidates, "bwd": sweep.backward_candidates}[kernel]()
+    assert [rule[field] for field in fields] in [[c[field] for field in fields] for c in candidates]
 
 
 @pytest.mark.parametrize("name", ["gemm", "attention"])

@@ -5,26 +5,23 @@ import torch
 
 pytest.importorskip("triton")
 from dpo_fast import logits_token_logps
-from dpo_fast.kernels import linear_score, token_logps, tuned
+from dpo_fast.kernels import token_logps, tuned
 from dpo_fast.testing import make_logits
 
 
 @pytest.fixture
 def measured(monkeypatch):
     entry = {"device": "none", "token_logps_fwd": (64, 2), "token_logps_bwd": (256, 1)}
-    entry |= {"linear_score_fwd": (32, 64, 32, 32, 4, 2)}
     monkeypatch.setitem(tuned.TUNED, "other", entry)
     monkeypatch.setitem(tuned.TUNED, "cuda:120", entry)
 
 
 def test_entries_replace_the_rules_constants(measured):
-    assert token_logps.forward_config(4096, 2) == {"LANES": 64, "WIDTH": 8, "num_warps": 2}
-    assert token_logps.forward_config(4099, 2) == {"LANES": 16, "WIDTH": 8, "num_warps": 2}
-    assert token_logps.backward_config(4096, "cuda:89") == {"BLOCK_V": 256, "num_warps": 1}, "a relative of sm_120"
-    assert token_logps.backward_config(4096, "cuda:90") == {"BLOCK_V": 4096, "num_warps": 8}, "not measured"
-    choice = dict(softcap=False, stats=False, allow_tf32=False)
-    assert linear_score.linear_score_config("cuda:120", torch.bfloat16, **choice)["BLOCK_N"] == 32
-    assert linear_score.linear_score_config("cuda:120", torch.float32, **choice)["BLOCK_N"] != 32
+    wide = {"LANES": 64, "WIDTH": 8, "ADJACENT": True, "num_warps": 2}
+    assert token_logps.forward_config(4096, 2) == token_logps.forward_config(4099, 2) == wide
+    assert token_logps.forward_config(4099, 2, aligned=False) == wide | {"LANES": 32, "ADJACENT": False}
+    assert token_logps.backward_config(4096, "cuda:89")["BLOCK_V"] == 256, "a relative of sm_120"
+    assert token_logps.backward_config(4096, "cuda:90")["BLOCK_V"] == 4096, "not measured"
 
 
 def test_numbers_stay(measured):
