@@ -66,7 +66,7 @@ def test_kernels_are_counted_also_in_registered_operators_and_backwards():
         (y.view(2, 3).square() + 1).sum().backward()
     assert stream.kernels["clone"] == 1 and stream.kernels["pow"] == 2 and stream.kernels["view"] == 0
     with no_sync() as stream:
-        torch.ops.dpo_fast.linear_token_logps_scale(x.view(2, 3), torch.ones(2))
+        torch.ops.dpo_fast.linear_token_logps_scale(x.view(2, 3), torch.ones(2), torch.bfloat16)
     assert stream.kernels == {"ones": 1, "mul": 1}
     with no_sync(), pytest.raises(Sync):  # on a host, labels are looked at
         linear_token_logps(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 2]))
