@@ -107,16 +107,6 @@ def fp32_products(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]
     return can[0], can[1]
 
 
-@functools.cache
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory that an accelerator has; None where there is no telling."""
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    if device.type not in _TRITON_DEVICES:
-        return None
-    return getattr(torch, device.type).get_device_properties(device).total_memory
-
-
 def plan_device(impl: str, device: torch.device) -> str:
     """Whose plan `impl` follows: Triton's is an accelerator's, also where its interpreter stands in for one."""
     return "cpu" if device.type in _HOST_DEVICES and IMPLEMENTATIONS[impl].plans_for_host else "cuda"

@@ -70,11 +70,11 @@ def test_imports_follow_the_arrows(file, part):
 # The floors of the house, from the ground: a module imports from lower floors alone, at its top or inside a function
 FLOORS = """
 0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks kernels.numerics
-   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared report
+   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.roofline ops.stats prepared report
    report.charts report.files testing training training.aliases training.rows training.sampler training.sources
    text
 1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
-   ops.oracle ops.softmax quantised report.png report.record report.svg training.written
+   ops.oracle ops.plan ops.softmax quantised report.png report.record report.svg training.written
 2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
    training.folder training.keys
 3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
