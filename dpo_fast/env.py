@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import attention
+from .ops import liger
 from .ops.dispatch import IMPLS, choose_impl, reasons_against
 from .ops.plan import GEMMS, TILE_ROWS, plan_head, predicted
 from .ops.roofline import DEVICES, Device, describe_device
@@ -64,6 +65,11 @@ def describe_implementations(where: torch.device) -> list[str]:
     for impl in IMPLS:
         reasons = reasons_against(impl, where)
         lines.append(f"    {impl}: {'not here: ' + '; '.join(reasons) if reasons else 'can run'}")
+    reasons = liger.reasons_against_machine(where)
+    lines.append(f"plan score by Liger's forward for Hopper ({liger.SWITCH}=1):")
+    lines.append(
+        f"    {'not here: ' + '; '.join(reasons) if reasons else 'can run, in bfloat16 without bias or soft-cap'}"
+    )
     query = torch.empty((1, 1, 1, 128), device=where, dtype=torch.bfloat16)
     chosen = attention.choose_implementation(query)
     lines.append(f"attention over shared prefixes (bfloat16, heads of 128): {chosen}")

@@ -45,7 +45,7 @@ def _against_none(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 class Implementation(NamedTuple):
-    module: str  # in this package: Tile, token_logps_fwd, token_logps_bwd, linear_score, sequence_sums (impl_torch.py)
+    module: str  # in this package: Tile, token_logps_fwd, token_logps_bwd, sequence_sums (impl_torch.py)
     reasons_against: Callable[[torch.device, torch.dtype], list[str]]  # why it cannot run on such tensors
     plans_for_host: bool = False  # whether its tiles on CPU tensors are those of a CPU
 

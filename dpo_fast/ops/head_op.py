@@ -5,18 +5,18 @@ frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its 
 recompute  the forward keeps two floats per token; the backward rebuilds the logits, vocabulary slice by slice
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import liger
 from .call import Call, Head
 from .checks import refuse_statistics, without_derivative
 from .dispatch import implementation
 from .gemm import fp16_lift, fp16_weighted, mm_into, times_right
-from .tile import Factors, Known, scored_rows
+from .tile import Known, scored_rows
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
@@ -50,13 +50,11 @@ def head_forward(
     found = values if rows is None else {name: x.new_empty(N) for name, x in values.items()}
     sizes = call.sizes(weight, N)
     with torch.autocast(hidden.device.type, enabled=False):
-        kit = implementation(call.impl)
-        fused = kit.linear_score if os.environ.get("DPO_FAST_FUSED_SCORE") == "1" else None
-        if fused is not None and down is None and call.plan == "score":
-            (factor,) = Factors(head, call.dtype).rows(slice(None))
-            fused(factor, bias, labels, values, call)
+        if call.plan == "score" and liger.asked():
+            logps.copy_(liger.score("linear_token_logps", call, head, labels))
+            partition.zero_()
             return results
-        tile = kit.Tile(call, head, labels, min(N, sizes.chunk_rows), sizes.chunk_columns)
+        tile = implementation(call.impl).Tile(call, head, labels, min(N, sizes.chunk_rows), sizes.chunk_columns)
         ones = logps.new_ones(tile.sizes[0]) if call.plan == "frozen" else None
         for start in range(0, N, sizes.chunk_rows):
             part = slice(start, min(start + sizes.chunk_rows, N))

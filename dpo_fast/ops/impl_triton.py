@@ -150,21 +150,6 @@ def row_strides(x: Tensor) -> tuple[int, int, int, int]:
     return outer, inner, stride_outer, stride_inner
 
 
-def linear_score(
-    factor: tuple[Tensor, Tensor], bias: Tensor | None, labels: Tensor, out: dict[str, Tensor], call: Call
-) -> None:
-    """One kernel, GEMM and softmax together; fills `out`, name -> (N,). Opt-in until it is measured: cuBLAS may be
-    faster for wide models, and its sums are grouped differently from those of the plans with a tile, which policy and
-    reference should share."""
-    from dpo_fast.kernels.linear_score import linear_score_fwd
-
-    for name, x in zip(("hidden", "weight"), factor, strict=True):
-        if x.stride(-1) != 1:
-            raise ValueError(f"DPO_FAST_FUSED_SCORE=1 needs {name} with contiguous columns, got strides {x.stride()}")
-    bias = None if bias is None else bias.contiguous()
-    linear_score_fwd(*factor, labels.contiguous(), bias, out, _knobs(call))
-
-
 def sequence_sums(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:
     """(num_sequences,) sums of (weighted) values, in fp64 and a fixed order."""
     from dpo_fast.kernels.sequence_sum import sequence_sum_fwd

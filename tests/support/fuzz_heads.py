@@ -57,7 +57,6 @@ class Head:
     needs: tuple[str, ...]
     tile: tuple[int, int]  # at most so many rows, columns
     tile_mib: int | None
-    fused: bool
     coefficient: str
     again: str
     ignore_index: int
@@ -97,7 +96,6 @@ class Head:
             needs=tuple(draw(st.lists(st.sampled_from(sorted(kinds)), unique=True))),
             tile=(draw(st.integers(1, 12)), draw(st.integers(1, 50))),
             tile_mib=draw(st.none() | st.integers(1, 3)),
-            fused=mode == "interpreter" and dtype != "bfloat16" and not autocast and draw(st.booleans()),
             logit_scale=scale,
             **{name: draw(values) for name, values in common(op).items()},
         )
@@ -137,7 +135,7 @@ class Head:
 
     @contextlib.contextmanager
     def around(self, mode: str):
-        """Small tiles, autocast, and the kernel that is asked for by name."""
+        """Small tiles, and autocast."""
 
         def small(*sizes, **knobs):
             found = plan.plan_head(*sizes, **knobs)
@@ -154,7 +152,6 @@ class Head:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(calls, "plan_head", small))
-            stack.enter_context(mock.patch.dict("os.environ", DPO_FAST_FUSED_SCORE=str(int(self.fused))))
             if self.autocast:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             yield
@@ -188,11 +185,7 @@ class Head:
             return dpo_fast.linear_token_stats(**arguments, outputs=self.outputs)
 
         with self.around(mode):
-            try:
-                stats = call(op, mode, {name: x.view for name, x in inputs.items()}, labels)
-            except ValueError as error:
-                assert self.fused and "with contiguous columns" in str(error), error
-                return
+            stats = call(op, mode, {name: x.view for name, x in inputs.items()}, labels)
         wide = torch.promote_types(inputs["hidden"].values.dtype, torch.float32)
         assert stats.logps.dtype == wide and stats.logps.shape == (self.N,)
         c = weights_of_tokens(generator, self.coefficient, (self.N,), wide)
@@ -255,7 +248,7 @@ class Hooked(Head):
         kinds = {k: v for k, v in knobs["dtypes"].items() if k not in ("down", "up")}
         # A called head's logits have its dtype, whose roundings are not ours
         dtype = "float64" if kinds["hidden"] == "float64" else "float32"
-        fixed = dict(rank=None, autocast=False, fused=False, temperature=1.0, ignore_index=-100, forbidden=0.0)
+        fixed = dict(rank=None, autocast=False, temperature=1.0, ignore_index=-100, forbidden=0.0)
         knobs |= fixed | dict(
             dtypes=dict.fromkeys(kinds, dtype),
             logit_scale=draw(st.just(1.0) | between(0.1, 2)),
