@@ -46,7 +46,7 @@ CODE = {
         *(f"kernels/{name}.py" for name in ("token_logps", "numerics", "tuned")),
         *(
             f"dpo_fast/ops/{name}.py"
-            for name in ("call", "plan", "logits", "softmax", "impl_torch", "dispatch", "checks", "stats", "oracle")
+            for name in "call plan roofline logits softmax impl_torch dispatch checks stats oracle".split()
         ),
         "benchmarks/level1.py",
         _MEASURE,

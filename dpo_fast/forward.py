@@ -326,6 +326,7 @@ def score_batch(
             logit_scale=state.transform.scale,
             logit_softcap=state.transform.softcap,
             sequence_lengths=batch.get("host_lengths"),
+            sequence_order=None if batch.get("layout") is None else batch["layout"].ids,
             tile_mib=state.tile_mib,
             **common,
         )

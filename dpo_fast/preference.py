@@ -16,7 +16,7 @@ from .ops.pairwise import OwnLeaves, PairwiseLossFunction, group_tokens
 from .ops.plan import HeadPlan, oracle_plan
 from .ops.softmax import Transform
 from .ops.stats import TokenStats, check_outputs
-from .terms import PairTerms, check_lengths
+from .terms import PairTerms, check_lengths, check_order
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def linear_preference_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     sequence_lengths: Sequence[int] | None = None,
+    sequence_order: Sequence[int] | None = None,
     mean_chosen_length: Tensor | float | None = None,
     outputs: Sequence[str] = (),
     ignore_index: int = -100,
@@ -89,6 +90,8 @@ def linear_preference_loss(
     use_weighting: WPO's weights of pairs.
     sequence_lengths: host-side token counts of the 2P sequences, ignored tokens included; on an accelerator it saves
       the synchronisation that counting costs.
+    sequence_order: host-side, where the tokens of each sequence are one run: all sequences in the order of these runs.
+      On an accelerator it saves sorting, and gathering, tokens that come pair by pair.
     mean_chosen_length: chosen tokens per pair, on average over all that is averaged in the end, where that is more than
       these P pairs (micro-batches, ranks): what losses with a likelihood (sft, cpo, orpo) divide by.
 
@@ -123,13 +126,14 @@ def linear_preference_loss(
         call.impl,
     )
     sequence_lengths = check_lengths(op, sequence_ids, who.num_sequences, sequence_lengths)
+    sequence_order = check_order(op, sequence_ids, who.num_sequences, sequence_order)
 
     hidden_grad, head_grad = head.gradients()
     compiling = torch.compiler.is_compiling()
     separable = head_grad and not objective.couples_pairs and call.impl != "reference" and not compiling
     tokens = None
     if separable:
-        tokens = group_tokens(labels, scored, sequence_ids, who, terms.weights, sequence_lengths)
+        tokens = group_tokens(labels, scored, sequence_ids, who, terms.weights, sequence_lengths, sequence_order)
     needs = dict(hidden_grad=hidden_grad, head_grad=head_grad)
     if call.impl == "reference":
         plan = oracle_plan(*head.sizes(), **needs)

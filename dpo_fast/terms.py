@@ -153,6 +153,25 @@ def check_lengths(op: str, ids: Tensor, num_sequences: int, lengths) -> list[int
     return lengths
 
 
+def check_order(op: str, ids: Tensor, num_sequences: int, order) -> list[int] | None:
+    """The sequences as a list of Python's ints, in the order of their runs of tokens; None where they are."""
+    if order is None:
+        return None
+    if not isinstance(order, (list, tuple)) or sorted(order) != list(range(num_sequences)):
+        raise ValueError(
+            f"{op}: sequence_order must be a list of all sequences in [0, {num_sequences}), got {describe(order)}"
+        )
+    if (free_to_look(ids) or checking()) and not torch.compiler.is_compiling():
+        runs = ids.unique_consecutive().tolist()
+        expected = [sequence for sequence in order if sequence in set(runs)]
+        if runs != expected:
+            raise ValueError(
+                f"{op}: sequence_order must be the order of runs in sequence_ids, {describe(runs)}, "
+                f"got {describe(order)}"
+            )
+    return list(order)
+
+
 def _reference(op: str, objective: Objective, scored: Tensor, comparisons: Comparisons, sums, tokens) -> Tensor | None:
     """The (S,) reference log-probs, checked; None where tokens stand in for them or there are none."""
     if sums is not None and tokens is not None:

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 
+import dpo_fast.kernels.token_logps  # noqa: F401, before a test takes away the switch that triton reads then
 from dpo_fast import env, selftest
+from dpo_fast.ops.roofline import DEVICES
 
 
 def test_env_says_what_runs_and_why_not_the_rest(capsys, monkeypatch):
@@ -20,6 +22,21 @@ def test_env_says_what_runs_and_why_not_the_rest(capsys, monkeypatch):
         assert "attention over shared prefixes (bfloat16, heads of 128): eager" in out and "varlen: not here: " in out
     for plan, gemms in (("score", 1), ("frozen", 2), ("pairwise", 3), ("recompute", 4)):
         assert f"{plan}: {gemms} GEMMs" in out
+
+
+def test_env_plans_for_a_device_that_is_not_here(capsys):
+    for name in ("h100", "h200"):
+        assert env.main(["--device", name, "--V", "131072"]) == 0
+        out = capsys.readouterr().out
+        device = DEVICES[name]
+        assert re.search(
+            rf"trained head: pairwise: 3 GEMMs, 26.4 TFLOP, [0-9.]+ ms predicted, tiles of .* on|{device.name}", out
+        )
+        for model in env.MODELS:
+            cells = re.search(rf"    {model} +[0-9,]+ +[0-9,]+((?: +[0-9.]+ / [0-9.]+){{5}}) +([0-9,]+)$", out, re.M)
+            assert cells is not None and int(cells[2].replace(",", "")) <= 4096
+    assert env.main(["--device", "h100", "--N", "4", "--V", "20000000"]) == 0
+    assert "trained head: not here: the head for N=4 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.thorough

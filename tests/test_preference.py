@@ -107,7 +107,7 @@ def run_plan(plan, impl, tensors, labels, ids, reference):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_within_its_bounds(impl, dtype, plan, monkeypatch):
-    monkeypatch.setattr(plans, "FLOPS_PER_BYTE", 0)  # `pending` whatever it costs
+    monkeypatch.setattr(plans, "pending_pays", lambda *_: True)
     case = {"loss": "sigmoid", "lengths": (5, 3, 7, 4, 6, 2), **PLANS[plan]}
     tensors, labels, ids, reference = make(lengths=case["lengths"], V=case.get("V", 1001), dtype=dtype)
     *found, truth, true = run_plan(plan, impl, tensors, labels, ids, reference)
@@ -601,6 +601,9 @@ BAD = {
     "both": (dict(reference_token_logps=torch.zeros(27)), "not both"),
     "lengths": (dict(sequence_lengths=[1] * 6), "sequence_lengths must be 6 counts that sum to N=27"),
     "other lengths": (dict(sequence_lengths=[4, 4, 7, 4, 6, 2]), r"counts in sequence_ids, \[5, 3, 7, 4, 6, 2\], got"),
+    "order that is none": (dict(sequence_order=[0, 1, 2, 3, 4, 4]), r"a list of all sequences in \[0, 6\), got \[0, 1"),
+    "order of others": (dict(sequence_order=[5, 4, 3, 2, 1, 0]), "must be the order of runs in sequence_ids, "),
+    "order on a device": (dict(sequence_order=torch.arange(6)), "must be a list of all sequences"),
     "loss": (dict(loss="dpo"), "loss must be one of"),
     "outputs": (dict(outputs=("entropi",)), "outputs must be"),
     "labels": (dict(labels=torch.full((27,), 301)), "outside"),

@@ -22,8 +22,9 @@ from .checks import (
     check_tensor,
     checking,
 )
-from .dispatch import choose_impl, device_memory, free_to_look, plan_device
+from .dispatch import choose_impl, free_to_look, plan_device
 from .plan import HeadPlan, plan_head
+from .roofline import describe_device
 from .softmax import Transform
 from .stats import check_outputs
 
@@ -142,8 +143,8 @@ class Call:
             **needs,
             tile_mib=self.tile_mib,
             device_type=plan_device(self.impl, device),
-            # A compiled graph is not to depend on the memory that is free
-            device_memory=None if torch.compiler.is_compiling() else device_memory(device),
+            # A compiled graph is not to depend on the device that it was made on
+            device=None if torch.compiler.is_compiling() else describe_device(device),
         )
 
 

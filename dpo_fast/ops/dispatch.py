@@ -45,7 +45,7 @@ def _against_none(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 class Implementation(NamedTuple):
-    module: str  # in this package: Tile, token_logps_fwd, token_logps_bwd, linear_score, sequence_sums (impl_torch.py)
+    module: str  # in this package: Tile, token_logps_fwd, token_logps_bwd, sequence_sums (impl_torch.py)
     reasons_against: Callable[[torch.device, torch.dtype], list[str]]  # why it cannot run on such tensors
     plans_for_host: bool = False  # whether its tiles on CPU tensors are those of a CPU
 
@@ -105,16 +105,6 @@ def fp32_products(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]
         except (RuntimeError, TypeError):  # TypeError: no such argument
             can.append(False)
     return can[0], can[1]
-
-
-@functools.cache
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory that an accelerator has; None where there is no telling."""
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    if device.type not in _TRITON_DEVICES:
-        return None
-    return getattr(torch, device.type).get_device_properties(device).total_memory
 
 
 def plan_device(impl: str, device: torch.device) -> str:

@@ -5,18 +5,18 @@ frozen     the forward keeps d logp / d hidden, (N, H); the backward scales its 
 recompute  the forward keeps two floats per token; the backward rebuilds the logits, vocabulary slice by slice
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import liger
 from .call import Call, Head
 from .checks import refuse_statistics, without_derivative
 from .dispatch import implementation
 from .gemm import fp16_lift, fp16_weighted, mm_into, times_right
-from .tile import Factors, Known, scored_rows
+from .tile import Known, scored_rows
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_fwd", mutates_args=())
@@ -37,34 +37,36 @@ def head_forward(
     does not keep."""
     call, head = Call.unflat(floats, ints, text), Head(hidden, weight, bias, down, up)
     head.check_values("linear_token_logps", labels, call.ignore_index)
-    results = _empty_results(hidden, down, call)
-    logps, partition, extras, *directions = (x.zero_() for x in results)
     rows = scored_rows(labels != call.ignore_index)
     N = hidden.shape[0] if rows is None else rows.numel()
+    results = _empty_results(hidden, down, call)
+    if N < hidden.shape[0]:
+        for x in results:
+            x.zero_()
     if N == 0:
         return results
+    logps, partition, extras, *directions = results
+    values = dict(zip(("logps", "row_max", "log_sum", *call.outputs), (logps, *partition, *extras), strict=True))
+    found = values if rows is None else {name: x.new_empty(N) for name, x in values.items()}
     sizes = call.sizes(weight, N)
     with torch.autocast(hidden.device.type, enabled=False):
-        kit = implementation(call.impl)
-        fused = kit.linear_score if os.environ.get("DPO_FAST_FUSED_SCORE") == "1" else None
-        if fused is not None and down is None and call.plan == "score":
-            (factor,) = Factors(head, call.dtype).rows(slice(None))
-            out = {"logps": logps, "row_max": partition[0], "log_sum": partition[1]}
-            fused(factor, bias, labels, out | dict(zip(call.outputs, extras.unbind(0), strict=True)), call)
+        if call.plan == "score" and liger.asked():
+            logps.copy_(liger.score("linear_token_logps", call, head, labels))
+            partition.zero_()
             return results
-        tile = kit.Tile(call, head, min(N, sizes.chunk_rows), sizes.chunk_columns)
+        tile = implementation(call.impl).Tile(call, head, labels, min(N, sizes.chunk_rows), sizes.chunk_columns)
+        ones = logps.new_ones(tile.sizes[0]) if call.plan == "frozen" else None
         for start in range(0, N, sizes.chunk_rows):
             part = slice(start, min(start + sizes.chunk_rows, N))
-            index = part if rows is None else rows[part]
-            out = tile.fold(index, labels, gradient=call.plan == "frozen")
-            logps[index] = out["logps"]
-            partition[0, index], partition[1, index] = out["row_max"], out["log_sum"]
-            for k, name in enumerate(call.outputs):
-                extras[k, index] = out[name]
-            if call.plan == "frozen":
-                coefficient = tile.scored(torch.ones_like(out["logps"]))
+            out = {name: x[part] for name, x in found.items()}
+            tile.fold(part if rows is None else rows[part], out, gradient=ones is not None)
+            if ones is not None:
+                coefficient = tile.scored(ones[: part.stop - part.start])
                 for k in range(len(tile.chunk)):
-                    directions[k][index] = tile.d_left(k, coefficient)
+                    tile.put_d_left(k, coefficient, directions[k])
+    if rows is not None:
+        for name, x in values.items():
+            x[rows] = found[name]
     return results
 
 
@@ -105,16 +107,19 @@ def _recompute(
 
     Vocabulary slice by slice, all tokens at once: a slice's d_weight is one GEMM with one rounding."""
     call, head = Call.unflat(floats, ints, text), Head(hidden, weight, bias, down, up)
-    results = tuple(x.zero_() for x in _empty_gradients(head, needs))
+    results = _empty_gradients(head, needs)
     rows = scored_rows(labels != call.ignore_index)
     index = slice(None) if rows is None else rows
     known, N, V, wide = Known(*partition[:, index]), len(labels[index]), weight.shape[0], partition.dtype
+    if N < len(labels) or N == 0:
+        for x in results:
+            x.zero_()
     if N == 0:
         return results
     with torch.autocast(hidden.device.type, enabled=False):
         width = call.sizes(weight, N).slice_columns
-        tile = implementation(call.impl).Tile(call, head, N, width)
-        label = tile.take(index, labels)
+        tile = implementation(call.impl).Tile(call, head, labels, N, width)
+        tile.take(index)
         coefficient = tile.scored(d_logps[index].to(wide))
         lift = fp16_lift(call.transform) if tile.operand == torch.float16 else None
         inside = coefficient if lift is None else torch.full_like(coefficient, lift)
@@ -129,10 +134,10 @@ def _recompute(
             )
         for start in range(0, V, width):
             part = slice(start, min(start + width, V))
-            d = tile.open(part, label, known, inside)
+            d = tile.open(part, known, inside)
             for d_left, (_, right) in zip(lefts, tile.chunk, strict=True):
                 if d_left is not None:
-                    times_right(d, right[part], d_left.total, accumulate=True)
+                    times_right(d, right[part], d_left.total, accumulate=start > 0)
             for d_right in rights:
                 if d_right is not None:
                     d_right.write(d, part)
@@ -149,7 +154,8 @@ _LEFTS, _RIGHTS = (0, 3), (1, 4)
 
 
 class _DLeft(NamedTuple):
-    """The gradient of a factor's left side, summed over slices in fp32: in its place where that is possible."""
+    """The gradient of a factor's left side, summed over slices in fp32: in its place where that is possible. The first
+    slice is written, the others are added."""
 
     result: Tensor  # (N, K)
     rows: Tensor | None  # of it that are scored, None for all
@@ -159,15 +165,15 @@ class _DLeft(NamedTuple):
     def of(cls, result: Tensor, rows: Tensor | None, wide: torch.dtype) -> "_DLeft":
         if rows is None and result.dtype == wide:
             return cls(result, rows, result)
-        return cls(
-            result, rows, result.new_zeros((len(result) if rows is None else len(rows), result.shape[1]), dtype=wide)
-        )
+        return cls(result, rows, result.new_empty((len(result if rows is None else rows), result.shape[1]), dtype=wide))
 
     def finish(self, scale: Tensor | None) -> None:
         if scale is not None:
             self.total.mul_(scale)
-        if self.total is not self.result:
-            self.result[slice(None) if self.rows is None else self.rows] = self.total.to(self.result.dtype)
+        if self.rows is not None:
+            self.result[self.rows] = self.total.to(self.result.dtype)
+        elif self.total is not self.result:
+            self.result.copy_(self.total)
 
 
 class _DRight:
@@ -192,14 +198,15 @@ class _DRight:
 
 
 @torch.library.custom_op("dpo_fast::linear_token_logps_scale", mutates_args=())
-def _scale_rows(direction: Tensor, d_logps: Tensor) -> Tensor:
-    """An op, so that a gradient of this gradient raises: autograd does not see that `direction` depends on hidden."""
-    return direction * d_logps.unsqueeze(1)
+def _scale_rows(direction: Tensor, d_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass, rounded once to `dtype`. An op, so that a gradient of this gradient raises: autograd does not see
+    that `direction` depends on hidden."""
+    return torch.mul(direction, d_logps.unsqueeze(1), out=torch.empty_like(direction, dtype=dtype))
 
 
 @_scale_rows.register_fake
-def _(direction, d_logps):
-    return torch.empty_like(direction)
+def _(direction, d_logps, dtype):
+    return torch.empty_like(direction, dtype=dtype)
 
 
 def _empty_gradients(inputs, needs):
@@ -238,7 +245,7 @@ def _differentiate(ctx, d_logps, _d_partition, d_stats, *_):
         *directions, edge = ctx.saved_tensors
         for k, direction, dtype in zip((0, 3), directions, ctx.dtypes, strict=True):
             if needs[k]:
-                gradient = _scale_rows(direction, d_logps).to(dtype)
+                gradient = _scale_rows(direction, d_logps, dtype)
                 gradients[k] = without_derivative("linear_token_logps", gradient, edge)
     elif ctx.plan == "recompute":
         *tensors, partition = ctx.saved_tensors

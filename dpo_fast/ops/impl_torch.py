@@ -14,9 +14,7 @@ from .dispatch import free_to_look
 from .softmax import Partial, d_columns_
 from .tile import EagerTile as Tile
 
-__all__ = ["Tile", "linear_score", "sequence_sums", "token_logps_bwd", "token_logps_fwd"]
-
-linear_score = None  # no GEMM and softmax in one
+__all__ = ["Tile", "sequence_sums", "token_logps_bwd", "token_logps_fwd"]
 
 _BLOCK_BYTES = 4 << 20  # one block of fp32 logits; about the size of an L2 cache
 

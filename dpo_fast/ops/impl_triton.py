@@ -18,75 +18,98 @@ def _knobs(call: Call):
     return Knobs(call.ignore_index, *call.transform)
 
 
-_ELSEWHERE = -1  # a label that is in none of a tile's columns
+# Labels of a slice of columns: in none of them, ignored, out of range
+_ELSEWHERE, _IGNORED, _INVALID = -1, -2, -3
 
 
 class Tile(TileBase):
-    """One read to score, one read and write for D.
+    """One read to score, one read and write for D. The kernels know ignored labels and those out of range.
 
     D takes the tile's place, and a buffer of its own where GEMMs take 16 bits. c is in it, but in fp16 (gemm.py).
     """
 
     coefficient: Tensor | None
     d: Tensor | None  # None until a gradient is asked for
+    places: Tensor | None  # likewise, until a slice is opened
 
     def _allocate(self, rows: int, columns: int) -> None:
         self.buffer = aligned(rows, columns, torch.float32, self.factors.lefts[0].device)
-        self.knobs = _knobs(self.call)._replace(ignore_index=-2)  # no label is: those are usable
+        self.knobs, self.places = _knobs(self.call), None
+        self.lift = fp16_lift(self.call.transform) if self.operand == torch.float16 else None
+
+    def _clears_rows(self, gradient: bool) -> bool:
+        return gradient and self.call.plan not in ("score", "frozen")  # the kernels do not read them, the weight's do
 
     def _fill(self, n: int, part: slice) -> Tensor:
         return self._logits(self.buffer[:n, : part.stop - part.start], part)
 
-    def _score(self, label: Tensor, gradient: bool) -> dict[str, Tensor]:
+    def _score(self, out: dict[str, Tensor], gradient: bool) -> None:
         from dpo_fast.kernels.token_logps import token_logps_fwd
 
-        self.label = label
-        tile = self.tile = self._fill(len(label), slice(0, self.vocab))
-        self.out = {name: tile.new_empty(label.numel()) for name in ("logps", "row_max", "log_sum", *self.call.outputs)}
-        token_logps_fwd(tile, row_strides(tile), label, self.out, self.knobs)
-        self.lift = fp16_lift(self.call.transform) if self.operand == torch.float16 else None
+        tile = self.tile = self._fill(len(self.label), slice(0, self.vocab))
+        partition = tile.new_empty((2, len(self.label)))
+        out = {"row_max": partition[0], "log_sum": partition[1]} | out
+        token_logps_fwd(tile, row_strides(tile), self.label, out, self.knobs)
+        self.known = Known(out["row_max"], out["log_sum"])
         self.coefficient = self.d = None
-        return self.out
+
+    def scored(self, coefficient: Tensor) -> Tensor:
+        if self.lift is not None:  # it does not pass through the kernel
+            coefficient = coefficient.masked_fill(self._ignored_here(), 0)
+        return coefficient.unsqueeze(1)
 
     def _direction(self, coefficient: Tensor) -> Tensor:
         """diag(c) D in the operands' dtype, lifted instead in fp16; written on the first call for a tile."""
         if self.d is None:
             self.coefficient = coefficient
             inside = coefficient if self.lift is None else torch.full_like(coefficient, self.lift)
-            known = Known(self.out["row_max"], self.out["log_sum"])
-            self.d = self._write_d(self.tile, self.label, known, inside)
+            self.d = self._write_d(self.tile, self.label, self.known, inside, self.knobs)
         elif coefficient is not self.coefficient:
             raise AssertionError("the tile holds D for other coefficients")
         return self.d
 
-    def _write_d(self, tile: Tensor, label: Tensor, known: Known, coefficient: Tensor) -> Tensor:
+    def _write_d(self, tile: Tensor, label: Tensor, known: Known, coefficient: Tensor, knobs, lowest=0) -> Tensor:
         from dpo_fast.kernels.token_logps import token_logps_bwd
 
         d = tile if tile.dtype == self.operand else self._d_view(*tile.shape)
         c = coefficient.reshape(-1).contiguous()
-        token_logps_bwd(tile, d, row_strides(tile), row_strides(d), label, *known, c, self.knobs, lowest=_ELSEWHERE)
+        token_logps_bwd(tile, d, row_strides(tile), row_strides(d), label, *known, c, knobs, lowest=lowest)
         return d
 
-    def d_left(self, k: int, coefficient: Tensor) -> Tensor:
+    def _d_left(self, k: int, coefficient: Tensor, out: Tensor | None = None) -> Tensor:
         right = self.chunk[k][1]
-        d_left = self.tile.new_empty((self.tile.shape[0], right.shape[1]))
-        times_right(self._direction(coefficient), right, d_left)
-        return d_left if self.lift is None else d_left.mul_(coefficient / self.lift)
+        out = self.tile.new_empty((len(self.tile), right.shape[1])) if out is None else out
+        times_right(self._direction(coefficient), right, out)
+        return out if self.lift is None else out.mul_(coefficient / self.lift)
 
-    def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor) -> None:
+    def add_d_right(self, left: Tensor, coefficient: Tensor, total: Tensor, accumulate: bool) -> None:
         d = self._direction(coefficient)
         if self.lift is None:
-            mm_into(total, d.T, left.to(d.dtype), accumulate=True)
+            mm_into(total, d.T, left.to(d.dtype), accumulate)
             return
         weighted, largest = fp16_weighted(left, coefficient)
         for part, product in products(d.T, weighted):
-            total[part].addcmul_(product, largest / self.lift)
+            if accumulate:
+                total[part].addcmul_(product, largest / self.lift)
+            else:
+                torch.mul(product, largest / self.lift, out=total[part])
 
-    def open(self, part: slice, label: Tensor, known: Known, coefficient: Tensor) -> Tensor:
-        here = (label >= part.start) & (label < part.stop)
-        return self._write_d(
-            self._fill(len(label), part), (label - part.start).where(here, _ELSEWHERE), known, coefficient
-        )
+    def open(self, part: slice, known: Known, coefficient: Tensor) -> Tensor:
+        if self.places is None:
+            self.places = self._places()
+        label, knobs = self.places[part.start // self.sizes[1]], self.knobs._replace(ignore_index=_IGNORED)
+        return self._write_d(self._fill(len(label), part), label, known, coefficient, knobs, lowest=_ELSEWHERE)
+
+    def _places(self) -> Tensor:
+        """(slices, n) int64: where the labels of the tokens taken are among each slice's columns."""
+        width, label = self.sizes[1], self.label
+        places = label - torch.arange(0, self.vocab, width, device=label.device).unsqueeze(1)
+        places.masked_fill_((places < 0) | (places >= width), _ELSEWHERE)
+        places.masked_fill_((label < 0) | (label >= self.vocab), _INVALID)
+        return places.masked_fill_(self._ignored_here(), _IGNORED)
+
+    def _ignored_here(self) -> Tensor:
+        return self.label == self.call.ignore_index
 
 
 def token_logps_fwd(logits: Tensor, labels: Tensor, out: dict[str, Tensor], call: Call) -> None:
@@ -125,21 +148,6 @@ def row_strides(x: Tensor) -> tuple[int, int, int, int]:
         )
     (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(merged)) + merged
     return outer, inner, stride_outer, stride_inner
-
-
-def linear_score(
-    factor: tuple[Tensor, Tensor], bias: Tensor | None, labels: Tensor, out: dict[str, Tensor], call: Call
-) -> None:
-    """One kernel, GEMM and softmax together; fills `out`, name -> (N,). Opt-in until it is measured: cuBLAS may be
-    faster for wide models, and its sums are grouped differently from those of the plans with a tile, which policy and
-    reference should share."""
-    from dpo_fast.kernels.linear_score import linear_score_fwd
-
-    for name, x in zip(("hidden", "weight"), factor, strict=True):
-        if x.stride(-1) != 1:
-            raise ValueError(f"DPO_FAST_FUSED_SCORE=1 needs {name} with contiguous columns, got strides {x.stride()}")
-    bias = None if bias is None else bias.contiguous()
-    linear_score_fwd(*factor, labels.contiguous(), bias, out, _knobs(call))
 
 
 def sequence_sums(values: Tensor, ids: Tensor, weights: Tensor | None, num_sequences: int) -> Tensor:

@@ -21,7 +21,7 @@ from .call import Call, Head
 from .checks import edge_of, without_derivative
 from .dispatch import free_to_look, implementation
 from .sequence import sequence_sums
-from .tile import scored_rows
+from .tile import Tile, scored_rows
 
 _OP = "linear_preference_loss"
 
@@ -30,27 +30,34 @@ _OP = "linear_preference_loss"
 class Tokens:
     """N tokens and where they belong, sorted by group and within a group by sequence.
 
-    order: (N,) int64 positions in the caller's order, or None where that is sorted already.
+    order: (n,) int64 positions in the caller's order, or None where that is sorted already.
     sizes: host-side token counts, of each group's sequences.
     """
 
-    labels: Tensor  # (N,) int64, in the caller's order as everything else here
-    ranks: Tensor  # (N,) int64, of their sequences
-    weights: Tensor | None  # (N,) fp32 token weights: sequence log-prob = sum of weight x token log-prob
+    labels: Tensor  # (N,) int64, in the caller's order
+    ranks: Tensor  # (n,) int64, of their sequences, sorted
+    weights: Tensor | None  # (n,) fp32 token weights, sorted: sequence log-prob = sum of weight x token log-prob
     order: Tensor | None
     sizes: tuple[tuple[int, ...], ...]
     groups: Groups
     comparisons: Comparisons
+    all_compared: Compared  # sequences and their ranks, by group
 
-    def compared(self, groups: slice) -> tuple[Tensor, Compared]:
-        """(c,) the comparisons of some groups, and their sequences' places among these groups'."""
+    def compared(self, groups: slice) -> Compared:
+        """The comparisons of some groups; places are ranks."""
         ends = self.groups.comparison_ends
-        which = self.groups.order[ends[groups.start] : ends[groups.stop]]
-        sequences = self.comparisons.index[which].t()
-        return which, Compared(sequences, self.groups.rank[sequences] - self.groups.sequence_ends[groups.start])
+        return Compared(*(x[:, ends[groups.start] : ends[groups.stop]] for x in self.all_compared))
+
+    def in_callers_order(self, losses: Tensor) -> Tensor:
+        """(C,) by group -> in the order of the comparisons, which that of pairs is already."""
+        return (
+            losses
+            if self.comparisons.host is None
+            else torch.empty_like(losses).index_copy_(0, self.groups.order, losses)
+        )
 
 
-# (sequence log-probs (s,), token values by name (n,), local sequence ids (n,), token index, compared) -> losses (c,)
+# (sequence log-probs (S,), token values by name (n,), ranks of sequences (n,), token index, compared) -> losses (c,)
 PairLosses = Callable[[Tensor, dict[str, Tensor], Tensor, "Tensor | slice", Compared], Tensor]
 
 
@@ -61,23 +68,34 @@ def group_tokens(
     comparisons: Comparisons,
     weights: Tensor | None,
     lengths: Sequence[int] | None = None,
+    sequences: Sequence[int] | None = None,
 ) -> Tokens:
     """Sort the `scored` tokens, (N,) bool, by group. Counting them reads the ids on the host: free on CPU, one
     synchronisation elsewhere, none where `lengths`, the token count of each of the S sequences (ignored tokens
-    included), is given."""
+    included), is given. sequences: in the order of their tokens, each one run of them; tokens that these say to be
+    sorted are not sorted again."""
     groups = comparisons.groups()
-    ranks = key = groups.rank[sequence_ids]
-    rows = scored_rows(scored)
-    if rows is not None:
-        key = key[rows]
-    if lengths is not None and rows is None:
+    ranks = groups.rank[sequence_ids]
+    order = scored_rows(scored)
+    if order is not None:
+        ranks = ranks[order]
+    if lengths is not None and order is None:
         counts = [lengths[s] for s in groups.sequences]
     else:
-        counts = torch.bincount(key, minlength=comparisons.num_sequences).tolist()
+        counts = torch.bincount(ranks, minlength=comparisons.num_sequences).tolist()
     sizes = tuple(tuple(counts[a:b]) for a, b in itertools.pairwise(groups.sequence_ends))
-    in_order = free_to_look(key) and bool((key.diff() >= 0).all())
-    order = rows if in_order else key.argsort(stable=True) if rows is None else rows[key.argsort(stable=True)]
-    return Tokens(labels, ranks, weights, order, sizes, groups, comparisons)
+    if sequences is None:
+        in_order = free_to_look(ranks) and bool((ranks.diff() >= 0).all())
+    else:
+        in_order = list(sequences) == groups.sequences
+    if not in_order:
+        ranks, by_rank = ranks.sort(stable=True)
+        order = by_rank if order is None else order[by_rank]
+    if order is not None and weights is not None:
+        weights = weights[order]
+    index = comparisons.index if comparisons.host is None else comparisons.index[groups.order]
+    compared = Compared(index.t(), groups.rank[index.t()])
+    return Tokens(labels, ranks, weights, order, sizes, groups, comparisons, compared)
 
 
 def chunks_of_groups(sizes: Sequence[tuple[int, ...]], rows: int) -> Iterator[tuple[slice, slice]]:
@@ -102,28 +120,17 @@ class PairwiseLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, down, up, tokens: Tokens, call: Call, rows: int, pair_losses, own: dict):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        N, C = hidden.shape[0], len(tokens.comparisons.index)
         inputs = Head(hidden, weight, bias, down, up)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        gradients = [
-            torch.zeros(x.shape, dtype=wide, device=x.device) if need and x is not None else None
-            for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)
-        ]
-        values = hidden.new_zeros((1 + len(call.outputs), N), dtype=wide)
-        run = _Run(inputs, gradients, tokens, call, rows, pair_losses, values, own)
-        losses = hidden.new_zeros((C,), dtype=wide)
+        needs = [need and x is not None for x, need in zip(inputs, ctx.needs_input_grad[:5], strict=True)]
+        run = _Run(inputs, needs, tokens, call, rows, pair_losses, own)
         with torch.autocast(hidden.device.type, enabled=False):
-            for groups, part in run.chunks:
-                which, compared = tokens.compared(groups)
-                if not len(which):  # nothing compares them: they are scored
-                    run.score_alone(part)
-                    continue
-                long = part.stop - part.start > rows
-                losses[which] = (run.long_pair if long else run.chunk)(groups, compared, part)
+            losses = tokens.in_callers_order(torch.cat(list(run.losses())))
+        gradients, values = run.gradients(), run.in_callers_order()
         ctx.gradients, ctx.edge = gradients, edge_of(*inputs)
         loss = (losses.double() if wide == torch.float64 or hidden.device.type != "mps" else losses).mean().to(wide)
         ctx.set_materialize_grads(False)
-        return loss, losses, run.values[0], run.values[1:]
+        return loss, losses, values[0], values[1:]
 
     @staticmethod
     def backward(ctx, d_loss, *others):
@@ -139,13 +146,19 @@ class PairwiseLossFunction(torch.autograd.Function):
                 "by the first backward; call the function again, or compose linear_token_logps and preference_loss"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        d_loss = d_loss.detach()
-        scaled = not free_to_look(d_loss) or d_loss != 1  # looking is free on CPU only
         handed = [
-            None if d is None else without_derivative(_OP, (d.mul_(d_loss) if scaled else d).to(dtype), ctx.edge)
+            None if d is None else without_derivative(_OP, _scaled(d, d_loss.detach(), dtype), ctx.edge)
             for d, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *handed, None, None, None, None, None
+
+
+def _scaled(d: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """d x d_loss in `dtype`; d is not needed any more."""
+    if free_to_look(d_loss):
+        return (d if d_loss == 1 else d.mul_(d_loss)).to(dtype)
+    # One pass: multiplied in fp32 and rounded once, where an accelerator needs no copy for that as a CPU does
+    return torch.mul(d, d_loss, out=d if dtype == d.dtype else torch.empty_like(d, dtype=dtype))
 
 
 class OwnLeaves(torch.autograd.Function):
@@ -180,106 +193,162 @@ def leaves_of(result: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
+_BIAS = 2
+
+
+class _Total:
+    """(V, K): the gradient of a factor's right side, or (V, 1) of the bias, which chunks are added to. The first is
+    written over whatever the memory holds."""
+
+    def __init__(self, memory: Tensor):
+        self.sum, self.begun = memory, False
+
+    def add(self, tile: Tile, left: Tensor, coefficient: Tensor) -> None:
+        tile.add_d_right(left, coefficient, self.sum, accumulate=self.begun)
+        self.begun = True
+
+    def add_scaled(self, other: "_Total", scale: Tensor) -> None:
+        if other.begun:
+            self.sum.addcmul_(other.sum, scale) if self.begun else torch.mul(other.sum, scale, out=self.sum)
+            self.begun = True
+
+    def finish(self) -> Tensor:
+        return self.sum if self.begun else self.sum.zero_()
+
+
 class _Run:
-    """One forward pass: the buffers that its chunks share."""
+    """One forward pass: the buffers that its chunks share. Token values are sorted as `Tokens` are, gradients of left
+    sides are in the caller's order."""
 
     def __init__(
-        self, head: Head, gradients, tokens: Tokens, call: Call, rows: int, pair_losses: PairLosses, values, own: dict
+        self, head: Head, needs: list[bool], tokens: Tokens, call: Call, rows: int, pair_losses: PairLosses, own: dict
     ):
-        self.tokens, self.call, self.rows, self.pair_losses, self.values = tokens, call, rows, pair_losses, values
+        self.tokens, self.call, self.rows, self.pair_losses = tokens, call, rows, pair_losses
         self.own = own  # leaf -> gradient
-        d_hidden, d_weight, self.d_bias, d_down, d_up = gradients
-        self.d_lefts, self.d_rights = [d_hidden, d_down], [d_weight, d_up]
+        self.like = head.hidden.new_empty(0, dtype=torch.promote_types(head.hidden.dtype, torch.float32))
+        self.names = ("logps", *call.outputs)
+        self.values = self.like.new_empty((len(self.names), len(tokens.ranks)))
+        # By factor; the bias is a right side of one column
+        lefts, rights = {0: head.hidden, 1: head.down}, {0: head.weight, 1: head.up, _BIAS: head.bias}
+        of_lefts, of_rights = {0: needs[0], 1: needs[3]}, {0: needs[1], 1: needs[4], _BIAS: needs[2]}
+        self.d_lefts = {k: self.like.new_zeros(x.shape) for k, x in lefts.items() if x is not None and of_lefts[k]}
+        self.rights = {k: x for k, x in rights.items() if x is not None and of_rights[k]}
+        self.totals = self.new_totals()
         self.chunks = list(chunks_of_groups(tokens.sizes, rows))
-        most = min(rows, max(part.stop - part.start for _, part in self.chunks))
-        self.tile = implementation(call.impl).Tile(call, head, most, head.weight.shape[0])
+        most, V = min(rows, max(part.stop - part.start for _, part in self.chunks)), len(head.weight)
+        self.tile = implementation(call.impl).Tile(call, head, tokens.labels, most, V)
+        self.ones = self.like.new_ones((most, 1))
+        self.share = self.like.new_full((), 1 / len(tokens.comparisons.index))
+
+    def new_totals(self) -> dict[int, _Total]:
+        return {k: _Total(self.like.new_empty((len(x), x[0].numel()))) for k, x in self.rights.items()}
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight, bias, down, up."""
+        found = {k: total.finish().view(self.rights[k].shape) for k, total in self.totals.items()}
+        return [self.d_lefts.get(0), found.get(0), found.get(_BIAS), self.d_lefts.get(1), found.get(1)]
+
+    def in_callers_order(self) -> Tensor:
+        """(1 + k, N) token log-probs and statistics."""
+        if self.tokens.order is None:
+            return self.values
+        values = self.values.new_zeros((len(self.values), len(self.tokens.labels)))
+        values[:, self.tokens.order] = self.values
+        return values
+
+    def losses(self) -> Iterator[Tensor]:
+        """Of the comparisons, by group."""
+        for groups, part in self.chunks:
+            compared = self.tokens.compared(groups)
+            if not compared.places.shape[1]:  # nothing compares them: they are scored
+                self.score_alone(part)
+            elif part.stop - part.start > self.rows:
+                yield self.long_pair(groups.start, compared, part)
+            else:
+                yield self.chunk(compared, part)
 
     def index(self, part: slice) -> "Tensor | slice":
         return part if self.tokens.order is None else self.tokens.order[part]
 
-    def score(self, index) -> None:
-        """Fill the tile with the tokens at `index` and note their values."""
-        out = self.tile.fold(index, self.tokens.labels)
-        for row, name in enumerate(("logps", *self.call.outputs)):
-            self.values[row, index] = out[name]
+    def weights(self, part: slice) -> Tensor | None:
+        return None if self.tokens.weights is None else self.tokens.weights[part]
+
+    def score(self, part: slice) -> None:
+        """Fill the tile with some tokens and note their values."""
+        self.tile.fold(self.index(part), dict(zip(self.names, self.values[:, part].unbind(0), strict=True)))
 
     def score_alone(self, part: slice) -> None:
         for first in range(part.start, part.stop, self.rows):
-            self.score(self.index(slice(first, min(first + self.rows, part.stop))))
+            self.score(slice(first, min(first + self.rows, part.stop)))
 
-    def losses_and_slopes(
-        self, groups: slice, compared: Compared, index
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Losses (c,), d mean loss / d sequence log-prob (s,), the tokens' local sequence ids and weights (n,)."""
-        ends = self.tokens.groups.sequence_ends
-        local = self.tokens.ranks[index] - ends[groups.start]
-        values = dict(zip(("logps", *self.call.outputs), self.values[:, index].unbind(0), strict=True))
-        weights = None if self.tokens.weights is None else self.tokens.weights[index]
-        sums = sequence_sums(values["logps"], local, ends[groups.stop] - ends[groups.start], weights, self.call.impl)
+    def losses_and_slopes(self, compared: Compared, part: slice) -> tuple[Tensor, Tensor]:
+        """Losses (c,), and d mean loss / d sequence log-prob (S,) by rank, 0 for sequences of other chunks."""
+        comparisons, ranks = self.tokens.comparisons, self.tokens.ranks[part]
+        values = dict(zip(self.names, self.values[:, part].unbind(0), strict=True))
+        sums = sequence_sums(values["logps"], ranks, comparisons.num_sequences, self.weights(part), self.call.impl)
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
-            losses = self.pair_losses(leaf, values, local, index, compared)
+            losses = self.pair_losses(leaf, values, ranks, self.index(part), compared)
             if not losses.requires_grad:
                 raise RuntimeError("linear_preference_loss: the loss does not depend on pairs.chosen or pairs.rejected")
             own = [x for x in leaves_of(losses) if x is not leaf]
             # What `own` has a graph in common with, the next chunk needs, too
             slopes, *theirs = torch.autograd.grad(
-                losses.sum() / len(self.tokens.comparisons.index),
+                losses,
                 [leaf, *own],
+                self.share.to(losses.dtype).expand_as(losses),
                 allow_unused=True,
                 retain_graph=bool(own),
                 materialize_grads=True,
             )
         for x, d in zip(own, theirs, strict=True):
             self.own[x] = self.own[x] + d if x in self.own else d
-        return losses.detach(), slopes, local, weights
+        return losses.detach(), slopes
 
-    def chunk(self, groups: slice, compared: Compared, part: slice) -> Tensor:
+    def chunk(self, compared: Compared, part: slice) -> Tensor:
         """Whole groups that fit the tile."""
-        index = self.index(part)
         if part.start == part.stop:
-            return self.losses_and_slopes(groups, compared, index)[0]
-        self.score(index)
-        losses, slopes, local, weights = self.losses_and_slopes(groups, compared, index)
+            return self.losses_and_slopes(compared, part)[0]
+        self.score(part)
+        losses, slopes = self.losses_and_slopes(compared, part)
         # A pair beyond a hinge's margin owes nothing; looking is free on CPU only
         if self.tile.on_host and not slopes.any():
             return losses
-        coefficient = slopes[local] if weights is None else slopes[local] * weights
-        self.add_gradients(index, coefficient, self.d_rights, self.d_bias)
+        coefficient, weights = slopes[self.tokens.ranks[part]], self.weights(part)
+        self.add_gradients(coefficient if weights is None else coefficient * weights, self.totals)
         return losses
 
-    def add_gradients(self, index, coefficient: Tensor, d_rights, d_bias) -> None:
+    def add_gradients(self, coefficient: Tensor, totals: dict[int, _Total]) -> None:
+        """Of the tokens in the tile, for coefficients (n,)."""
         coefficient = self.tile.scored(coefficient)
         for k, (left, _) in enumerate(self.tile.chunk):
-            if self.d_lefts[k] is not None:
-                self.d_lefts[k][index] = self.tile.d_left(k, coefficient)
-            if d_rights[k] is not None:
-                self.tile.add_d_right(left, coefficient, d_rights[k])
-        if d_bias is not None:
-            self.tile.add_d_right(coefficient.new_ones(coefficient.shape), coefficient, d_bias.unsqueeze(1))
+            if k in self.d_lefts:
+                self.tile.put_d_left(k, coefficient, self.d_lefts[k])
+            if k in totals:
+                totals[k].add(self.tile, left, coefficient)
+        if _BIAS in totals:
+            totals[_BIAS].add(self.tile, self.ones[: len(coefficient)], coefficient)
 
-    def long_pair(self, groups: slice, compared: Compared, part: slice) -> Tensor:
+    def long_pair(self, group: int, compared: Compared, part: slice) -> Tensor:
         """One pair over several tiles: unit coefficients first, g at its end."""
-        rows, start, totals = self.rows, part.start, []
-        for size in self.tokens.sizes[groups.start]:
-            d_rights = [None if d is None else torch.zeros_like(d) for d in self.d_rights]
-            d_bias = None if self.d_bias is None else torch.zeros_like(self.d_bias)
-            for first in range(start, start + size, rows):
-                index = self.index(slice(first, min(first + rows, start + size)))
-                self.score(index)
-                weights = self.tokens.weights
-                unit = torch.ones_like(self.values[0, index])
-                unit = unit if weights is None else unit * weights[index]  # in fp64 for fp64 tensors
-                self.add_gradients(index, unit, d_rights, d_bias)
-            totals.append([*d_rights, d_bias])
+        start, of_sequences = part.start, []
+        for size in self.tokens.sizes[group]:
+            of_sequences.append(self.new_totals())
+            for first in range(start, start + size, self.rows):
+                some = slice(first, min(first + self.rows, start + size))
+                self.score(some)
+                unit, weights = self.ones[: some.stop - some.start, 0], self.weights(some)
+                self.add_gradients(unit if weights is None else unit * weights, of_sequences[-1])
             start += size
-        index = self.index(part)
-        losses, slopes, local, _ = self.losses_and_slopes(groups, compared, index)
-        for d_left in self.d_lefts:
-            if d_left is not None:
-                d_left[index] = d_left[index] * slopes[local].unsqueeze(1)
-        for sequence, parts in enumerate(totals):
-            for total, d in zip([*self.d_rights, self.d_bias], parts, strict=True):
-                if d is not None:
-                    total.addcmul_(d, slopes[sequence])
+        losses, slopes = self.losses_and_slopes(compared, part)
+        index, slope_of_token = self.index(part), slopes[self.tokens.ranks[part]].unsqueeze(1)
+        for d_left in self.d_lefts.values():
+            if isinstance(index, slice):
+                d_left[index].mul_(slope_of_token)
+            else:
+                d_left[index] = d_left[index] * slope_of_token
+        first = self.tokens.groups.sequence_ends[group]
+        for slope, totals in zip(slopes[first : first + len(of_sequences)], of_sequences, strict=True):
+            for k, total in self.totals.items():
+                total.add_scaled(totals[k], slope)
         return losses

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .checks import check_transform
 from .dispatch import free_to_look
-from .plan import CPU_COLUMNS
 
+_SUM_COLUMNS = 2048  # that are summed in the dtype of a tile: those of one on a CPU (plan.py)
 _COPY_BYTES = 4 << 20  # of a tile copied at a time, by the passes that need a copy of what they overwrite
 
 
@@ -135,10 +135,10 @@ class Partial:
             self.sums[name] = self._wide(value, value)
 
     def _sum(self, x: Tensor) -> Tensor:
-        """(n, 1): of `CPU_COLUMNS` columns in x's dtype, of these sums in a wider one, however wide x is."""
+        """(n, 1): of `_SUM_COLUMNS` columns in x's dtype, of these sums in a wider one, however wide x is."""
         if self.whole:
             return x.sum(1, keepdim=True)
-        sums = torch.cat([part.sum(1, keepdim=True) for part in x.split(CPU_COLUMNS, 1)], 1)
+        sums = torch.cat([part.sum(1, keepdim=True) for part in x.split(_SUM_COLUMNS, 1)], 1)
         return sums.sum(1, keepdim=True, dtype=None if x.device.type == "mps" else torch.float64)
 
     def combine(self, other: "Partial") -> None:

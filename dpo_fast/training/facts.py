@@ -7,8 +7,9 @@ import datasets
 import torch
 
 from dpo_fast import reference
-from dpo_fast.ops.dispatch import IMPLS, choose_impl, device_memory, plan_device, reasons_against
+from dpo_fast.ops.dispatch import IMPLS, choose_impl, plan_device, reasons_against
 from dpo_fast.ops.plan import plan_head
+from dpo_fast.ops.roofline import describe_device
 
 from . import reference_columns
 from .data import TOKEN_COLUMNS, Truncation, row_tokens
@@ -53,7 +54,7 @@ def of_head(model: torch.nn.Module, objective, args, scored_tokens: float) -> li
             separable=not objective.couples_pairs,
             tile_mib=args.tile_mib,
             device_type=plan_device(impl, device),
-            device_memory=device_memory(device),
+            device=describe_device(device),
         )
         size = f"{round(scored_tokens):,} scored tokens, width {width:,}, vocabulary {vocabulary:,}"
         rows.append(("head, for a mean batch", plan.describe().rpartition(" (")[0], f"{plan.reason} ({size})"))

@@ -130,7 +130,7 @@ def test_level_2(dtype, needs, impl):
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("tile_mib", [16, 256], ids=["pending", "pairwise"])
 def test_level_3(tile_mib, impl, monkeypatch):
-    monkeypatch.setattr(plans, "FLOPS_PER_BYTE", 0)  # `pending` whatever it costs
+    monkeypatch.setattr(plans, "pending_pays", lambda *_: True)
     length, pairs, H, V = 80, 4, 512, 32_000
     torch.manual_seed(0)
     hidden = torch.randn(2 * pairs * length, H, device="cuda").bfloat16()
@@ -166,8 +166,8 @@ def test_level_3(tile_mib, impl, monkeypatch):
 def test_every_plan_to_its_bounds(plan, dtype, impl, transform, monkeypatch):
     """What test_emulated_cuda.py executes on CPU, hidden states of ignored tokens that are NaN included."""
     rows = 8 if plan in ("pending", "recompute") else 12
-    monkeypatch.setattr(plans, "TILE_ROWS", rows)
-    monkeypatch.setattr(plans, "FLOPS_PER_BYTE", 0 if plan == "pending" else 10**9)
+    monkeypatch.setattr(plans, "TILE_ROWS", (rows,))
+    monkeypatch.setattr(plans, "pending_pays", lambda *_: plan == "pending")
     p, needs, knobs = head_oracle.make(dtype), head_oracle.PLANS[plan], head_oracle.TRANSFORMS[transform]
     oracle = head_oracle.Oracle(p, head_oracle.dpo(p), **knobs)
     leaves = head_oracle.leaves_of(p, needs, "cuda")

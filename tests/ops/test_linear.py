@@ -7,12 +7,11 @@ import torch
 from random_head import random_head
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_fast.ops import impl_triton, tile
+from dpo_fast.ops import tile
 from dpo_fast.ops.call import Call
 from dpo_fast.ops.linear import linear_token_logps, linear_token_stats
 from dpo_fast.ops.plan import plan_head
 from dpo_fast.ops.softmax import Transform
-from dpo_fast.ops.stats import STATS
 from dpo_fast.testing import (
     assert_within_bound,
     assert_within_budget,
@@ -163,28 +162,6 @@ def test_columns_of_minus_infinity(impl):
     torch.testing.assert_close(stats.entropy, entropy.float())
     none = linear_token_logps(hidden, weight, labels, bias=torch.full((77,), -torch.inf), impl=impl)
     assert (none == -torch.inf).all()
-
-
-def test_the_fused_score_kernel_on_request(monkeypatch):
-    tensors, labels = make()
-    arguments = dict(bias=tensors["bias"], outputs=STATS, impl="triton", **TRANSFORM)
-    oracle = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **{**arguments, "impl": "reference"})
-    bounds = head_bounds(tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"], **TRANSFORM)
-    calls = []
-    fused = impl_triton.linear_score
-    monkeypatch.setattr(impl_triton, "linear_score", lambda *rest: (calls.append(1), fused(*rest)))
-    for asked in ("0", "1"):
-        monkeypatch.setenv("DPO_FAST_FUSED_SCORE", asked)
-        stats = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **arguments)
-        assert len(calls) == int(asked)
-        for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
-            assert_within_bound(getattr(stats, name), getattr(oracle, name), bounds[name], what=name)
-    gaps = torch.full((1001, 2), torch.nan)  # a bias may have any stride
-    gaps[:, 0] = tensors["bias"]
-    again = linear_token_stats(tensors["hidden"], tensors["weight"], labels, **{**arguments, "bias": gaps[:, 0]})
-    assert torch.equal(again.logps, stats.logps)
-    with pytest.raises(ValueError, match="needs weight with contiguous columns"):
-        linear_token_stats(tensors["hidden"], tensors["weight"].T.contiguous().T, labels, **arguments)
 
 
 def test_sequence_sums_of_2000_bf16_tokens_stay_within_a_millinat(impl):

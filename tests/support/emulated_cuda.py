@@ -22,12 +22,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def on_cuda(seed: int = 0, *, tile_rows: int = 8, adds: bool = True) -> Iterator[Counter]:
-    """Yields counts of what ran. tile_rows: rows of a tile, where the planner would take 2,048. adds: whether torch
-    adds 16-bit products to an fp32 matrix (2.10) or only makes them (2.8)."""
+    """Yields counts of what ran. tile_rows: rows of a tile, where the planner would take 2,048 and more. adds: whether
+    torch adds 16-bit products to an fp32 matrix (2.10) or only makes them (2.8)."""
     counts = Counter()
     with pytest.MonkeyPatch.context() as patch, poisoned():
         patch.setattr(dispatch, "_HOST_DEVICES", ())
-        patch.setattr(plan, "TILE_ROWS", tile_rows)
+        patch.setattr(plan, "TILE_ROWS", (tile_rows,))
         patch.setattr(torch, "mm", _mm(counts, torch.mm))
         patch.setattr(torch, "addmm", _addmm(counts, torch.mm, torch.addmm, adds))
         _random_programs(patch, counts, random.Random(seed))

@@ -63,8 +63,13 @@ class Stream(TorchDispatchMode):
         if not self.off:
             raise Sync(f"{what} makes the host wait for the device")
 
-    def ours(self, values) -> bool:
-        return any(isinstance(x, torch.Tensor) and x.device.type == self.device for x in pytree.tree_leaves(values))
+    def tensors(self, values) -> list[torch.Tensor]:
+        """Those of the device."""
+        leaves = pytree.tree_leaves(values)
+        return [x for x in leaves if isinstance(x, torch.Tensor) and x.device.type == self.device]
+
+    def written(self, result) -> bool:
+        return any(x.numel() for x in self.tensors(result))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -76,12 +81,12 @@ class Stream(TorchDispatchMode):
         if func._can_decompose():  # below autograd they arrive whole, `is_nonzero` among them
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.ours((args, kwargs)) and self._waits(func, args, kwargs):
+        if self.tensors((args, kwargs)) and self._waits(func, args, kwargs):
             self.refuse(str(func))
         result = func(*args, **kwargs)
         if self._copies_between(func, args, kwargs, result):
             self.refuse(f"{func}, a copy that blocks,")
-        if not self.off and self.ours(result) and not func.is_view and func._opname not in _NO_KERNEL:
+        if not self.off and self.written(result) and not func.is_view and func._opname not in _NO_KERNEL:
             self.kernels[func._opname] += 1
         return result
 
