@@ -13,6 +13,7 @@ keyword argument `pair_layout` of the model's forward, through the layers, to th
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from . import flash, flex
 from .block_mask import block_mask
-from .layout import SharedPrefixLayout
+from .layout import ForLayers, SharedPrefixLayout
 from .scores import Scores
 
 PREFIX = "dpo_fast_over_"
@@ -215,6 +216,8 @@ def shared_prefix_attention(
     implementation = choose_implementation(query, scores, key, value, implementation)
     layout = layout.on(query.device)
     if implementation == "eager":
+        if torch.compiler.is_compiling():
+            return _eager_op(query, key, value, layout.host, *scores)
         return _eager(query, key, value, layout, scores)
     if implementation == "flex":
         return flex.attend(query, key, value, layout, scores, _block_mask(layout, window))
@@ -345,6 +348,81 @@ def _mask(layout, n: int, m: int, window: int | None, device) -> Tensor:
 def _new_mask(n: int, m: int, window: int | None, device) -> Tensor:
     mask = torch.ones((n, m), dtype=torch.bool, device=device).tril_(m - n)
     return mask if window is None else mask.triu_(m - n - window + 1)
+
+
+# --- eager in a compiled graph: an operator, which takes the lengths of sequences as a tensor. Else each number of
+# sequences would have a graph of its own, with calls for each sequence in it
+
+
+@torch.library.custom_op("dpo_fast::eager_attention", mutates_args=())
+def _eager_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    host: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    layout = _layout_of(host)
+    return _eager(query, key, value, layout, Scores(scaling, window, softcap, sinks))
+
+
+def _layout_of(host: Tensor) -> SharedPrefixLayout:
+    """The layout with these lengths, on the host; its masks are this call's alone."""
+    return dataclasses.replace(_made(*map(tuple, host.tolist())), kept=ForLayers())
+
+
+_made = functools.lru_cache(maxsize=2)(SharedPrefixLayout.make)  # once for the layers of a step
+
+
+@_eager_op.register_fake
+def _(query, key, value, *_):
+    return value.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+@torch.library.custom_op("dpo_fast::eager_attention_backward", mutates_args=())
+def _eager_backward_op(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    host: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of query, key, value and of sinks, if there are any. The forward is run once more: what it keeps for
+    its backward cannot leave the operator."""
+    layout = _layout_of(host)
+
+    def attend(query, key, value, *sinks):
+        return _eager(query, key, value, layout, Scores(scaling, window, softcap, *sinks))
+
+    # Autograd proper is off inside an operator
+    gradients = torch.func.vjp(attend, query, key, value, *([] if sinks is None else [sinks]))[1]
+    return [x.contiguous() for x in gradients(d_out)]
+
+
+@_eager_backward_op.register_fake
+def _(d_out, query, key, value, host, scaling, window, softcap, sinks):
+    return [x.new_empty(x.shape) for x in (query, key, value, *([] if sinks is None else [sinks]))]
+
+
+def _save(ctx, inputs, output):
+    query, key, value, host, ctx.scaling, ctx.window, ctx.softcap, sinks = inputs
+    ctx.save_for_backward(query, key, value, host, sinks)
+
+
+def _eager_backward(ctx, d_out):
+    *tensors, sinks = ctx.saved_tensors
+    found = _eager_backward_op(d_out, *tensors, ctx.scaling, ctx.window, ctx.softcap, sinks)
+    return *found[:3], None, None, None, None, (found[3] if sinks is not None else None)
+
+
+_eager_op.register_autograd(_eager_backward, setup_context=_save)
 
 
 def _block_mask(layout, window: int | None):

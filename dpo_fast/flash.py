@@ -29,45 +29,74 @@ _WHERE = {
 }
 
 
-@torch.compiler.assume_constant_result  # nothing in it is for Dynamo to trace
+_FUNCTIONS: dict[str, Callable] = {}  # name -> function, of those that have been looked for and were found
+
+
 @functools.cache
-def function_of(name: str) -> Callable | str:
-    """The function for an implementation, or why there is none."""
+def _find(name: str) -> str:
+    """Why there is no such function; empty where it is among _FUNCTIONS now."""
     module, function = _WHERE[name]
     try:
-        found = getattr(importlib.import_module(module), function)
+        _FUNCTIONS[name] = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError:
         return "this torch has no variable-length attention" if name == "varlen" else f"{name} is not installed"
     except (ImportError, OSError) as error:  # built for another torch
         return f"{name} cannot be imported ({error})"
-    if name != "varlen" and "softcap" not in options_of(found):
+    if name != "varlen" and not takes(name, "softcap"):
         return f"{name} is older than the versions that are known here: it has no softcap"
-    return found
+    return ""
+
+
+@functools.cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@functools.cache
+def _left_out_of_3() -> frozenset[str]:
+    try:
+        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    except ModuleNotFoundError:  # the first builds
+        return frozenset()
+    return frozenset(name.rpartition("_DISABLE_")[2] for name, off in flags.items() if "_DISABLE_" in name and off)
+
+
+# Constants for Dynamo, which would trace what is cached, imports and signatures included
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
-def options_of(function: Callable) -> frozenset[str]:
-    """Its parameters by name: which of them there are depends on the version."""
-    return frozenset(inspect.signature(function).parameters)
+def missing(name: str) -> str:
+    """Why an implementation's function cannot be had; empty where it can."""
+    return _find(name)
+
+
+@torch.compiler.assume_constant_result
+def takes(name: str, option: str) -> bool:
+    """Whether an implementation's function has a parameter of that name, which depends on the version."""
+    return option in _parameters(_FUNCTIONS[name])
+
+
+@torch.compiler.assume_constant_result
+def built_without(part: str) -> bool:
+    """Whether the installed FlashAttention 3 says that it was built without a part."""
+    return part in _left_out_of_3()
 
 
 def reasons_against(name: str, query: Tensor, value: Tensor, scores: Scores, gpu: tuple[int, int] | None) -> list[str]:
     """Every reason why it cannot run. gpu: the compute capability, None where the tensors are not on a GPU."""
-    reasons, attend, width = [], function_of(name), query.shape[-1]
+    reasons, lacking, width = [], missing(name), query.shape[-1]
     if scores.sinks is not None:
         reasons.append("flash attention takes no sinks, and its log-sum-exp, which could make them, has no gradient")
-    if isinstance(attend, str):
-        return [*reasons, attend]
-    known = options_of(attend)
+    if lacking:
+        return [*reasons, lacking]
     if name == "varlen":
         if scores.softcap is not None:
             reasons.append("torch's variable-length attention takes no soft-cap")
-        if "window_size" not in known and scores.window is not None:
+        if not takes(name, "window_size") and scores.window is not None:
             reasons.append("this torch's variable-length attention has no windows")
-        if "scale" not in known and scores.scaling is not None and not math.isclose(scores.scaling, width**-0.5):
-            given = f"{scores.scaling:g}"
-            reasons.append(f"this torch's variable-length attention scales by 1/sqrt({width}), not by {given}")
+        scaling = width**-0.5 if scores.scaling is None else scores.scaling
+        if not takes(name, "scale") and not math.isclose(scaling, width**-0.5):
+            reasons.append(f"this torch's variable-length attention scales by 1/sqrt({width}), not by {scaling:g}")
     if gpu is None:
         return [*reasons, f"flash attention needs a CUDA device, the tensors are on {query.device.type!r}"]
     # From here what the kernels check, and raise a RuntimeError for
@@ -101,40 +130,28 @@ def _reasons_against_3(query: Tensor, scores: Scores, gpu: tuple[int, int]) -> l
         "SOFTCAP": scores.softcap is not None,
         "FP16": query.dtype == torch.float16,
     }
-    without, missing = left_out_of_3(), "this build of FlashAttention 3 is without"
-    reasons += [f"{missing} {name}" for name, on in needed.items() if on and name in without]
-    if all(f"HDIM{most}" in without for most in (64, 96, 128, 192, 256) if most >= width):
-        reasons.append(f"{missing} heads of {width}")
+    without = "this build of FlashAttention 3 is without"
+    reasons += [f"{without} {part}" for part, asked in needed.items() if asked and built_without(part)]
+    if all(built_without(f"HDIM{most}") for most in (64, 96, 128, 192, 256) if most >= width):
+        reasons.append(f"{without} heads of {width}")
     return reasons
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def left_out_of_3() -> frozenset[str]:
-    """What a build of FlashAttention 3 says to be without; the first ones say nothing."""
-    try:
-        flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
-    except ModuleNotFoundError:
-        return frozenset()
-    return frozenset(name.rpartition("_DISABLE_")[2] for name, off in flags.items() if "_DISABLE_" in name and off)
 
 
 def attend(name: str, query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scores: Scores) -> Tensor:
     """(1, heads, S, D), (1, kv heads, S, D) twice -> (1, S, heads, D): one call, in which each sequence's own tokens
     are queries, and all its tokens keys. Keys of what is shared are copied for each sequence."""
-    function: Any = function_of(name)
     rows, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()  # the kernel reads whole heads; keys and values are copied anyway
     keys, values = (x.index_select(0, layout.index) for x in (keys, values))
-    options = _options_of_torch if name == "varlen" else _options_of_packages
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and name == "varlen" and "enable_gqa" not in options_of(function):
+    if groups > 1 and name == "varlen" and not takes(name, "enable_gqa"):
         # Before torch 2.12 nothing promises grouped heads. Its kernel has them, so this copy, `groups` times the keys
         # and values of a layer, is what a test on such a GPU could save
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
     ends = (layout.query_ends, layout.key_ends)
-    out = function(rows, keys, values, *ends, *layout.longest, **options(function, scores, groups))
+    options = _options_of_torch(scores, groups) if name == "varlen" else _options_of_packages(scores)
+    out: Any = _FUNCTIONS[name](rows, keys, values, *ends, *layout.longest, **options)
     return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)  # early builds of flash_attn_3 add the log-sum-exp
 
 
@@ -142,17 +159,18 @@ def _window(scores: Scores) -> tuple[int, int]:
     return (-1 if scores.window is None else scores.window - 1, 0)
 
 
-def _options_of_torch(function: Callable, scores: Scores, groups: int) -> dict[str, Any]:
-    known = options_of(function)  # torch 2.10 has neither windows nor a scale
-    options: dict[str, Any] = {"window_size": _window(scores)} if "window_size" in known else {"is_causal": True}
-    if "scale" in known:
+def _options_of_torch(scores: Scores, groups: int) -> dict[str, Any]:
+    # torch 2.10 has neither windows nor a scale
+    windows = takes("varlen", "window_size")
+    options: dict[str, Any] = {"window_size": _window(scores)} if windows else {"is_causal": True}
+    if takes("varlen", "scale"):
         options["scale"] = scores.scaling
-    if "enable_gqa" in known:
+    if takes("varlen", "enable_gqa"):
         options["enable_gqa"] = groups > 1
     return options
 
 
-def _options_of_packages(_function: Callable, scores: Scores, _groups: int) -> dict[str, Any]:
+def _options_of_packages(scores: Scores) -> dict[str, Any]:
     return dict(
         softmax_scale=scores.scaling,
         causal=True,

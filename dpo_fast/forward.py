@@ -322,7 +322,7 @@ def score_batch(
             low_rank=tensors.low_rank,
             logit_scale=state.transform.scale,
             logit_softcap=state.transform.softcap,
-            sequence_lengths=batch.get("host_lengths"),
+            sequence_lengths=None if torch.compiler.is_compiling() else batch.get("host_lengths"),
             tile_mib=state.tile_mib,
             **common,
         )

@@ -112,7 +112,8 @@ def test_varlen_arguments(row, kind, monkeypatch):
 
     monkeypatch.setattr(attention, "_on_gpu", lambda query: True)
     monkeypatch.setattr(flash, "HALF", (torch.float64,))
-    monkeypatch.setattr(flash, "function_of", lambda name: by_the_book)
+    monkeypatch.setattr(flash, "missing", lambda name: "")
+    monkeypatch.setitem(flash._FUNCTIONS, "varlen", by_the_book)
     layout, inputs = make(row=row)
     out = shared_prefix_attention(*inputs, layout, scaling=0.3, implementation="varlen", **KINDS[kind])
     expected = oracle(*inputs, layout, 0.3, **KINDS[kind])
@@ -124,12 +125,12 @@ def test_varlen_arguments(row, kind, monkeypatch):
 
 def test_torchs_varlen_attention_is_called_as_it_is_declared():
     """Whichever torch this is: seven arguments by position, then causality by a window or by name, or there is none."""
-    attend = flash.function_of("varlen")
+    missing = flash.missing("varlen")
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        assert attend == "this torch has no variable-length attention"
+        assert missing == "this torch has no variable-length attention"
         return
-    signature = inspect.signature(attend)
-    signature.bind(*range(7), **flash._options_of_torch(attend, attention.Scores(1.0, 3), 2))
+    signature = inspect.signature(flash._FUNCTIONS["varlen"])
+    signature.bind(*range(7), **flash._options_of_torch(attention.Scores(1.0, 3), 2))
     assert list(signature.parameters)[3:7] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert "enable_gqa" not in signature.parameters or "window_size" in signature.parameters
 
@@ -174,8 +175,7 @@ def test_cuda_grouped_heads(kv_heads):
     layout = make_layout([(300, 200, 100), (5, 1, 1), (40, 0, 70)]).to("cuda")
     inputs = cuda_inputs(layout, kv_heads=kv_heads)
     chosen = attention.choose_implementation(inputs[0], attention.Scores(scaling=0.125), *inputs[1:])
-    found = not isinstance(flash.function_of("varlen"), str)
-    if found and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
+    if not flash.missing("varlen") and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
         assert chosen in flash.NAMES
     assert max(errors(inputs, layout, None)) < 1e-2
 
@@ -240,8 +240,10 @@ def test_nothing_is_read_back(monkeypatch):
     layout = make_layout([(300, 200, 100), (0, 50, 70)]).to("meta")
     inputs = [torch.empty((1, heads, layout.length, 16), device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2)]
     monkeypatch.setattr(attention, "_on_gpu", lambda query: True)
-    monkeypatch.setattr(flash, "function_of", lambda name: lambda query, key, value, *rest, **more: query)
-    monkeypatch.setattr(flash, "options_of", lambda function: {"window_size", "scale"})
+    monkeypatch.setattr(flash, "missing", lambda name: "")
+    monkeypatch.setattr(flash, "takes", lambda name, option: True)
+    for name in flash.NAMES:
+        monkeypatch.setitem(flash._FUNCTIONS, name, lambda query, key, value, *rest, **more: query)
     for knobs in ({}, dict(window=3), dict(window=700)):
         for implementation in ("eager", *flash.NAMES):
             out = shared_prefix_attention(*inputs, layout, scaling=1.0, implementation=implementation, **knobs)

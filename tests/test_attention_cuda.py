@@ -182,13 +182,13 @@ def gpu(monkeypatch):
             modules[module] = {"flash_attn_varlen_func": package_of(of, calls, half)} if of else None
         for module, functions in modules.items():  # None: not to be imported
             monkeypatch.setitem(sys.modules, module, functions and types.SimpleNamespace(**functions))
-        flash.function_of.cache_clear()
+        flash._find.cache_clear()
         monkeypatch.setattr(torch_flex, "flex_attention", flex_of(calls))
         return calls
 
     yield answer
-    flash.function_of.cache_clear()
-    flash.left_out_of_3.cache_clear()
+    flash._find.cache_clear()
+    flash._left_out_of_3.cache_clear()
 
 
 # --- which implementation --------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_a_package_that_was_built_for_another_torch_says_so(gpu, monkeypatch):
     error = ImportError("undefined symbol: _ZN3c105Error")
     with monkeypatch.context() as patch:
         patch.setattr(flash.importlib, "import_module", lambda name: (_ for _ in ()).throw(error))
-        assert flash.function_of("flash_attn_2") == f"flash_attn_2 cannot be imported ({error})"
+        assert flash.missing("flash_attn_2") == f"flash_attn_2 cannot be imported ({error})"
     with pytest.raises(ValueError, match="cannot run: flash_attn_2 cannot be imported .undefined symbol"):
         choose_implementation(torch.empty((1, 4, 9, 64), dtype=FP64), implementation="flash_attn_2")
 
@@ -294,7 +294,7 @@ def test_what_a_build_of_flash_attention_3_is_without(gpu, monkeypatch):
     flags = {f"FLASHATTENTION_DISABLE_{name}": name in off for name in ("BACKWARD", "VARLEN", *off, "HDIM192")}
     flags["FLASHATTENTION_ENABLE_VCOLMAJOR"] = True
     monkeypatch.setitem(sys.modules, "flash_attn_config", types.SimpleNamespace(CONFIG={"build_flags": flags}))
-    flash.left_out_of_3.cache_clear()
+    flash._left_out_of_3.cache_clear()
 
     def reasons(width, scores, dtype=BF16):
         return reasons_against_implementation("flash_attn_3", torch.empty((1, 4, 9, width), dtype=dtype), scores)
@@ -369,7 +369,7 @@ def test_environment_is_an_explicit_choice(gpu, monkeypatch):
 
 def test_without_a_gpu():
     """torch's own kernel is for CUDA alone."""
-    if isinstance(flash.function_of("varlen"), str):
+    if flash.missing("varlen"):
         pytest.skip(f"torch {torch.__version__} has no variable-length attention")
     layout = make_layout([(2, 1, 1)])
     inputs = [torch.zeros((1, 2, 4, 16), dtype=BF16)] * 3
