@@ -131,4 +131,4 @@ def test_what_an_older_torch_compiles_anew_is_said(tmp_path, monkeypatch, caplog
     assert ("each batch of packed rows is compiled anew" in caplog.text) == told
     caplog.clear()
     FastDPOConfig(gradient_checkpointing=False, **options)
-    assert not caplog.text
+    assert "compiled anew" not in caplog.text
