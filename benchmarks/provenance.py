@@ -62,7 +62,18 @@ CODE = {
     "attention": (
         *(
             f"dpo_fast/{name}.py"
-            for name in ("attention", "block_mask", "layout", "batch", "transfer", "comparisons", "ops/checks")
+            for name in (
+                "attention",
+                "flash",
+                "flex",
+                "scores",
+                "block_mask",
+                "layout",
+                "batch",
+                "transfer",
+                "comparisons",
+                "ops/checks",
+            )
         ),
         "benchmarks/attention.py",
         _MEASURE,

@@ -5,35 +5,34 @@ is named after the one that the model came with, "dpo_fast_over_sdpa" for instan
 arguments it is that implementation, mask included, so `generate` and plain calls are unchanged. A layout travels as the
 keyword argument `pair_layout` of the model's forward, through the layers, to the attention function.
 
+    flash_attn_3, varlen, flash_attn_2
+              CUDA: one call of variable-length flash attention (flash.py), from whichever package has it
+    flex      CUDA: FlexAttention with a block mask (flex.py), where flash attention cannot run: sinks, fp32, a soft-cap
+              without one of the packages, values narrower than queries
     eager     CPU and anything else: a call per sequence, its own tokens against the whole of it; no mask over the row
-    varlen    CUDA: one variable-length flash attention call; the keys of what is shared are copied for each sequence
-    flex      CUDA: FlexAttention with a block mask (block_mask.py), where flash attention cannot run: a soft-cap, fp32,
-              values narrower than queries
 """
 
 import contextlib
+import dataclasses
 import functools
-import importlib.util
 import inspect
-import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import flash, flex
 from .block_mask import block_mask
-from .layout import SharedPrefixLayout
+from .layout import ForLayers, SharedPrefixLayout
+from .scores import Scores
 
 PREFIX = "dpo_fast_over_"
-IMPLEMENTATIONS = ("eager", "varlen", "flex")
+IMPLEMENTATIONS = (*flash.NAMES, "flex", "eager")  # in the order of choice
 # Asked here: Dynamo before torch 2.13 cannot trace the question
 _AUTOCAST = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
-_HALF = (torch.float16, torch.bfloat16)
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 # --- on transformers' side -----------------------------------------------------------------------------------------
@@ -215,8 +214,14 @@ def shared_prefix_attention(
         window = None  # it hides nothing, and layers of both kinds share their masks
     scores = Scores(scaling, window, softcap, sinks)
     implementation = choose_implementation(query, scores, key, value, implementation)
-    attend = {"eager": _eager, "varlen": _varlen, "flex": _flex}[implementation]
-    return attend(query, key, value, layout.on(query.device), scores)
+    layout = layout.on(query.device)
+    if implementation == "eager":
+        if torch.compiler.is_compiling():
+            return _eager_op(query, key, value, layout.host, *scores)
+        return _eager(query, key, value, layout, scores)
+    if implementation == "flex":
+        return flex.attend(query, key, value, layout, scores, _block_mask(layout, window))
+    return flash.attend(implementation, query, key, value, layout, scores)
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,15 +236,6 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return query.to(value.dtype), key.to(value.dtype), value
 
 
-class Scores(NamedTuple):
-    """What `shared_prefix_attention` does to scores."""
-
-    scaling: float | None = None  # 1/sqrt(width) where None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-
 def choose_implementation(
     query: Tensor,
     scores: Scores = Scores(),  # noqa: B008
@@ -247,7 +243,7 @@ def choose_implementation(
     value: Tensor | None = None,
     implementation: str | None = None,
 ) -> str:
-    """On CUDA the first of varlen, flex and eager that can run, elsewhere eager. A rule, not a measurement.
+    """On CUDA the first of IMPLEMENTATIONS that can run, elsewhere eager. A rule (flash.py), not a measurement.
 
     key, value: None: shaped like query. `implementation`, or else DPO_FAST_ATTENTION, is an explicit choice: it never
     falls back, and raises `ValueError` where it cannot run, with every reason.
@@ -263,7 +259,7 @@ def choose_implementation(
             raise ValueError(f"{source}={explicit!r} cannot run: {'; '.join(reasons)}")
         return explicit
     if _on_gpu(query):
-        for candidate in ("varlen", "flex"):
+        for candidate in IMPLEMENTATIONS:
             if not reasons_against_implementation(candidate, query, scores, key, value):
                 return candidate
     return "eager"
@@ -284,64 +280,10 @@ def reasons_against_implementation(
     if not query.dtype == key.dtype == value.dtype:
         dtypes = ", ".join(str(x.dtype)[6:] for x in (query, key, value))
         reasons.append(f"query, key and value must have one dtype, got {dtypes}")
-    if implementation == "varlen":
-        return reasons + _reasons_against_varlen(query, value, scores)
-    return reasons + _reasons_against_flex(query, value, scores)
-
-
-def _reasons_against_varlen(query, value, scores: Scores) -> list[str]:
-    reasons, attend, width = [], _varlen_attn(), query.shape[-1]
-    if scores.softcap is not None or scores.sinks is not None:
-        reasons.append("flash attention takes neither a soft-cap nor sinks here")
-    if attend is None:
-        return [*reasons, "this torch has no variable-length attention"]
-    known = _options(attend)
-    if "window_size" not in known and scores.window is not None:
-        reasons.append("this torch's variable-length attention has no windows")
-    if "scale" not in known and scores.scaling is not None and not math.isclose(scores.scaling, width**-0.5):
-        reasons.append(f"this torch's variable-length attention scales by 1/sqrt({width}), not by {scores.scaling:g}")
-    if not _on_gpu(query):
-        if getattr(attend, "__module__", "") == "torch.nn.attention.varlen":  # what stands in for it runs anywhere
-            reasons.append(f"flash attention needs a CUDA device, the tensors are on {query.device.type!r}")
-        return reasons
-    # From here what torch's kernel checks, and raises a RuntimeError for
-    capability = _capability(query.device)
-    if torch.version.hip is not None:
-        reasons.append("flash attention on ROCm is not known to align causality with the last key")
-    if capability < (8, 0):
-        reasons.append(f"flash attention needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
-    if query.dtype not in _HALF:
-        reasons.append(f"flash attention takes bfloat16 and float16, not {str(query.dtype)[6:]}")
-    if value.shape[-1] != width:
-        reasons.append(f"flash attention wants values as wide as queries, got {value.shape[-1]} and {width}")
-    if width % 8 or width > 256:
-        reasons.append(f"flash attention wants heads of a multiple of 8 and at most 256, got {width}")
-    if 192 < width <= 224 and capability not in ((8, 0), (9, 0)):
-        reasons.append(f"flash attention's backward has no heads of {width} on this GPU")
-    return reasons
-
-
-def _reasons_against_flex(query, value, scores: Scores) -> list[str]:
-    reasons = []
-    if scores.sinks is not None:
-        reasons.append("FlexAttention has no sinks here")
-    if not _on_gpu(query):
-        return reasons  # torch's own path on a CPU takes any widths
-    capability = _capability(query.device)
-    if not _TRITON_INSTALLED:
-        reasons.append("the package triton is not installed")
-    if capability < (8, 0):
-        reasons.append(f"Triton needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
-    if query.dtype not in (*_HALF, torch.float32):
-        reasons.append(f"FlexAttention takes bfloat16, float16 and float32, not {str(query.dtype)[6:]}")
-    widths = sorted((query.shape[-1], value.shape[-1]))
-    if widths[0] < 16:
-        reasons.append(f"FlexAttention wants heads of at least 16, got {widths[0]}")
-    # Its default tiles must fit into shared memory: half the width in fp32, and on GPUs with 100 KiB of it
-    widest = (256 if query.dtype in _HALF else 128) // (1 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 2)
-    if widths[1] > widest:
-        reasons.append(f"FlexAttention's tiles of heads wider than {widest} do not fit this GPU, got {widths[1]}")
-    return reasons
+    gpu = _capability(query.device) if _on_gpu(query) else None
+    if implementation == "flex":
+        return reasons + flex.reasons_against(query, value, scores, gpu)
+    return reasons + flash.reasons_against(implementation, query, value, scores, gpu)
 
 
 def _on_gpu(query: Tensor) -> bool:
@@ -408,87 +350,86 @@ def _new_mask(n: int, m: int, window: int | None, device) -> Tensor:
     return mask if window is None else mask.triu_(m - n - window + 1)
 
 
-@functools.cache
-def _varlen_attn():
-    """torch's variable-length flash attention; None before torch 2.10."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+# --- eager in a compiled graph: an operator, which takes the lengths of sequences as a tensor. Else each number of
+# sequences would have a graph of its own, with calls for each sequence in it
 
 
-@functools.cache
-def _options(attend) -> frozenset[str]:
-    """Which of the options that came with later versions of torch it takes."""
-    parameters = inspect.signature(attend).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return frozenset(name for name in ("scale", "window_size", "enable_gqa") if takes_any or name in parameters)
+@torch.library.custom_op("dpo_fast::eager_attention", mutates_args=())
+def _eager_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    host: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    layout = _layout_of(host)
+    return _eager(query, key, value, layout, Scores(scaling, window, softcap, sinks))
 
 
-def _varlen(query, key, value, layout, scores: Scores) -> Tensor:
-    """Flash attention aligns causality bottom-right, which is what own tokens behind shared ones need."""
-    attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
-    known = _options(attend)
-    options: dict[str, Any] = {}
-    rows, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()  # the kernel reads whole heads; keys and values are copied anyway
-    keys, values = (x.index_select(0, layout.index) for x in (keys, values))
-    if "scale" in known:  # torch 2.10 has neither this nor windows
-        options["scale"] = scores.scaling
-    if "window_size" in known:
-        options["window_size"] = (-1 if scores.window is None else scores.window - 1, 0)
-    else:
-        options["is_causal"] = True
-    if "enable_gqa" in known:
-        options["enable_gqa"] = groups > 1
-    elif groups > 1:
-        # Before torch 2.12 nothing promises grouped heads. Its kernel has them, so this copy, `groups` times the keys
-        # and values of a layer, is what a test on such a GPU could save
-        keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
-    out = attend(rows, keys, values, layout.query_ends, layout.key_ends, *layout.longest, **options)
-    return out.unsqueeze(0)
+def _layout_of(host: Tensor) -> SharedPrefixLayout:
+    """The layout with these lengths, on the host; its masks are this call's alone."""
+    return dataclasses.replace(_made(*map(tuple, host.tolist())), kept=ForLayers())
 
 
-def _flex(query, key, value, layout, scores: Scores) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    window = scores.window
-    if window not in layout.kept.block_masks:
-        layout.kept.block_masks[window] = block_mask(layout, window)
-    attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
-    out = attend(
-        query,
-        key,
-        value,
-        score_mod=None if scores.softcap is None else _cap(layout, scores.softcap, query),
-        block_mask=layout.kept.block_masks[window],
-        scale=scores.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2).contiguous()
+_made = functools.lru_cache(maxsize=2)(SharedPrefixLayout.make)  # once for the layers of a step
 
 
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
+@_eager_op.register_fake
+def _(query, key, value, *_):
+    return value.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-def _cap(layout, largest: float, query: Tensor):
-    """The score_mod of a soft-cap, one for all layers.
+@torch.library.custom_op("dpo_fast::eager_attention_backward", mutates_args=())
+def _eager_backward_op(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    host: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of query, key, value and of sinks, if there are any. The forward is run once more: what it keeps for
+    its backward cannot leave the operator."""
+    layout = _layout_of(host)
 
-    It captures a tensor: a number would be an input of the compiled graph, which the kernel cannot read.
-    """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    caps = layout.kept.caps
-    if (largest, dtype) not in caps:
-        limit = torch.full((), largest, dtype=dtype, device=query.device)
+    def attend(query, key, value, *sinks):
+        return _eager(query, key, value, layout, Scores(scaling, window, softcap, *sinks))
 
-        def cap(score, *_):
-            return limit * torch.tanh(score / limit)
+    # Autograd proper is off inside an operator
+    gradients = torch.func.vjp(attend, query, key, value, *([] if sinks is None else [sinks]))[1]
+    return [x.contiguous() for x in gradients(d_out)]
 
-        caps[largest, dtype] = cap
-    return caps[largest, dtype]
+
+@_eager_backward_op.register_fake
+def _(d_out, query, key, value, host, scaling, window, softcap, sinks):
+    return [x.new_empty(x.shape) for x in (query, key, value, *([] if sinks is None else [sinks]))]
+
+
+def _save(ctx, inputs, output):
+    query, key, value, host, ctx.scaling, ctx.window, ctx.softcap, sinks = inputs
+    ctx.save_for_backward(query, key, value, host, sinks)
+
+
+def _eager_backward(ctx, d_out):
+    *tensors, sinks = ctx.saved_tensors
+    found = _eager_backward_op(d_out, *tensors, ctx.scaling, ctx.window, ctx.softcap, sinks)
+    return *found[:3], None, None, None, None, (found[3] if sinks is not None else None)
+
+
+_eager_op.register_autograd(_eager_backward, setup_context=_save)
+
+
+def _block_mask(layout, window: int | None):
+    """FlexAttention's; kept for the other layers, but by the compiler, as above."""
+    if torch.compiler.is_compiling():
+        return block_mask(layout, window)
+    masks = layout.kept.block_masks
+    if window not in masks:
+        masks[window] = block_mask(layout, window)
+    return masks[window]

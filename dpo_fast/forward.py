@@ -301,7 +301,7 @@ def score_batch(
             raise TypeError(f"model(batch, ...) takes {knobs} only together with objective=")
         scored = _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
         return _on(device, scored)
-    tensors = _tensors_or_reason(head, hidden)
+    tensors, compiling = _tensors_or_reason(head, hidden), torch.compiler.is_compiling()
     common = dict(
         sequence_ids=batch.sequence_ids.to(hidden.device),
         num_pairs=batch.num_pairs,
@@ -325,8 +325,9 @@ def score_batch(
             low_rank=tensors.low_rank,
             logit_scale=state.transform.scale,
             logit_softcap=state.transform.softcap,
-            sequence_lengths=batch.get("host_lengths"),
-            sequence_order=None if batch.get("layout") is None else batch["layout"].ids,
+            # A compiled graph would hold tuples fast, and be made anew for each batch
+            sequence_lengths=None if compiling else batch.get("host_lengths"),
+            sequence_order=None if compiling or batch.get("layout") is None else batch["layout"].ids,
             tile_mib=state.tile_mib,
             **common,
         )

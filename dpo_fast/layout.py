@@ -60,9 +60,16 @@ class SharedPrefixLayout:
     runs: (
         Tensor  # (R, 3, S) int32: a sequence is at most R runs of the row, its own tokens' first: begin, end, position
     )
+    # For compiled graphs, which hold tuples fast but may leave numbers and tensors open
+    longest: tuple[int, int] = field(init=False, compare=False)  # query run and key run of variable-length attention
+    host: Tensor = field(init=False, compare=False, repr=False)  # (2, S) int64 on the host: lengths and shared
     copies: dict = field(default_factory=dict, compare=False, repr=False)  # device -> this layout there
     kept: ForLayers = field(default_factory=ForLayers, compare=False, repr=False)
     called: CalledModules = field(default_factory=CalledModules, compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "longest", (max(self.own, default=0), max(self.lengths, default=0)))
+        object.__setattr__(self, "host", torch.tensor([self.lengths, self.shared], dtype=torch.int64))
 
     @classmethod
     def make(
@@ -122,22 +129,21 @@ class SharedPrefixLayout:
         """Tokens of each sequence that it does not share with the one before it: what it adds to the row."""
         return [n - k for n, k in zip(self.lengths, self.shared, strict=True)]
 
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Longest query run and longest key run of variable-length attention."""
-        return max(self.own, default=0), max(self.lengths, default=0)
-
     def sequences_per_token(self) -> Tensor:
         """(T,) fp32: how many sequences contain each token of the row."""
         once = torch.ones(self.index.shape, device=self.index.device)
         return once.new_zeros(self.length).index_add_(0, self.index, once)
 
     def tensors(self) -> list[Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        """Those that travel with the row: `host` stays."""
+        return list(self._tensors().values())
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and name != "host"}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SharedPrefixLayout":
         """This layout with `function` of each of its tensors."""
-        tensors: Any = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: function(x) for name, x in self._tensors().items()}
         return replace(self, **tensors, copies={}, kept=ForLayers())
 
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":

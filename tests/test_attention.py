@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention as torch_flex
 from trees import TREES, pairs_as_trees, sees
 
-from dpo_fast import attention
+from dpo_fast import attention, flash
 from dpo_fast.attention import shared_prefix_attention
 from dpo_fast.block_mask import block_mask
 from dpo_fast.layout import SharedPrefixLayout, make_layout
@@ -63,7 +64,7 @@ def test_eager(row, kind, kv_heads):
         torch.testing.assert_close(a, b, **(tolerance and dict(rtol=1e-5, atol=1e-6)))
 
 
-@pytest.mark.parametrize("kind", ["plain", "window", "soft-cap"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row", ROWS)
 def test_flex_forward(row, kind):
     """It has no backward on CPU; that is left to a GPU."""
@@ -72,18 +73,35 @@ def test_flex_forward(row, kind):
     torch.testing.assert_close(out, oracle(*inputs, layout, 0.3, **KINDS[kind]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", ROWS)
+def test_sinks_in_flex(row, kind, monkeypatch):
+    """torch's mathematics of FlexAttention and of the gradient of its log-sum-exp, which on CPU it does not offer."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    layout, inputs = make(row=row)
+    inputs.append(torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True))
+    results = []
+    for implementation in ("flex", "eager"):
+        knobs = {**KINDS[kind], "sinks": inputs[3], "implementation": implementation}
+        out = shared_prefix_attention(*inputs[:3], layout, scaling=0.3, **knobs)
+        cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+        results.append((out, *torch.autograd.grad((out * cotangent).sum(), inputs)))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()  # eager's softmax is in fp32, as models have it
+
+
 @pytest.mark.parametrize("kind", ["plain", "window"])
 @pytest.mark.parametrize("row", ROWS)
 def test_varlen_arguments(row, kind, monkeypatch):
     """What torch's kernel is handed, computed by the book: bottom-right causal runs of queries and keys."""
 
-    def by_the_book(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, **more):
+    def by_the_book(query, key, value, query_ends, key_ends, max_q, max_k, *, scale, window_size, enable_gqa):
         runs = []
         groups = query.shape[1] // key.shape[1]
-        assert more == {"enable_gqa": groups > 1}
+        assert enable_gqa == (groups > 1)
         for (q0, q1), (k0, k1) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
             n, m = q1 - q0, k1 - k0
-            assert n <= longest_query and m <= longest_key
+            assert n <= max_q and m <= max_k
             k, v = (x[k0:k1].repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
             back = torch.arange(n)[:, None] + (m - n) - torch.arange(m)
             left, right = window_size
@@ -92,7 +110,10 @@ def test_varlen_arguments(row, kind, monkeypatch):
             runs.append((scores.softmax(-1) @ v).transpose(0, 1))
         return torch.cat(runs)
 
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: by_the_book)
+    monkeypatch.setattr(attention, "_on_gpu", lambda query: True)
+    monkeypatch.setattr(flash, "HALF", (torch.float64,))
+    monkeypatch.setattr(flash, "missing", lambda name: "")
+    monkeypatch.setitem(flash._FUNCTIONS, "varlen", by_the_book)
     layout, inputs = make(row=row)
     out = shared_prefix_attention(*inputs, layout, scaling=0.3, implementation="varlen", **KINDS[kind])
     expected = oracle(*inputs, layout, 0.3, **KINDS[kind])
@@ -104,15 +125,14 @@ def test_varlen_arguments(row, kind, monkeypatch):
 
 def test_torchs_varlen_attention_is_called_as_it_is_declared():
     """Whichever torch this is: seven arguments by position, then causality by a window or by name, or there is none."""
-    attend = attention._varlen_attn()
+    missing = flash.missing("varlen")
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        assert attend is None
+        assert missing == "this torch has no variable-length attention"
         return
-    signature = inspect.signature(attend)
-    options = {name: None for name in attention._options(attend)}
-    signature.bind(*range(7), **options, **({} if "window_size" in options else {"is_causal": True}))
+    signature = inspect.signature(flash._FUNCTIONS["varlen"])
+    signature.bind(*range(7), **flash._options_of_torch(attention.Scores(1.0, 3), 2))
     assert list(signature.parameters)[3:7] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert "enable_gqa" not in options or "window_size" in options
+    assert "enable_gqa" not in signature.parameters or "window_size" in signature.parameters
 
 
 def cuda_inputs(layout, heads=8, kv_heads=2, width=64, value_width=None, dtype=torch.bfloat16):
@@ -132,14 +152,14 @@ def errors(inputs, layout, implementation, scaling=0.125, **knobs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["varlen", "flex"])
-@pytest.mark.parametrize("kind", ["plain", "window", "soft-cap"])
+@pytest.mark.parametrize("implementation", [*flash.NAMES, "flex"])
+@pytest.mark.parametrize("kind", ["plain", "window", "soft-cap", "sinks"])
 def test_cuda(implementation, kind):
-    if implementation == "varlen" and kind == "soft-cap":
-        pytest.skip("flash attention has no soft-cap")
     layout = make_layout([(300, 200, 100), (0, 50, 70), (513, 1, 0)]).to("cuda")
     inputs = cuda_inputs(layout)
     knobs = {**KINDS[kind], **({"window": 64} if kind == "window" else {})}
+    if kind == "sinks":
+        knobs["sinks"] = torch.linspace(-2, 3, 8, device="cuda")
     reasons = attention.reasons_against_implementation(
         implementation, inputs[0], attention.Scores(scaling=0.125, **knobs), *inputs[1:]
     )
@@ -155,8 +175,8 @@ def test_cuda_grouped_heads(kv_heads):
     layout = make_layout([(300, 200, 100), (5, 1, 1), (40, 0, 70)]).to("cuda")
     inputs = cuda_inputs(layout, kv_heads=kv_heads)
     chosen = attention.choose_implementation(inputs[0], attention.Scores(scaling=0.125), *inputs[1:])
-    if attention._varlen_attn() is not None and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
-        assert chosen == "varlen"
+    if not flash.missing("varlen") and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0):
+        assert chosen in flash.NAMES
     assert max(errors(inputs, layout, None)) < 1e-2
 
 
@@ -218,10 +238,14 @@ def test_cuda_waits_for_nothing():
 def test_nothing_is_read_back(monkeypatch):
     """A tensor on the meta device has no values: to read one raises."""
     layout = make_layout([(300, 200, 100), (0, 50, 70)]).to("meta")
-    inputs = [torch.empty((1, heads, layout.length, 16), device="meta") for heads in (4, 2, 2)]
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: lambda query, key, value, *rest, **more: query)
+    inputs = [torch.empty((1, heads, layout.length, 16), device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    monkeypatch.setattr(attention, "_on_gpu", lambda query: True)
+    monkeypatch.setattr(flash, "missing", lambda name: "")
+    monkeypatch.setattr(flash, "takes", lambda name, option: True)
+    for name in flash.NAMES:
+        monkeypatch.setitem(flash._FUNCTIONS, name, lambda query, key, value, *rest, **more: query)
     for knobs in ({}, dict(window=3), dict(window=700)):
-        for implementation in ("eager", "varlen"):
+        for implementation in ("eager", *flash.NAMES):
             out = shared_prefix_attention(*inputs, layout, scaling=1.0, implementation=implementation, **knobs)
             assert out.shape == (1, layout.length, 4, 16)
         block_mask(layout, knobs.get("window"))
@@ -244,10 +268,10 @@ def test_choice_and_errors(monkeypatch):
     assert attention.choose_implementation(inputs[0]) == "eager"
     with pytest.raises(ValueError, match="the layout is of one row of"):
         shared_prefix_attention(inputs[0][:, :, 1:], *inputs[1:], layout, scaling=1.0)
-    with pytest.raises(ValueError, match="takes neither a soft-cap nor sinks"):
+    with pytest.raises(ValueError, match="takes no soft-cap"):
         shared_prefix_attention(*inputs, layout, scaling=1.0, softcap=1.0, implementation="varlen")
-    with pytest.raises(ValueError, match="implementation must be one of eager, varlen, flex, got 'fast'"):
+    with pytest.raises(ValueError, match="implementation must be one of flash_attn_3, .*, eager, got 'fast'"):
         shared_prefix_attention(*inputs, layout, scaling=1.0, implementation="fast")
     monkeypatch.setenv("DPO_FAST_ATTENTION", "fast")
-    with pytest.raises(ValueError, match="DPO_FAST_ATTENTION must be one of eager, varlen, flex, got 'fast'"):
+    with pytest.raises(ValueError, match="DPO_FAST_ATTENTION must be one of flash_attn_3, .*, eager, got 'fast'"):
         attention.choose_implementation(inputs[0])

@@ -4,7 +4,10 @@ torch's two kernels are replaced by exact mathematics behind their own signature
 that only a GPU can answer are answered for it. fp64 stands in for 16 bits, so that sums can be compared exactly.
 """
 
+import functools
 import shutil
+import sys
+import types
 from itertools import pairwise
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 import transformers as tf
 from torch.nn.attention import flex_attention as torch_flex
 
-from dpo_fast import attention
+from dpo_fast import attention, flash, flex
 from dpo_fast.attention import Scores, choose_implementation, reasons_against_implementation, shared_prefix_attention
 from dpo_fast.batch import TokenPair
 from dpo_fast.layout import make_layout, shared_prefix_batch
@@ -21,8 +24,8 @@ HOPPER, AMPERE, CONSUMER_AMPERE, TURING, VOLTA = (9, 0), (8, 0), (8, 6), (7, 5),
 FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
-def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size, dtypes):
-    """The checks of torch's mha_varlen_fwd, in its words where a user sees them; then causal attention by the book."""
+def by_the_book(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size, dtypes, softcap=0.0):
+    """The checks of mha_varlen_fwd, in its words where a user sees them; then causal attention by the book."""
     if query.dtype not in dtypes:
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
     assert key.dtype == value.dtype == query.dtype and query.ndim == key.ndim == value.ndim == 3
@@ -44,8 +47,9 @@ def flash(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size, dtype
         k, v = (x[k0:k1].repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
         back = torch.arange(n)[:, None] + (m - n) - torch.arange(m)
         hidden = (back < 0) | ((back > left) if left >= 0 else False)
-        scores = (query[q0:q1].transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
-        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+        scores = query[q0:q1].transpose(0, 1) @ k.transpose(1, 2) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+        outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -54,7 +58,7 @@ def varlen_of(version, calls, dtypes=(FP64,)):
 
     def run(query, key, value, *rest, scale, window_size):
         calls.append((version, query.shape[1], key.shape[1], window_size))
-        return flash(query, key, value, *rest, scale, window_size, dtypes)
+        return by_the_book(query, key, value, *rest, scale, window_size, dtypes)
 
     def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         assert is_causal is True and query.shape[1] == key.shape[1]
@@ -78,10 +82,59 @@ def varlen_of(version, calls, dtypes=(FP64,)):
     return {"2.9": None, "2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12}[version]
 
 
+def package_of(version, calls, dtypes=(FP64,)):
+    """A stand-in with the signature that `flash_attn_varlen_func` has in a version of flash_attn or flash_attn_3."""
+
+    def run(query, key, value, *rest, softmax_scale, causal, window_size, softcap, dropout_p=0.0, deterministic):
+        assert causal is True and dropout_p == 0.0 and deterministic is False
+        calls.append((version, query.shape[1], key.shape[1], window_size))
+        return by_the_book(query, key, value, *rest, softmax_scale, window_size, dtypes, softcap)
+
+    def flash_attn_2_5(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), alibi_slopes=None, deterministic=False, return_attn_probs=False,
+        block_table=None,
+    ):  # fmt: skip
+        raise AssertionError("it has no soft-cap")
+
+    def flash_attn_2_8_3(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return run(q, k, v, *lengths, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+                   softcap=softcap, dropout_p=dropout_p, deterministic=deterministic)  # fmt: skip
+
+    def flash_attn_3_0_0(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+        sm_margin=0, return_attn_probs=False,
+    ):  # fmt: skip
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return run(q, k, v, *lengths, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+                   softcap=softcap, deterministic=deterministic)  # fmt: skip
+
+    def flash_attn_3_beta(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out = run(q, k, v, *lengths, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+                  softcap=softcap, deterministic=deterministic)  # fmt: skip
+        return out, out.new_zeros((q.shape[1], q.shape[0]))  # with the log-sum-exp
+
+    return {"2.5": flash_attn_2_5, "2.8.3": flash_attn_2_8_3, "3.0.0": flash_attn_3_0_0, "3 beta": flash_attn_3_beta}[
+        version
+    ]
+
+
 def flex_of(calls):
     """A stand-in for torch's `flex_attention` with its lowering's checks for GPUs; it visits the mask's blocks."""
 
-    def flex(query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False):
+    def flex(query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, **asked):
         calls.append(("flex", query.shape[1], key.shape[1], None))
         if not query.dtype == key.dtype == value.dtype:
             raise ValueError("Expected query, key, and value to have the same dtype")
@@ -100,7 +153,12 @@ def flex_of(calls):
         scores = query @ key.transpose(2, 3) * scale
         if score_mod is not None:
             scores = score_mod(scores, 0, 0, 0, 0)
-        return scores.masked_fill(~(sees & visited), -torch.inf).softmax(-1) @ value
+        scores = scores.masked_fill(~(sees & visited), -torch.inf)
+        out = scores.softmax(-1) @ value
+        if not asked:
+            return out
+        lse = scores.logsumexp(-1)
+        return out, (types.SimpleNamespace(lse=lse) if asked.keys() == {"return_aux"} else lse)
 
     return flex
 
@@ -110,17 +168,27 @@ def gpu(monkeypatch):
     """Answers as a GPU of some kind; what ran is noted in the list that it returns."""
     calls = []
     monkeypatch.delenv("DPO_FAST_ATTENTION", raising=False)
+    monkeypatch.setitem(sys.modules, "flash_attn_config", None)
 
-    def answer(version="2.12", capability=HOPPER, half=(FP64,)):
+    def answer(version="2.12", capability=HOPPER, half=(FP64,), flash_attn_2=None, flash_attn_3=None):
         monkeypatch.setattr(attention, "_on_gpu", lambda query: True)
         monkeypatch.setattr(attention, "_capability", lambda device: capability)
-        monkeypatch.setattr(attention, "_HALF", half)
-        stand_in = varlen_of(version, calls, half)
-        monkeypatch.setattr(attention, "_varlen_attn", lambda: stand_in)
+        for module in (flash, flex):
+            monkeypatch.setattr(module, "HALF", half)
+        installed = {"varlen_attn": varlen_of(version, calls, half)}
+        packages = {"flash_attn.flash_attn_interface": flash_attn_2, "flash_attn_interface": flash_attn_3}
+        modules = {"torch.nn.attention.varlen": installed if installed["varlen_attn"] else None}
+        for module, of in packages.items():
+            modules[module] = {"flash_attn_varlen_func": package_of(of, calls, half)} if of else None
+        for module, functions in modules.items():  # None: not to be imported
+            monkeypatch.setitem(sys.modules, module, functions and types.SimpleNamespace(**functions))
+        flash._find.cache_clear()
         monkeypatch.setattr(torch_flex, "flex_attention", flex_of(calls))
         return calls
 
-    return answer
+    yield answer
+    flash._find.cache_clear()
+    flash._left_out_of_3.cache_clear()
 
 
 # --- which implementation --------------------------------------------------------------------------------------------
@@ -133,8 +201,8 @@ CHOICES = [
     (BF16, 256, 256, None, False, CONSUMER_AMPERE, "2.12", "varlen", ""),
     (BF16, 128, 128, None, False, HOPPER, "2.10", "varlen", ""),
     (BF16, 128, 128, None, False, HOPPER, "2.9", "flex", "no variable-length attention"),
-    (BF16, 128, 128, 50.0, False, HOPPER, "2.12", "flex", "takes neither a soft-cap nor sinks"),
-    (BF16, 128, 128, None, True, HOPPER, "2.12", "eager", "FlexAttention has no sinks"),
+    (BF16, 128, 128, 50.0, False, HOPPER, "2.12", "flex", "takes no soft-cap"),
+    (BF16, 128, 128, None, True, HOPPER, "2.12", "flex", "flash attention takes no sinks"),
     (BF16, 192, 128, None, False, HOPPER, "2.12", "flex", "values as wide as queries, got 128 and 192"),
     (BF16, 24, 8, None, False, HOPPER, "2.12", "eager", "heads of at least 16, got 8"),
     (BF16, 12, 12, None, False, HOPPER, "2.12", "eager", "a multiple of 8 and at most 256, got 12"),
@@ -163,10 +231,10 @@ def test_choice(gpu, dtype, width, value_width, softcap, sinks, capability, vers
     chosen = choose_implementation(query, scores, key, value)
     assert chosen == expected
     reasons = {
-        name: reasons_against_implementation(name, query, scores, key, value) for name in ("varlen", "flex", "eager")
+        name: reasons_against_implementation(name, query, scores, key, value) for name in attention.IMPLEMENTATIONS
     }
     assert not reasons[chosen]
-    faster = ("varlen", "flex", "eager")[: ("varlen", "flex", "eager").index(chosen)]
+    faster = attention.IMPLEMENTATIONS[: attention.IMPLEMENTATIONS.index(chosen)]
     assert all(reasons[name] for name in faster)
     assert why in "; ".join(reason for name in faster for reason in reasons[name])
     for name in faster:  # an explicit choice says all of it
@@ -175,13 +243,89 @@ def test_choice(gpu, dtype, width, value_width, softcap, sinks, capability, vers
         assert str(error.value).endswith("; ".join(reasons[name]))
 
 
+INSTALLED = [
+    # flash_attn, flash_attn_3, dtype, soft-cap, capability -> implementation
+    ("2.8.3", "3.0.0", BF16, None, HOPPER, "flash_attn_3"),
+    ("2.8.3", "3.0.0", BF16, 50.0, HOPPER, "flash_attn_3"),
+    ("2.8.3", None, BF16, None, HOPPER, "varlen"),
+    ("2.8.3", None, FP16, 50.0, HOPPER, "flash_attn_2"),
+    ("2.8.3", "3.0.0", BF16, 50.0, AMPERE, "flash_attn_2"),
+    (None, "3 beta", BF16, None, (10, 0), "varlen"),
+    ("2.5", None, BF16, 50.0, HOPPER, "flex"),
+    ("2.8.3", "3.0.0", FP32, None, HOPPER, "flex"),
+    ("2.8.3", "3.0.0", FP16, None, TURING, "eager"),
+]
+
+
+@pytest.mark.parametrize("flash_attn_2, flash_attn_3, dtype, softcap, capability, expected", INSTALLED)
+def test_packages(gpu, flash_attn_2, flash_attn_3, dtype, softcap, capability, expected):
+    gpu("2.12", capability, half=(FP16, BF16), flash_attn_2=flash_attn_2, flash_attn_3=flash_attn_3)
+    query, scores = torch.empty((1, 4, 9, 128), dtype=dtype), Scores(0.1, 5, softcap)
+    assert choose_implementation(query, scores) == expected
+    reasons = [reasons_against_implementation(name, query, scores) for name in ("flash_attn_2", "flash_attn_3")]
+    said = [of[0] if of else "" for of in reasons]
+    assert said[0].endswith("it has no softcap") == (flash_attn_2 == "2.5")
+    assert (said[1] == "flash_attn_3 is not installed") == (flash_attn_3 is None)
+
+
+def test_packages_have_no_sinks(gpu):
+    gpu(flash_attn_2="2.8.3", flash_attn_3="3.0.0")
+    query, scores = torch.empty((1, 4, 9, 64), dtype=FP64), Scores(sinks=torch.ones(4))
+    for name in flash.NAMES:
+        reasons = reasons_against_implementation(name, query, scores)
+        assert len(reasons) == 1 and reasons[0].startswith("flash attention takes no sinks")
+
+
+def test_a_package_that_was_built_for_another_torch_says_so(gpu, monkeypatch):
+    gpu(flash_attn_2="2.8.3")
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", types.SimpleNamespace())
+    error = ImportError("undefined symbol: _ZN3c105Error")
+    with monkeypatch.context() as patch:
+        patch.setattr(flash.importlib, "import_module", lambda name: (_ for _ in ()).throw(error))
+        assert flash.missing("flash_attn_2") == f"flash_attn_2 cannot be imported ({error})"
+    with pytest.raises(ValueError, match="cannot run: flash_attn_2 cannot be imported .undefined symbol"):
+        choose_implementation(torch.empty((1, 4, 9, 64), dtype=FP64), implementation="flash_attn_2")
+
+
+def test_what_a_build_of_flash_attention_3_is_without(gpu, monkeypatch):
+    """Its packages may be built without parts, and their kernels raise where one is asked for."""
+    gpu(half=(FP16, BF16), flash_attn_3="3.0.0")
+    off = ("LOCAL", "SOFTCAP", "FP16", "HDIM256")
+    flags = {f"FLASHATTENTION_DISABLE_{name}": name in off for name in ("BACKWARD", "VARLEN", *off, "HDIM192")}
+    flags["FLASHATTENTION_ENABLE_VCOLMAJOR"] = True
+    monkeypatch.setitem(sys.modules, "flash_attn_config", types.SimpleNamespace(CONFIG={"build_flags": flags}))
+    flash._left_out_of_3.cache_clear()
+
+    def reasons(width, scores, dtype=BF16):
+        return reasons_against_implementation("flash_attn_3", torch.empty((1, 4, 9, width), dtype=dtype), scores)
+
+    without = "this build of FlashAttention 3 is without"
+    assert reasons(192, Scores()) == []
+    assert reasons(256, Scores()) == [f"{without} heads of 256"]
+    assert reasons(64, Scores(window=4, softcap=2.0), FP16) == [f"{without} {name}" for name in off[:3]]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert reasons(192, Scores()) == []
+        assert "in a fixed order has heads of at most 192" in reasons(256, Scores())[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (24, 8), (12, 12), (8, 8), (20, 20), (264, 264), (192, 128)])
-@pytest.mark.parametrize("version", ["2.9", "2.10", "2.11", "2.12"])
-def test_what_is_chosen_runs(gpu, version, widths):
+@pytest.mark.parametrize(
+    "version, packages",
+    [
+        *[(version, {}) for version in ("2.9", "2.10", "2.11", "2.12")],
+        ("2.9", dict(flash_attn_2="2.8.3")),
+        ("2.12", dict(flash_attn_3="3.0.0")),
+        ("2.12", dict(flash_attn_3="3 beta")),
+    ],
+)
+def test_what_is_chosen_runs(gpu, version, packages, widths):
     """In the stand-ins' checks, which are the kernels': dtypes, widths, windows, soft-caps, scales."""
     layout = make_layout([(5, 3, 4), (0, 2, 3), (7, 0, 2)])
     for half in ((FP64,), ()):  # as if in 16 bits, as if not
-        gpu(version, half=half)
+        gpu(version, half=half, **packages)
         generator = torch.Generator().manual_seed(0)
         shapes = [(1, 4, layout.length, widths[0]), (1, 2, layout.length, widths[0]), (1, 2, layout.length, widths[1])]
         inputs = [torch.randn(shape, generator=generator, dtype=FP64) for shape in shapes]
@@ -217,7 +361,7 @@ def test_environment_is_an_explicit_choice(gpu, monkeypatch):
     monkeypatch.setenv("DPO_FAST_ATTENTION", "varlen")
     with pytest.raises(ValueError) as error:
         choose_implementation(query, Scores(softcap=3.0))
-    message = "DPO_FAST_ATTENTION='varlen' cannot run: flash attention takes neither a soft-cap nor sinks here; "
+    message = "DPO_FAST_ATTENTION='varlen' cannot run: torch's variable-length attention takes no soft-cap; "
     message += "flash attention takes bfloat16 and float16, not float32; "
     assert str(error.value) == message + "flash attention wants heads of a multiple of 8 and at most 256, got 12"
     assert choose_implementation(query, Scores(softcap=3.0), implementation="eager") == "eager"
@@ -225,7 +369,7 @@ def test_environment_is_an_explicit_choice(gpu, monkeypatch):
 
 def test_without_a_gpu():
     """torch's own kernel is for CUDA alone."""
-    if attention._varlen_attn() is None:
+    if flash.missing("varlen"):
         pytest.skip(f"torch {torch.__version__} has no variable-length attention")
     layout = make_layout([(2, 1, 1)])
     inputs = [torch.zeros((1, 2, 4, 16), dtype=BF16)] * 3
@@ -240,13 +384,15 @@ def test_without_a_gpu():
 def dtypes_seen(monkeypatch, run):
     """(implementation, dtypes of query, key and value) of every call during `run`."""
     seen = set()
-    for name in ("varlen", "flex", "eager"):
+    eager = attention._eager
 
-        def note(query, key, value, *rest, name=name, eager=attention._eager):
-            seen.add((name, query.dtype, key.dtype, value.dtype))
-            return eager(query, key, value, *rest)
+    def note(name, query, key, value, layout, scores, *_mask):
+        seen.add((name, query.dtype, key.dtype, value.dtype))
+        return eager(query, key, value, layout, scores)
 
-        monkeypatch.setattr(attention, f"_{name}", note)
+    monkeypatch.setattr(flash, "attend", note)
+    monkeypatch.setattr(flex, "attend", functools.partial(note, "flex"))
+    monkeypatch.setattr(attention, "_eager", functools.partial(note, "eager"))
     run()
     return seen
 
@@ -388,6 +534,30 @@ def test_older_torch(gpu, name, version):
     assert flex or {call[1:3] for call in calls} == {(4, 4)}
 
 
+@pytest.mark.parametrize("packages", [dict(flash_attn_2="2.8.3"), dict(flash_attn_3="3.0.0")], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_models_on_packages(gpu, name, packages):
+    """Grouped heads, windows and soft-caps; Gemma-2 has both of the latter."""
+    model, calls = tiny(name), gpu("2.9", **packages)
+    assert_equal_with_gradients(model, PAIRS)
+    assert {call[:3] for call in calls} == {(*packages.values(), 4, 2)}
+
+
+def test_sinks_are_had_from_flex(gpu):
+    sizes = {**SIZES, "max_position_embeddings": 4096}
+    config = tf.GptOssConfig(
+        **sizes, head_dim=16, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager"
+    )
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+    calls = gpu()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    attention.enable(model)
+    assert_equal_with_gradients(model, PAIRS)
+    assert {call[0] for call in calls} == {"flex"}
+
+
 def test_grouped_heads_are_handed_through_where_torch_takes_them(gpu):
     model, calls = tiny("llama"), gpu("2.12")
     packed(model, PAIRS)
@@ -411,20 +581,20 @@ def test_windows(gpu):
 
 
 def counted(monkeypatch, backend):
-    """torch's flex_attention compiled as on a GPU; how often, in the list."""
+    """FlexAttention compiled as on a GPU; how often, in the list."""
     graphs = []
 
     def count(graph, inputs):
         graphs.append(graph)
         return backend(graph, inputs)
 
-    compiled = torch.compile(torch_flex.flex_attention, dynamic=True, backend=count)
-    monkeypatch.setattr(torch_flex, "flex_attention", compiled)
+    for module, name in ((flex, "_with_sinks"), (torch_flex, "flex_attention")):
+        monkeypatch.setattr(module, name, torch.compile(getattr(module, name), dynamic=True, backend=count))
     return graphs
 
 
 def test_flex_compiles_once(monkeypatch):
-    """For all lengths, windows and soft-caps: one graph without a soft-cap, one with.
+    """For all lengths, windows, soft-caps and sinks: one graph for each of without and with a soft-cap, and sinks.
 
     (Sizes of 1, and those that equal a number of heads, have graphs of their own.)
     """
@@ -436,18 +606,18 @@ def test_flex_compiles_once(monkeypatch):
         query, key = torch.zeros((1, 4, layout.length, 16)), torch.zeros((1, 2, layout.length, 16))
         for window in (None, 5, 9):
             for softcap in (None, 30.0, 50.0):
-                with torch.no_grad():
-                    shared_prefix_attention(
-                        query, key, key, layout, scaling=0.25, window=window, softcap=softcap, implementation="flex"
-                    )
-    assert len(graphs) == 2
+                for sinks in (None, torch.zeros(4)):
+                    knobs = dict(window=window, softcap=softcap, sinks=sinks, implementation="flex")
+                    with torch.no_grad():
+                        shared_prefix_attention(query, key, key, layout, scaling=0.25, **knobs)
+    assert len(graphs) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler on CPU")
 def test_flex_compiles_with_a_soft_cap(monkeypatch):
     """Through Inductor: a soft-cap that is a number of the graph cannot be lowered."""
-    monkeypatch.setattr(torch_flex, "flex_attention", attention._compiled_flex())
+    monkeypatch.setattr(torch_flex, "flex_attention", flex._compiled(torch_flex.flex_attention))
     layout = make_layout([(5, 3, 4), (2, 2, 3)])
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn((1, heads, layout.length, 16), generator=generator) for heads in (4, 2, 2))

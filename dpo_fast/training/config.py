@@ -239,6 +239,13 @@ class FastDPOConfig(LossParams, TrainingArguments):
             raise ValueError(f"torch_compile_backend must be one of {', '.join(known)}, got {backend!r}")
         if mode is not None and mode not in (known := ["default", *torch._inductor.list_mode_options()]):
             raise ValueError(f"torch_compile_mode must be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
+        old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+        checkpoints = self.gradient_checkpointing or getattr(self, "activation_checkpointing", None)
+        if old and self.torch_compile and checkpoints:
+            logger.warning(
+                "torch_compile with gradient_checkpointing: before torch 2.13 each batch of packed rows is compiled "
+                "anew, and after eight none is; use a newer torch, or one of the two"
+            )
 
     def objective(self) -> Objective:
         """The checked combination of losses that these arguments ask for."""

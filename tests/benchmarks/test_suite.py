@@ -59,6 +59,7 @@ def run_suite(*options: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.thorough
 def test_slower_code_is_found(tmp_path):
+    pytest.importorskip("datasets")
     saved = tmp_path / "before.json"
     run = run_suite(f"--benchmark-json={saved}")
     assert run.returncode == 0, run.stdout[-2000:]

@@ -63,7 +63,8 @@ def test_a_worker_that_dies_says_why(tmp_path):
 def test_the_second_row_of_trl_scores_completion_tokens_only(monkeypatch):
     """As the first row does where Triton runs; the switch does not reach TRL's kernels."""
     from tiny import tiny_model
-    from trl.kernels import chunked_logprob
+
+    chunked_logprob = pytest.importorskip("trl.kernels.chunked_logprob")
     from trl.trainer import utils
 
     if reason := worker.reason_against("trl-compact"):
@@ -86,6 +87,7 @@ def test_the_second_row_of_trl_scores_completion_tokens_only(monkeypatch):
 
 
 def test_providers_that_cannot_run_are_left_out_with_a_reason(monkeypatch, capsys):
+    pytest.importorskip("datasets")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else find(name))
     assert train_step.parse([]).providers == ["FastDPOTrainer"]

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dpo_fast"
 # who may import whom inside the package; training, trl, report, cli and the demo may import everything
 OPS = {"ops", "comparisons"}
 STAGE = OPS | {"batch", "layout", "attention", "forward", "logps", "losses", "objective", "metrics", "heads"}
-STAGE |= {"block_mask", "hooks", "packing", "probe", "preference", "reference", "functional"}
+STAGE |= {"block_mask", "flash", "flex", "scores", "hooks", "packing", "probe", "preference", "reference", "functional"}
 STAGE |= {"copies", "router", "drift", "terms", "quantised", "transfer"}
 ALLOWED = {"kernels": {"kernels"}, "ops": {"ops", "comparisons", "kernels"}, "comparisons": set(), "testing": {"ops"}}
 HEAVY = {"accelerate", "datasets", "peft", "trl", "matplotlib"}
@@ -62,7 +62,8 @@ def test_imports_follow_the_arrows(file, part):
     if part == "kernels":
         assert outside <= {"torch", "triton", "dpo_fast", *sys.stdlib_module_names}
     if part == "ops":
-        assert outside <= {"torch", "dpo_fast", *sys.stdlib_module_names}
+        others = {"liger_kernel"} if file.stem == "liger" else set()
+        assert outside <= {"torch", "dpo_fast", *others, *sys.stdlib_module_names}
     else:
         assert "kernels" not in outside, "the folder is imported as dpo_fast.kernels"
 
@@ -70,17 +71,16 @@ def test_imports_follow_the_arrows(file, part):
 # The floors of the house, from the ground: a module imports from lower floors alone, at its top or inside a function
 FLOORS = """
 0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks kernels.numerics
-   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.plan ops.stats prepared report
-   report.charts report.files testing training training.aliases training.rows training.sampler training.sources
-   text transfer
-1  batch data.make_pairs demo.corpus demo.measure heads kernels.linear_score kernels.token_logps losses
-   ops.oracle ops.softmax quantised report.png report.record report.svg training.written
+   kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.roofline ops.stats prepared report
+   report.charts report.files scores testing text training training.aliases training.rows training.sampler
+   training.sources transfer
+1  batch data.make_pairs demo.corpus demo.measure heads kernels.token_logps losses ops.oracle ops.plan
+   ops.softmax quantised report.png report.record report.svg training.written
 2  demo.language_model layout objective ops.call ops.gemm ops.sequence report.page report.pairs router
    training.folder training.keys
-3  block_mask demo.pages demo.story metrics ops.logits ops.tile report.run terms training.recipe
-   training.settings trl_rows
-4  attention ops.head_op ops.impl_torch ops.impl_triton ops.pairwise report.callback report.compare
-   training.card
+3  block_mask demo.pages demo.story flash flex metrics ops.liger ops.logits ops.tile report.run terms
+   training.recipe training.settings trl_rows
+4  attention ops.head_op ops.impl_torch ops.impl_triton ops.pairwise report.callback report.compare training.card
 5  env ops.linear probe
 6  packing preference selftest
 7  forward

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("build")
+
 ROOT = Path(__file__).parents[2]
 SMOKE = """
 import dpo_fast, torch, pathlib

@@ -1,6 +1,9 @@
 """Tiny trainers: on CPU, nothing shown or reported, each step logged, nothing saved but what a test asks for."""
 
+import pytest
 from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
+
+pytest.importorskip("datasets")  # what imports this is skipped without
 
 from dpo_fast import FastDPOConfig, FastDPOTrainer
 

@@ -143,3 +143,14 @@ def test_an_accelerator_without_bf16_says_that_it_trains_in_float32(tmp_path, mo
 def test_defaults_on_a_cpu(tmp_path):
     args = config(tmp_path)
     assert (args.bf16, args.gradient_checkpointing) == (False, False)
+
+
+@pytest.mark.parametrize("version, told", [("2.11.0+cu130", True), ("2.13.0", False)])
+def test_what_an_older_torch_compiles_anew_is_said(tmp_path, monkeypatch, caplog, version, told):
+    monkeypatch.setattr(torch, "__version__", version)
+    options = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none", torch_compile=True)
+    FastDPOConfig(gradient_checkpointing=True, **options)
+    assert ("each batch of packed rows is compiled anew" in caplog.text) == told
+    caplog.clear()
+    FastDPOConfig(gradient_checkpointing=False, **options)
+    assert "compiled anew" not in caplog.text
