@@ -1,10 +1,7 @@
 """Benchmarks measure what they say, refuse wrong results, and run from the root; no time decides anything here."""
 
 import json
-import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,110 +13,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-
-
-STAGES = ("tests", "memcheck", "train_step", "gemm", "head", "level1", "attention", "sweep")
-
-
-def gpu(*words: str, python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": str(python), **environment}
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_gpu_dry_run():
-    run = gpu("--dry-run", "--minutes", "60")  # no time decides anything
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert "all stages done" in run.stdout
-    for stage in STAGES:
-        assert f"== {stage}: done in" in run.stdout
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_gpu_notices_a_stage_that_fails(stage):
-    run = gpu("--dry-run", "--only", stage, "--fail", stage)
-    assert run.returncode == 1 and "this failure was asked for" in run.stderr
-    assert f"== {stage}: FAILED (exit status 1)" in run.stdout and f"failed: {stage} (after" in run.stdout
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    """A Python that sees a GPU and a commit, and prints its arguments; it waits in stages named in SLOW."""
-    script = tmp_path / "python"
-    script.write_text(
-        """#!/usr/bin/env bash
-        case "$*" in
-            *is_available*) exit 0 ;;
-            *benchmarks.provenance*) echo 0123456789ab ;;
-            *benchmarks.bars* | *"asked for"*) exit 1 ;;
-            *) echo "ran $*"; [ -n "${SLOW:-}" ] && [[ $* == *$SLOW* ]] && exec sleep 60 ;;
-        esac
-        exit 0
-        """.replace("        ", "", 1)
-    )
-    script.chmod(0o755)
-    return script
-
-
-def limits(out: str) -> dict[str, int]:
-    """Seconds that each stage got, in the order in which they began."""
-    return {name: int(seconds) for name, seconds in re.findall(r"^== (\w+): (\d+) s at most$", out, re.MULTILINE)}
-
-
-def test_gpu_runs_correctness_then_a_step_then_its_parts(stand_in):
-    run = gpu("--minutes", "10", python=stand_in)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert [name for name in limits(run.stdout) if name != "memcheck"] == [s for s in STAGES if s != "memcheck"]
-    assert "measuring commit 0123456789ab" in run.stdout and "== bars: says no (status 1)" in run.stdout
-
-
-def test_gpu_goes_on_after_a_stage_that_fails(stand_in):
-    run = gpu("--only", "gemm,head", "--fail", "gemm", python=stand_in)
-    assert run.returncode == 1 and "failed: gemm (after" in run.stdout and "== head: done in" in run.stdout
-
-
-def test_gpu_stops_a_stage_at_its_share_and_passes_on_what_is_left(stand_in):
-    run = gpu("--minutes", "0.15", "--only", "train_step,head,sweep", python=stand_in, SLOW="train_step")
-    assert run.returncode == 1 and "failed: train_step (after" in run.stdout
-    assert "ran -m benchmarks.train_step" in run.stdout  # what it printed before it was stopped
-    assert "== train_step: its time is up" in run.stdout and "== head: done in" in run.stdout
-    found = limits(run.stdout)
-    assert found["train_step"] == 9 * 28 // (28 + 16 + 8) and 1 < found["sweep"] <= 9 - found["train_step"]
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--fast"], "unknown argument '--fast'"),
-        (["--minutes", "ten"], "--minutes takes a number, got 'ten'"),
-        (["--only", "heads"], "there is no stage 'heads'"),
-        (["--wheels"], "--wheels needs a value"),
-    ],
-)
-def test_gpu_refuses_what_it_does_not_know(words, said):
-    run = gpu(*words)
-    assert run.returncode == 2 and said in run.stderr and "bash benchmarks/gpu.sh --minutes 10" in run.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_gpu_without_a_gpu_says_so():
-    run = gpu()
-    assert run.returncode == 2 and "torch sees no GPU here; use --dry-run" in run.stderr
-
-
-def test_gpu_names_each_file_with_gpu_tests_and_they_need_neither_datasets_nor_trl():
-    marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
-    marked.discard(Path(__file__).name)
-    line = next(x for x in (ROOT / "benchmarks" / "gpu.sh").read_text().splitlines() if x.startswith("GPU_TESTS="))
-    files = line.removeprefix("GPU_TESTS=(").rstrip(")").split()
-    assert {Path(file).name for file in files} == marked
-    script = (
-        "import sys, pytest; sys.modules['datasets'] = sys.modules['trl'] = None; sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, "-qq", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", *files]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
 
 
 def test_wheels_are_listed_with_their_reasons():
