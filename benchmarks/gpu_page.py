@@ -227,6 +227,7 @@ def roofline(found: dict[str, dict]) -> str:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 SHARES = {"head": "#2a7f62", "attention": "#b0562f", "optimizer": "#8a6fb0", "rest": "#c9b37e", "idle": "#dddddd"}
+SHARES |= {"not profiled": "#8a8a8a"}
 
 
 def steps(result: dict) -> str:
@@ -238,7 +239,7 @@ def steps(result: dict) -> str:
     for i, row in enumerate(rows):
         y, x = 8 + 26 * i, float(left)
         parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{html.escape(row["provider"])}</text>')
-        for name, share in (row.get("shares") or {"rest": 1.0}).items():
+        for name, share in (row.get("shares") or {"not profiled": 1.0}).items():
             width = share * row["wall_s"] / longest * (WIDE - left - 110)
             box = f'<rect x="{x:.1f}" y="{y}" width="{max(width, 0):.1f}" height="20" fill="{SHARES[name]}">'
             parts.append(f"{box}<title>{name} {share:.0%}</title></rect>")
@@ -246,8 +247,8 @@ def steps(result: dict) -> str:
         parts.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{row["wall_s"]:.3g} s</text>')
     y = 8 + 26 * len(rows)
     for i, (name, colour) in enumerate(SHARES.items()):
-        parts.append(f'<rect x="{left + 100 * i}" y="{y + 6}" width="10" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{left + 100 * i + 15}" y="{y + 15}">{name}</text>')
+        parts.append(f'<rect x="{left + 85 * i}" y="{y + 6}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 85 * i + 15}" y="{y + 15}">{name}</text>')
     return f'<svg viewBox="0 0 {WIDE} {y + 26}" role="img">{"".join(parts)}</svg>'
 
 

@@ -32,7 +32,7 @@ def test_providers_take_turns_and_peaks_are_peaks():
         assert peak_mib(lambda: (torch.zeros(1 << 18), torch.zeros(1 << 19))[0].sum()) == pytest.approx(3.0, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["ours-wrong", "theirs-wrong"])
+@pytest.mark.parametrize("name", ["ours-wrong", "eager-wrong"])
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 0.01), (torch.bfloat16, 0.5)], ids=["fp32", "bf16"])
 def test_no_speed_for_a_wrong_result(monkeypatch, capsys, dtype, off, name):
     from benchmarks import head
@@ -78,6 +78,66 @@ def test_ours_is_held_to_logits_in_fp32_and_a_loss_to_its_tokens():
     assert gate.errors("ours-fused", loss, None, None)["error"] < 1e-6
     with pytest.raises(AssertionError, match="loss: error 0.001"):
         gate.errors("ours-fused", loss + 1e-3, None, None)
+
+
+@pytest.mark.parametrize(
+    "name, needs",
+    [("eager", "torch"), ("trl-1.16", "trl"), ("liger-dpo", "liger_kernel"), ("liger-flsce", "liger_kernel")],
+)
+def test_products_are_as_many_as_is_said(name, needs):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from benchmarks import head_providers
+
+    pytest.importorskip(needs)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm"):
+                a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+                self.count += 2 * a.numel() * b.shape[-1]
+            return op(*args, **(kwargs or {}))
+
+    N, H, V = 512, 32, 501
+    p = head_providers.Problem.make(N, 2, H, V, torch.float32, None, "cpu")
+    provider = {"eager": head_providers.eager, **{k: v for k, (v, _) in head_providers.OTHERS.items()}}[name]
+    for mode, gemms in zip(head_providers.MODES, head_providers.facts_of(name).gemms, strict=True):
+        with Products() as products:
+            head_providers.case(p, provider, mode)()
+        assert products.count == gemms * 2 * N * H * V, mode
+
+
+def test_our_products_are_those_of_the_plans():
+    from benchmarks.head_providers import facts_of
+    from dpo_fast.ops.plan import GEMMS
+
+    assert facts_of("ours-256-mib").gemms == tuple(GEMMS[plan] for plan in ("score", "frozen", "recompute"))
+    assert facts_of("ours-fused-256-mib").gemms == tuple(GEMMS[plan] for plan in ("score", "frozen", "pairwise"))
+
+
+def test_who_carries_one_number_is_held_to_the_likelihood():
+    from benchmarks import head, head_providers
+
+    p = head_providers.Problem.make(512, 2, 32, 501, torch.float32, None, "cpu")
+    gates = head.Gates(p)
+    assert gates.of("ours-fused-256-mib") is gates.of("trl-1.16") is gates.pairs
+    likelihood = gates.of("quack")
+
+    def summed(p, hidden, weight):
+        return -head_providers.eager(p, hidden, weight).sum()
+
+    def of_pairs(p, hidden, weight):
+        return head_providers.Problem.loss(p, head_providers.eager(p, hidden, weight))
+
+    likelihood.errors("quack", *head_providers.case(likelihood.p, summed, "trained")())
+    with pytest.raises(AssertionError):
+        likelihood.errors("quack", *head_providers.case(likelihood.p, of_pairs, "trained")())
+    rows = head.measure(gates, {"quack": summed, "eager": head_providers.eager}, "frozen", rounds=1)
+    assert [(row.get("gemms"), row.get("carries")) for row in rows] == [
+        (None, None), (2, head_providers.ONE), (2, head_providers.TOKENS)
+    ]  # fmt: skip
 
 
 def test_ratios_are_of_rounds():
