@@ -1,6 +1,7 @@
 """Benchmarks measure what they say, refuse wrong results, and run from the root; no time decides anything here."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,30 @@ def test_wheels_are_listed_with_their_reasons():
     command = ["bash", str(ROOT / "benchmarks" / "wheels.sh")]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True)
     assert listed.returncode == 0 and "needed    dill: datasets needs it" in listed.stdout
+    assert "quack     quack-kernels: a head to compare with" in listed.stdout
     assert subprocess.run(command, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("mib, status, said", [(1, 0, "5120 KiB  in all"), (20, 1, "102400 KiB  in all")])
+def test_wheels_that_do_not_travel_at_once_are_told_and_a_large_one_is_cut(tmp_path, mib, status, said):
+    """A stand-in for pip writes a wheel of that size for each package, and one of 100 MiB."""
+    pip = tmp_path / "python"
+    pip.write_text(
+        f"""#!/usr/bin/env bash
+        cd {tmp_path}/wheels
+        for word in "$@"; do case $word in
+            *cu13) truncate -s 100M $word.whl ;;
+            datasets* | dill | multiprocess | trl* | liger*) truncate -s {mib}M $word.whl ;;
+        esac; done
+        """.replace("        #!", "#!", 1)
+    )
+    pip.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "wheels.sh"), str(tmp_path / "wheels"), "--quack"]
+    run = subprocess.run(command, env={**os.environ, "PYTHON": str(pip)}, capture_output=True, text=True)
+    assert run.returncode == status and said in run.stdout, run.stdout + run.stderr
+    assert "cut into 3 pieces" in run.stdout and not list((tmp_path / "wheels").glob("*cu13*"))
+    sizes = [path.stat().st_size >> 20 for path in sorted((tmp_path / "wheels.parts").iterdir())]
+    assert sizes == [48, 48, 4]
 
 
 def test_providers_take_turns_and_peaks_are_peaks():
