@@ -103,6 +103,7 @@ STAGES = (
         (
             _head("bar", 60, 40, dry=("-m", "benchmarks.head", *_TINY)),
             _head("llama3-1b-chat", 40, 20),
+            _head("llama3-1b-few", 30, 20),
             _head("llama3-8b", 60, 40),
             _head("qwen3-0.6b-chat", 40, 20),
             _head("gemma2-2b-chat", 50, 32),

@@ -27,6 +27,7 @@ SHAPES = {
     "qwen3-0.6b": (8192, 16, 1024, 151_936, torch.bfloat16, None),
     "gemma2-2b": (8192, 16, 2304, 256_000, torch.bfloat16, 30.0),
     # a step's tokens: 8 pairs of 200 + 200, a pair much shorter than a tile
+    "llama3-1b-few": (2048, 8, 2048, 128_256, torch.bfloat16, None),
     "llama3-1b-chat": (3200, 8, 2048, 128_256, torch.bfloat16, None),
     "qwen3-0.6b-chat": (3200, 8, 1024, 151_936, torch.bfloat16, None),
     "gemma2-2b-chat": (3200, 8, 2304, 256_000, torch.bfloat16, 30.0),
