@@ -32,7 +32,8 @@ def _steps(result: dict) -> Iterator[str]:
         shares = row.get("shares") or {}
         profile = "".join(f", {name} {share:.0%}" for name, share in shares.items())
         peak = f"{row['peak_mib'] / 1024:.1f} GiB"
-        yield f"{row['provider']} {row['wall_s']:.3f} s, {row['tokens_per_s']:,.0f} tokens/s, {peak}{profile}"
+        times = f", {row['times_faster']:.2f} x" if row.get("times_faster") else ""
+        yield f"{row['provider']} {row['wall_s']:.3f} s{times}, {row['tokens_per_s']:,.0f} tokens/s, {peak}{profile}"
 
 
 def _head(result: dict) -> Iterator[str]:

@@ -7,7 +7,8 @@
     python -m benchmarks.train_step --smoke              # seconds, a tiny model
 
 Each provider has its own process, hence its own peak memory. On CPU all of them are loaded and take turns step by
-step, so that noise of the machine hits all alike; on a GPU, whose memory they would share, one job runs at a time. A
+step, so that noise of the machine hits all alike; on a GPU, whose memory they would share, one job runs at a time
+unless they are told to run `--together`. A
 step is timed from the end of the one before: collation, logging and optimizer included. The first steps are not
 counted. All compute the same numbers, or the result says by how much they differ: see `differences`.
 
@@ -134,7 +135,8 @@ def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
         first = turn % len(jobs)
         order = jobs[first:] + jobs[:first]
         rounds.append({})
-        for group in [[job] for job in order] if torch.cuda.is_available() else [order]:
+        together = arguments.together or not torch.cuda.is_available()
+        for group in [order] if together else [[job] for job in order]:
             if group[0].provider in failed:
                 continue
             try:
@@ -142,8 +144,9 @@ def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
             except WorkerFailed as reason:
                 if not torch.cuda.is_available():
                     raise
-                print(f"{group[0].provider}: no speed, {reason}", flush=True)
-                failed.append(group[0].provider)
+                names = [job.provider for job in group]
+                print(f"{', '.join(names)}: no speed, {reason}", flush=True)
+                failed += names
                 continue
             keep(outcome(arguments, rounds, batches, failed))
     return outcome(arguments, rounds, batches, failed)
@@ -341,6 +344,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, over float32 weights")
     parser.add_argument("--optim", choices=("adamw_torch", "sgd"), default="adamw_torch", help="sgd has no state")
+    parser.add_argument("--together", action="store_true", help="in turns on a GPU, too, whose memory holds them all")
     parser.add_argument("--factors", action="store_true", help="ours, and ours with one thing taken out at a time")
     parser.add_argument("--profile", type=int, default=0, help="more steps, for shares of attention, head, idle time")
     parser.add_argument("--pairs", type=int, default=8 if cuda else 4, help="pairs per step")

@@ -137,6 +137,22 @@ def test_on_a_gpu_one_provider_at_a_time_is_kept_and_one_that_fails_does_not_end
     assert "dpo_fast.trl: no speed, dpo_fast.trl: no 'step'" in capsys.readouterr().out
 
 
+def test_on_a_gpu_that_holds_them_all_they_run_together(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "write_inputs", lambda *_: {"pairs": 4, "lengths": [(3, 2, 2)] * 4})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = train_step.parse(["--smoke", "--together", "--providers", "trl", "FastDPOTrainer"])
+    groups = []
+
+    def run(jobs, folder):
+        groups.append([job.provider for job in jobs])
+        raise train_step.WorkerFailed("trl: no 'ready', out of memory")
+
+    monkeypatch.setattr(train_step, "run_together", run)
+    result = train_step.bench(arguments, tmp_path)
+    assert groups == [["trl", "FastDPOTrainer"]] and result["failed"] == groups[0] and result["rows"] == []
+    assert "trl, FastDPOTrainer: no speed, trl: no 'ready', out of memory" in capsys.readouterr().out
+
+
 def test_factors_are_compared_with_ours():
     arguments = train_step.parse(["--factors"])
     assert arguments.providers == ["FastDPOTrainer", *worker.FACTORS]
