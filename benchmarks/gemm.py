@@ -4,6 +4,7 @@
 
 With n rows of a tile: logits (n, H) x (H, V); d_hidden (n, V) x (V, H); d_weight (V, n) x (n, H), added to what is
 there. Operands are 16-bit; the result is in their dtype or, on a GPU, in fp32 (as the head has logits and d_weight).
+First a copy of the weight's size, V rows of H in fp32: what the device's memory can do.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 from .measure import interleaved
 from .record import Record, add_arguments, line, table
 
-COLUMNS = ["role", "rows", "result", "wall_median_ms", "wall_min_ms", "tflops"]
+COLUMNS = ["role", "rows", "result", "wall_median_ms", "wall_min_ms", "tflops", "gb_per_s"]
 ROLES = ("logits", "d_hidden", "d_weight")
 
 
@@ -30,11 +31,20 @@ def product(role: str, n: int, H: int, V: int, operands: torch.dtype, result: to
     return lambda: torch.mm(a, b, out=out, **wide)
 
 
+def copied(H: int, V: int, rounds: int, device: str) -> dict:
+    """The row of a copy: each byte is read and written."""
+    a, b = (torch.zeros(V, H, device=device) for _ in range(2))
+    summary = interleaved({"copy": lambda: b.copy_(a)}, rounds, warmup=2)["copy"].summary()
+    rate = 2 * a.nbytes / summary["wall_median_ms"] / 1e6
+    return {"role": "copy", "rows": V, "result": "float32", **summary, "gb_per_s": rate}
+
+
 def bench(H: int, V: int, rows: list[int], rounds: int, keep=lambda result: None) -> dict:
     """`keep` gets the result so far after each line. An fp32 result of 16-bit operands needs a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     operands = torch.bfloat16
-    result = {"H": H, "V": V, "operands": str(operands)[6:], "rows": []}
+    result = {"H": H, "V": V, "operands": str(operands)[6:], "rows": [copied(H, V, rounds, device)]}
+    keep(result)
     for role in ROLES:
         for n in rows:
             for dtype in (torch.float32, operands) if device == "cuda" else (operands,):

@@ -7,10 +7,12 @@
 A provider that computes wrong numbers (head_gate.py) prints no speed. `error` is the largest error of token log-probs
 (or, where a provider gives none, of the loss) against fp64, `gradient_error` that of d_hidden or d_weight relative to
 its largest entry. `to_floor` and `to_ours` are times over those of the bare GEMMs and of ours, round by round: their
-median and range.
+median and range. `gemms` are the products over N x H x V that a provider computes, `carries` says what its gradient can
+be of: one that knows a single number for all tokens is held to the likelihood, and no DPO loss could be had from it.
 """
 
 import argparse
+import functools
 import sys
 
 import torch
@@ -19,11 +21,34 @@ from dpo_fast.ops.plan import DEFAULT_TILE_MIB
 
 from .head_gate import Gate
 from .head_plot import plot, plot_growth
-from .head_providers import MODES, OURS, SHAPES, Problem, case, floors, ours, ours_fused, providers
+from .head_providers import (
+    MODES,
+    ONE,
+    OURS,
+    SHAPES,
+    Likelihood,
+    Problem,
+    case,
+    facts_of,
+    floors,
+    ours,
+    ours_fused,
+    providers,
+)
 from .measure import interleaved, peak_mib, ratios
 from .record import Record, add_arguments, line, table
 
-COLUMNS = ["provider", "mode", "wall_median_ms", "processor_median_ms", "to_floor", "to_ours", "to_ours_min"]
+COLUMNS = [
+    "provider",
+    "mode",
+    "gemms",
+    "carries",
+    "wall_median_ms",
+    "processor_median_ms",
+    "to_floor",
+    "to_ours",
+    "to_ours_min",
+]
 COLUMNS += ["to_ours_max", "peak_mib", "beyond_gradients_mib", "error", "gradient_error"]
 
 
@@ -34,26 +59,43 @@ def bench(shape: str, rounds: int, modes=tuple(MODES), only=None, tiles_mib=(), 
     sizes = dict(N=N, pairs=pairs, H=H, V=V, dtype=str(dtype)[6:], softcap=softcap)
     result = {"shape": shape, **sizes, "rows": []}
     p = Problem.make(*SHAPES[shape], device)
-    gate, candidates = Gate(p), providers(p, only, tiles_mib)
+    gates, candidates = Gates(p), providers(p, only, tiles_mib)
     for mode in modes:
-        result["rows"] += measure(p, gate, candidates, mode, rounds)
+        result["rows"] += measure(gates, candidates, mode, rounds)
         keep(result)
     return result
 
 
-def measure(p: Problem, gate: Gate, candidates: dict, mode: str, rounds: int) -> list[dict]:
+class Gates:
+    """The problem, its gate, and those of the likelihood for who computes nothing else, made when one is here."""
+
+    def __init__(self, p: Problem):
+        self.p, self.pairs = p, Gate(p)
+
+    @functools.cached_property
+    def likelihood(self) -> Gate:
+        return Gate(Likelihood(**vars(self.p)))
+
+    def of(self, name: str) -> Gate:
+        return self.likelihood if facts_of(name).carries == ONE else self.pairs
+
+
+def measure(gates: Gates, candidates: dict, mode: str, rounds: int) -> list[dict]:
     """A row per provider whose numbers are right, and one of the bare GEMMs."""
-    cases, found = {}, {}
+    p, cases, found = gates.p, {}, {}
     for name, provider in candidates.items():
         if name.startswith("ours-fused") and mode != "trained":
             continue
-        run = case(p, provider, mode)
+        gate = gates.of(name)
+        run = case(gate.p, provider, mode)
         try:
             found[name] = gate.errors(name, *run())
-        except (AssertionError, RuntimeError, NotImplementedError, TypeError, ValueError) as reason:
+        except (AssertionError, ImportError, RuntimeError, NotImplementedError, TypeError, ValueError) as reason:
             print(f"{name} ({mode}): no speed, {type(reason).__name__}: {str(reason).splitlines()[0][:160]}")
             continue
         cases[name] = run
+        facts = facts_of(name)
+        found[name] |= {"gemms": facts.gemms[list(MODES).index(mode)], "carries": facts.carries}
         found[name]["peak_mib"] = peak_mib(run)
         gradients = {"score": 0, "frozen": p.hidden.nbytes, "trained": p.hidden.nbytes + p.weight.nbytes}[mode]
         found[name]["beyond_gradients_mib"] = found[name]["peak_mib"] - gradients / 2**20

@@ -5,6 +5,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ SHAPES = {
     "qwen3-0.6b": (8192, 16, 1024, 151_936, torch.bfloat16, None),
     "gemma2-2b": (8192, 16, 2304, 256_000, torch.bfloat16, 30.0),
     # a step's tokens: 8 pairs of 200 + 200, a pair much shorter than a tile
+    "llama3-1b-few": (2048, 8, 2048, 128_256, torch.bfloat16, None),
     "llama3-1b-chat": (3200, 8, 2048, 128_256, torch.bfloat16, None),
     "qwen3-0.6b-chat": (3200, 8, 1024, 151_936, torch.bfloat16, None),
     "gemma2-2b-chat": (3200, 8, 2304, 256_000, torch.bfloat16, 30.0),
@@ -69,6 +71,13 @@ class Problem:
         return self.hidden[order].view(*shape, self.hidden.shape[1]), self.labels[order].view(shape)
 
 
+class Likelihood(Problem):
+    """The same with the sum of negative log-probs as its loss: what heads for training on text alone compute."""
+
+    def loss(self, logps: Tensor) -> Tensor:
+        return -logps.sum()
+
+
 # --- providers: (problem, hidden, weight) -> token log-probs (N,), or a loss () ------------------------------------
 
 
@@ -108,6 +117,18 @@ def cut_cross_entropy(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     return -linear_cross_entropy(hidden, weight, p.labels, softcap=p.softcap, reduction="none", impl=impl)
 
 
+def liger_flsce(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, p.labels)
+
+
+def quack(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, p.labels, reduction="sum")
+
+
 def liger_dpo(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -130,13 +151,48 @@ def compiled_eager(p: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 NOT_BY_DEFAULT = ("compiled-eager",)  # compiles once a mode, for longer than all others take
+
+
+class Facts(NamedTuple):
+    """What a provider does, by its source; tests count the products of those that run on a CPU."""
+
+    gemms: tuple[int, int, int]  # in score, frozen, trained
+    carries: str  # what its gradient can be of
+
+
+TOKENS, PAIRS, ONE = "a number per token", "a loss of pairs", "one number for all tokens: no DPO"
+FACTS = {
+    "ours": Facts((1, 2, 4), TOKENS),
+    "ours-fused": Facts((1, 2, 3), PAIRS),
+    "eager": Facts((1, 2, 3), TOKENS),
+    "compiled-eager": Facts((1, 2, 3), TOKENS),
+    "torch-linear-ce": Facts((1, 3, 4), TOKENS),
+    "trl-1.16": Facts((1, 3, 4), TOKENS),
+    "cut-cross-entropy": Facts((1, 3, 4), TOKENS),
+    "liger-flsce": Facts((1, 4, 4), TOKENS),
+    "liger-dpo": Facts((2, 3, 4), PAIRS),  # a reference's logits are among them
+    "quack": Facts((1, 2, 3), ONE),
+}
+
+
+def facts_of(name: str) -> Facts:
+    """Of a provider; of "ours-256-mib" those of "ours"."""
+    known = [known for known in FACTS if name == known or name.startswith(f"{known}-")]
+    return FACTS[max(known, key=len)]
+
+
 # name -> provider, and what of another package it needs
 OTHERS = {
     "torch-linear-ce": (torch_linear_cross_entropy, lambda: F.linear_cross_entropy),
     "trl-1.16": (trl, lambda: importlib.import_module("trl.kernels")),
     "cut-cross-entropy": (cut_cross_entropy, lambda: importlib.import_module("cut_cross_entropy")),
+    "liger-flsce": (liger_flsce, lambda: importlib.import_module("liger_kernel.ops")),
+    "quack": (quack, lambda: importlib.import_module("quack.linear_cross_entropy")),
     "liger-dpo": (liger_dpo, lambda: importlib.import_module("liger_kernel.chunked_loss")),
 }
+
+
+WITHOUT_SOFTCAP = ("torch-linear-ce", "liger-flsce", "quack", "liger-dpo")
 
 
 def providers(p: Problem, only: Iterable[str] | None = None, tiles_mib: Iterable[int] = ()) -> dict[str, Callable]:
@@ -153,7 +209,7 @@ def providers(p: Problem, only: Iterable[str] | None = None, tiles_mib: Iterable
         return name not in NOT_BY_DEFAULT if only is None else name in only
 
     for name, (function, probe) in OTHERS.items():
-        if p.softcap and name in ("torch-linear-ce", "liger-dpo"):
+        if p.softcap and name in WITHOUT_SOFTCAP:
             reason = "it has no soft-cap"
         else:
             try:

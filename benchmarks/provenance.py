@@ -55,7 +55,7 @@ CODE = {
     "accuracy": (*_HEAD, "benchmarks/accuracy.py"),
     "train_step": (
         *_package_but(*_NOT_IN_A_STEP),
-        *(f"benchmarks/train_step/{name}.py" for name in ("run", "inputs", "worker")),
+        *(f"benchmarks/train_step/{name}.py" for name in ("run", "inputs", "worker", "profile")),
     ),
     "demo": (*_package_but(*(name for name in _NOT_IN_A_STEP if name not in ("demo", "data"))), "benchmarks/demo.py"),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
@@ -84,6 +84,7 @@ CODE = {
         _MEASURE,
     ),
     "sweep": ("kernels", "benchmarks/sweep.py", _MEASURE),
+    "gpu": ("kernels", "dpo_fast", "tests/kernels", "tests/support", "tests/test_attention.py"),  # of its tests
 }
 
 
@@ -108,6 +109,11 @@ def commit_of(paths: tuple[str, ...], root: Path = ROOT) -> str:
         if not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", given):
             raise NoHistory(f"{GIVEN} must be a commit in hexadecimal digits, got {given!r}") from reason
         return given
+
+
+def checked_out() -> str:
+    """The commit that results of all benchmarks would carry now; raises NoHistory."""
+    return commit_of(tuple(dict.fromkeys(path for paths in CODE.values() for path in paths)))
 
 
 def uncommitted(paths: tuple[str, ...], root: Path = ROOT) -> list[str]:
@@ -172,9 +178,8 @@ def _says_yes(root: Path, *arguments: str) -> bool:
 
 
 def main() -> int:
-    everything = tuple(dict.fromkeys(path for paths in CODE.values() for path in paths))
     try:
-        commit = commit_of(everything)
+        commit = checked_out()
     except NoHistory as reason:
         print(f"no commit: {reason}; name it in {GIVEN}")
         return 1

@@ -14,6 +14,7 @@ from .provenance import CODE, GIVEN, NoHistory, commit_of, reason_against
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "transformers", "accelerate", "datasets", "peft", "trl", "liger_kernel", "cut_cross_entropy")
+PACKAGES += ("quack_kernels", "flash_attn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.groups import CUDA, take_turns
-from benchmarks.head_gate import Gate
+from benchmarks.head import Gates
 from benchmarks.head_providers import MODES, OTHERS, SHAPES, Problem, case, providers
 
 SHAPE, ROUNDS = ("llama3-1b-chat", 10) if CUDA else ("cpu-quick", 3)
@@ -11,20 +11,19 @@ MEMBERS = ("ours", "ours-fused", "eager", *OTHERS)
 
 
 @pytest.fixture(scope="module")
-def problem() -> tuple[Problem, Gate]:
-    p = Problem.make(*SHAPES[SHAPE], "cuda" if CUDA else "cpu")
-    return p, Gate(p)
+def gates() -> Gates:
+    return Gates(Problem.make(*SHAPES[SHAPE], "cuda" if CUDA else "cpu"))
 
 
-def measure(p: Problem, gate: Gate, mode: str) -> dict:
-    fitting = {k: v for k, v in providers(p).items() if mode == "trained" or k != "ours-fused"}
-    members = {name: case(p, provider, mode) for name, provider in fitting.items()}
-    return take_turns(members, lambda name, result: gate.errors(name, *result), ROUNDS)
+def measure(gates: Gates, mode: str) -> dict:
+    fitting = {k: v for k, v in providers(gates.p).items() if mode == "trained" or k != "ours-fused"}
+    members = {name: case(gates.of(name).p, provider, mode) for name, provider in fitting.items()}
+    return take_turns(members, lambda name, result: gates.of(name).errors(name, *result), ROUNDS)
 
 
 @pytest.mark.parametrize(
     "mode, member", [(mode, name) for mode in MODES for name in MEMBERS if mode == "trained" or name != "ours-fused"]
 )
-def test_head(measured, speed, problem, mode, member):
+def test_head(measured, speed, gates, mode, member):
     group = f"head, {SHAPE}, {mode}"
-    speed(group, member, measured(group, measure, *problem, mode))
+    speed(group, member, measured(group, measure, gates, mode))

@@ -26,7 +26,7 @@ def measure() -> dict:
         clock = "wall_s" if CUDA else "processor_s"
         times = [1e3 * step[clock] for step in row["steps"][0][WARMUP:]]
         extra = {"peak_mib": row["peak_mib"], "wall_ms": 1e3 * row["wall_s"], "tokens_per_s": row["tokens_per_s"]}
-        reason = f"its curves are not those of {train_step.BASELINE}"
+        reason = f"its curves are not those of {train_step.baseline_of(result['curves'])}"
         found[row["provider"]] = Left(reason, True) if row["provider"] in wrong else Measured(times, extra)
     return found
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 COLOURS = {"trl": "#c9b37e", "trl-compact": "#e0d3b0", "dpo_fast.trl": "#7fb39f", "FastDPOTrainer": "#2a7f62"}
+OTHER = "#b0b0b0"
 NAMES = {
     "trl": "TRL's DPOTrainer",
     "trl-compact": "TRL's, head on completions",
@@ -23,8 +24,8 @@ def plot(result: dict, path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
     rows = result["rows"]
-    names = [NAMES[row["provider"]] for row in rows]
-    colours = [COLOURS[row["provider"]] for row in rows]
+    names = [NAMES.get(row["provider"], row["provider"]) for row in rows]
+    colours = [COLOURS.get(row["provider"], OTHER) for row in rows]
     clock = "wall" if "peak_device_mib" in rows[0] else "processor"
     middle = [row[f"{clock}_s"] for row in rows]
     spread = [[row[f"{clock}_s"] - row[f"{clock}_min_s"] for row in rows]]
@@ -38,7 +39,9 @@ def plot(result: dict, path: Path) -> None:
         axis.invert_yaxis()
     for axis, curve in zip(axes[2:], ("loss", "grad_norm"), strict=True):
         for width, (provider, values) in zip((6, 4, 2.5, 1), result["curves"].items(), strict=False):
-            axis.plot(range(1, len(values[curve]) + 1), values[curve], color=COLOURS[provider], linewidth=width)
+            axis.plot(
+                range(1, len(values[curve]) + 1), values[curve], color=COLOURS.get(provider, OTHER), linewidth=width
+            )
         axis.set_title(f"{curve.replace('_', ' ')} by step")
     figure.suptitle(
         f"{result['shape']}, {result['mix']} mix, {result['mode']}, {result['pairs']} pairs per step, {result['dtype']}"

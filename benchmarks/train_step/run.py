@@ -2,11 +2,13 @@
 
     python -m benchmarks.train_step --mix chat --mode full --steps 4 --rounds 3
     python -m benchmarks.train_step --suite              # every line of the bar; on a GPU, 1B- and 8B-shaped models
+    python -m benchmarks.train_step --factors --profile 2  # without sharing, packing, head; what a step consists of
     python -m benchmarks.train_step --largest-batch      # on a GPU: pairs per step until memory runs out
     python -m benchmarks.train_step --smoke              # seconds, a tiny model
 
 Each provider has its own process, hence its own peak memory. On CPU all of them are loaded and take turns step by
-step, so that noise of the machine hits all alike; on a GPU, whose memory they would share, one job runs at a time. A
+step, so that noise of the machine hits all alike; on a GPU, whose memory they would share, one job runs at a time
+unless they are told to run `--together`. A
 step is timed from the end of the one before: collation, logging and optimizer included. The first steps are not
 counted. All compute the same numbers, or the result says by how much they differ: see `differences`.
 
@@ -27,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,10 +37,10 @@ import torch
 from ..record import RESULTS, Record, add_arguments, table
 from .inputs import MIXES, SHAPES, packed_tokens, padded_tokens, real_tokens, write_inputs
 from .plot import plot
-from .worker import PROVIDERS, Job, reason_against
+from .worker import FACTORS, PROVIDERS, Job, reason_against
 
-BASELINE = "trl"
-COMPARED = {"": BASELINE, "_compact": "trl-compact"}  # suffix of a column -> with whom
+BASELINE, OWN = "trl", "FastDPOTrainer"
+COMPACT = "trl-compact"
 CURVES = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 CURVES += ("logps/chosen", "logps/rejected")
 RELATIVE = ("grad_norm",)  # differences relative to the baseline's value; absolute for the others
@@ -123,7 +125,7 @@ def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
     """Run a comparison; returns what goes into the result file. `keep` gets the result so far, on a GPU after each
     provider: a provider that fails there is printed, and the others go on."""
     shape, mix = SHAPES[arguments.shape], MIXES[arguments.mix]
-    steps = arguments.warmup + arguments.steps
+    steps = arguments.warmup + arguments.steps + arguments.profile
     dtype = getattr(torch, arguments.dtype)
     inputs = write_inputs(folder, shape, mix, steps * arguments.pairs, arguments.longest, dtype, arguments.seed)
     batches = [inputs["lengths"][i : i + arguments.pairs] for i in range(0, inputs["pairs"], arguments.pairs)]
@@ -133,7 +135,8 @@ def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
         first = turn % len(jobs)
         order = jobs[first:] + jobs[:first]
         rounds.append({})
-        for group in [[job] for job in order] if torch.cuda.is_available() else [order]:
+        together = arguments.together or not torch.cuda.is_available()
+        for group in [order] if together else [[job] for job in order]:
             if group[0].provider in failed:
                 continue
             try:
@@ -141,8 +144,9 @@ def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
             except WorkerFailed as reason:
                 if not torch.cuda.is_available():
                     raise
-                print(f"{group[0].provider}: no speed, {reason}", flush=True)
-                failed.append(group[0].provider)
+                names = [job.provider for job in group]
+                print(f"{', '.join(names)}: no speed, {reason}", flush=True)
+                failed += names
                 continue
             keep(outcome(arguments, rounds, batches, failed))
     return outcome(arguments, rounds, batches, failed)
@@ -151,10 +155,13 @@ def bench(arguments, folder: Path, keep=lambda result: None) -> dict:
 def outcome(arguments, rounds: list[dict], batches: list, failed: list[str]) -> dict:
     """What is known after these rounds, the last of which may be unfinished."""
     whole = [found for found in rounds if found.keys() == rounds[0].keys()]
-    counted = batches[arguments.warmup :]
+    timed = slice(arguments.warmup, arguments.warmup + arguments.steps)
+    counted = batches[timed]
     curves = {p: curve_of(found["done"]["logs"]) for p, found in whole[0].items()}
-    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "autocast", "pairs", "steps", "warmup")
-    apart = {p: differences(curves[p], curves[BASELINE]) for p in curves if p != BASELINE} if BASELINE in curves else {}
+    knobs = ("shape", "mix", "mode", "reference", "checkpointing", "dtype", "autocast", "optim", "pairs", "steps")
+    knobs += ("warmup", "profile")
+    base = baseline_of(curves)
+    apart = {p: differences(curves[p], curves[base]) for p in curves if p != base} if base else {}
     return {
         **{
             name: getattr(arguments, name) for name in (*knobs, "rounds", "learning_rate", "longest", "threads", "seed")
@@ -166,7 +173,7 @@ def outcome(arguments, rounds: list[dict], batches: list, failed: list[str]) -> 
             "padded": statistics.mean(map(padded_tokens, counted)),
             "packed": statistics.mean(map(packed_tokens, counted)),
         },
-        "rows": summarize(whole, counted, arguments.warmup),
+        "rows": summarize(whole, counted, timed),
         "differences": apart,
         "curves": curves,
         "failed": failed,
@@ -188,16 +195,23 @@ def make_job(arguments, provider: str, folder: Path, steps: int, pairs: int | No
         longest=arguments.longest,
         threads=arguments.threads,
         seed=arguments.seed,
+        optim=arguments.optim,
+        profile=arguments.profile,
     )
 
 
-def summarize(rounds: list[dict], batches: list, warmup: int) -> list[dict]:
+def baseline_of(providers: Iterable[str]) -> str | None:
+    """With whom the others are compared: TRL as it is or, without it, ours."""
+    return next((name for name in (BASELINE, OWN) if name in providers), None)
+
+
+def summarize(rounds: list[dict], batches: list, timed: slice) -> list[dict]:
     """A row per provider. Seconds per step are medians over steps and rounds, rates are over all of them."""
     clock = "wall_s" if torch.cuda.is_available() else "processor_s"
     rows, times = [], {}
-    for provider in sorted(rounds[0], key=PROVIDERS.index):
+    for provider in sorted(rounds[0], key=(*PROVIDERS, *FACTORS).index):
         runs = [found[provider] for found in rounds]
-        steps = [step for run in runs for step in run["steps"][warmup:]]
+        steps = [step for run in runs for step in run["steps"][timed]]
         wall, processor = ([step[name] for step in steps] for name in ("wall_s", "processor_s"))
         times[provider] = [step[clock] for step in steps]
         rows.append(
@@ -216,12 +230,13 @@ def summarize(rounds: list[dict], batches: list, warmup: int) -> list[dict]:
                 **{name: value for name, value in runs[0]["done"].items() if name.startswith("peak")},
                 "imported_mib": runs[0]["ready"]["imported_mib"],
                 "setup_s": runs[0]["ready"]["setup"]["wall_s"],
+                "shares": runs[0]["done"].get("shares"),
                 "steps": [[{k: step[k] for k in ("wall_s", "processor_s")} for step in run["steps"]] for run in runs],
             }
         )
     peaks = {row["provider"]: row["peak_mib"] for row in rows}
     for row in rows:
-        for suffix, other in COMPARED.items():
+        for suffix, other in {"": baseline_of(times), "_compact": COMPACT}.items():
             if other in times:
                 ratios = [theirs / own for theirs, own in zip(times[other], times[row["provider"]], strict=True)]
                 row[f"times_faster{suffix}"] = statistics.median(ratios)
@@ -328,11 +343,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, over float32 weights")
+    parser.add_argument("--optim", choices=("adamw_torch", "sgd"), default="adamw_torch", help="sgd has no state")
+    parser.add_argument("--together", action="store_true", help="in turns on a GPU, too, whose memory holds them all")
+    parser.add_argument("--factors", action="store_true", help="ours, and ours with one thing taken out at a time")
+    parser.add_argument("--profile", type=int, default=0, help="more steps, for shares of attention, head, idle time")
     parser.add_argument("--pairs", type=int, default=8 if cuda else 4, help="pairs per step")
     parser.add_argument("--steps", type=int, default=10 if cuda else 4, help="steps that are counted")
     parser.add_argument("--warmup", type=int, default=3 if cuda else 1, help="steps before them")
     parser.add_argument("--rounds", type=int, default=1, help="times that everything is done, in new processes")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="all that can run here, if omitted")
+    parser.add_argument(
+        "--providers", nargs="+", choices=(*PROVIDERS, *FACTORS), help="all that can run here, if omitted"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--longest", type=int, default=2048, help="tokens of prompt + completion; lengths stay below")
     parser.add_argument("--threads", type=int, default=2, help="of the processor, per provider")
@@ -351,7 +372,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if arguments.smoke:
         for name, value in dict(shape="tiny", mix="tiny", pairs=2, steps=2, warmup=1, longest=64, threads=1).items():
             setattr(arguments, name, value)
-    against = {provider: reason_against(provider) for provider in arguments.providers or PROVIDERS}
+    everyone = (OWN, *FACTORS) if arguments.factors else PROVIDERS
+    against = {provider: reason_against(provider) for provider in arguments.providers or everyone}
     absent = [f"{provider}: left out, {reason}" for provider, reason in against.items() if reason]
     if arguments.providers and absent:
         parser.error("; ".join(absent))
@@ -364,7 +386,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def result_name(arguments) -> str:
     parts = ["train-step", arguments.shape, arguments.mix, arguments.mode]
     parts += ["checkpointing"] * arguments.checkpointing + ["precomputed"] * (arguments.reference == "precomputed")
-    parts += ["autocast"] * arguments.autocast
+    parts += ["autocast"] * arguments.autocast + ["sgd"] * (arguments.optim == "sgd") + ["factors"] * arguments.factors
     parts += ["largest-batch"] * arguments.largest_batch
     return "-".join(parts)
 
@@ -419,5 +441,8 @@ def report(result: dict) -> None:
     print(table([row for row in result["rows"] if row["provider"] not in wrong], COLUMNS))
     for provider, found in result["differences"].items():
         print(f"{provider}, largest difference: " + ", ".join(f"{k} {v:.2e}" for k, v in found.items()))
+    for row in result["rows"]:
+        if row["shares"]:
+            print(f"{row['provider']}, profiled: " + ", ".join(f"{k} {v:.1%}" for k, v in row["shares"].items()))
     for provider in wrong:
-        print(f"{provider}: no speed, its curves are not those of {BASELINE}")
+        print(f"{provider}: no speed, its curves are not those of {baseline_of(result['curves'])}")

@@ -6,6 +6,7 @@ Builds the trainer, then waits for a line on stdin before each optimizer step, s
 machine. Answers on stdout in lines of JSON: ready, one per step, done; whatever libraries print goes to stderr.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -18,7 +19,12 @@ from pathlib import Path
 
 import torch
 
+from .profile import Profile
+
 PROVIDERS = ("trl", "trl-compact", "dpo_fast.trl", "FastDPOTrainer")
+# FastDPOTrainer with one thing taken out: a packed row in which each sequence has a prompt of its own; padded rows, of
+# which each has one, too; logits of the scored tokens, made by the model's head
+FACTORS = tuple(f"FastDPOTrainer-without-{factor}" for factor in ("sharing", "packing", "head"))
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Job:
     longest: int
     threads: int
     seed: int
+    optim: str
+    profile: int  # last steps that a profiler looks at
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -45,7 +53,7 @@ class Job:
 
 def reason_against(provider: str) -> str | None:
     """Why it cannot run here; None if it can."""
-    needed = ("datasets",) if provider == "FastDPOTrainer" else ("datasets", "trl")
+    needed = ("datasets",) if provider.startswith("FastDPOTrainer") else ("datasets", "trl")
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if absent:
         return f"{' and '.join(absent)} not installed"
@@ -78,35 +86,43 @@ def main() -> int:
     torch.set_num_threads(job.threads)
     clock = time.perf_counter(), time.process_time()
     trainer, imported_mib = build(job)
-    turns = Turns(answers)
+    turns = Turns(answers, job)
     trainer.add_callback(turns.callback())
     check_tokens(trainer, Path(job.folder))
     setup = {"wall_s": time.perf_counter() - clock[0], "processor_s": time.process_time() - clock[1]}
     turns.say("ready", setup=setup, imported_mib=imported_mib)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    turns.say("done", logs=logs, **peaks())
+    turns.say("done", logs=logs, shares=turns.shares, **peaks())
     return 0
 
 
 class Turns:
     """Waits for its turn and times it: all between two steps' ends, hence collation and logging too."""
 
-    def __init__(self, answers):
-        self.answers = answers
+    def __init__(self, answers, job: Job):
+        self.answers, self.unprofiled, self.profile, self.profiled_s = answers, job.steps - job.profile, None, 0.0
+        self.shares: dict[str, float] | None = None
 
     def say(self, event: str, **values) -> None:
         self.answers.write(json.dumps({"event": event, **values}) + "\n")
 
-    def wait(self) -> None:
+    def wait(self, step: int) -> None:
+        """step: how many were taken."""
         if not sys.stdin.readline():
             raise SystemExit("the benchmark is gone")
+        if step == self.unprofiled:
+            self.profile = Profile()
         self.wall, self.processor = time.perf_counter(), time.process_time()
 
-    def finished(self) -> None:
+    def finished(self, last: bool) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
+        if self.profile:
+            self.profiled_s += wall
+            if last:
+                self.shares = self.profile.shares(self.profiled_s)
         self.say("step", wall_s=wall, processor_s=processor)
 
     def callback(self):
@@ -116,12 +132,13 @@ class Turns:
 
         class Callback(transformers.TrainerCallback):
             def on_train_begin(self, args, state, control, **_):
-                turns.wait()
+                turns.wait(0)
 
             def on_step_end(self, args, state, control, **_):
-                turns.finished()
-                if state.global_step < state.max_steps:
-                    turns.wait()
+                last = state.global_step == state.max_steps
+                turns.finished(last)
+                if not last:
+                    turns.wait(state.global_step)
 
         return Callback()
 
@@ -130,7 +147,8 @@ def build(job: Job):
     """(trainer, MiB that the process held before it built anything)."""
     import datasets
 
-    if job.provider == "FastDPOTrainer":
+    provider, _, without = job.provider.partition("-without-")
+    if provider == "FastDPOTrainer":
         from dpo_fast import FastDPOConfig as Config
         from dpo_fast import FastDPOTrainer as Trainer
     else:
@@ -159,7 +177,7 @@ def build(job: Job):
         max_steps=job.steps,
         learning_rate=job.learning_rate,
         lr_scheduler_type="constant",
-        optim="adamw_torch",
+        optim=job.optim,
         gradient_checkpointing=job.checkpointing,
         precompute_ref_log_probs=job.reference == "precomputed",
         max_length=job.longest,
@@ -171,9 +189,28 @@ def build(job: Job):
         save_strategy="no",
         disable_tqdm=True,
         seed=job.seed,
+        **({"layout": "padded"} if without == "packing" else {}),
     )
     model = str(Path(job.folder) / "model")
-    return Trainer(model, args=args, train_dataset=texts, peft_config=peft_config), imported_mib
+    trainer = Trainer(model, args=args, train_dataset=texts, peft_config=peft_config)
+    if without == "sharing":
+        trainer.data_collator = functools.partial(unshared, trainer.data_collator.truncation)
+    elif without == "head":
+        # Its own hook keeps a head from being read: it is called, as in any model
+        models = [trainer.model, *filter(None, [getattr(trainer.reference, "model", None)])]
+        for model in {id(m): m for m in models}.values():
+            model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    return trainer, imported_mib
+
+
+def unshared(truncation, rows: list):
+    """A packed row of pairs in which each sequence has its prompt to itself."""
+    from dpo_fast.layout import packed_batch
+
+    pairs = [truncation(row) for row in rows]
+    sides = [side for p in pairs for side in ((p.chosen_prompt, p.chosen), (p.rejected_prompt, p.rejected))]
+    numbers = [s for i in range(len(pairs)) for s in (i, len(pairs) + i)]
+    return packed_batch([[[*prompt, *ids]] for prompt, ids in sides], [len(prompt) for prompt, _ in sides], numbers)
 
 
 def check_tokens(trainer, folder: Path) -> None:

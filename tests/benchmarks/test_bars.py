@@ -182,6 +182,21 @@ def test_a_bar_that_replaces_another_says_so_and_can_be_missed():
     assert bars.FIRST.keys() <= names and len(names) == len(bars.CPU_BARS)
 
 
+def test_the_bars_of_a_gpu_find_their_numbers_in_its_files():
+    from benchmarks import bars
+
+    times = {"wall_median_ms": 30.0, "wall_min_ms": 29.0, "wall_max_ms": 31.0, "beyond_gradients_mib": 3000.0}
+    of_head = head_result()
+    for row in of_head["rows"]:
+        row.update(times)
+    found = [bars.verdict(bar, of_head, False) for bar in bars.GPU_BARS if bar.stem.startswith("head")]
+    met = {row["what"]: row["met"] for row in found}
+    assert len(met) == 10 and set(met.values()) == {"yes", "NO"}
+    assert met["head, frozen: ms"] == "NO" and met["head, trained: ms"] == "yes"
+    assert met["head, frozen: MiB beyond gradients"] == "NO" and met["head, trained: MiB beyond gradients"] == "yes"
+    assert met["head, trained: ms, 2,048 tokens of a 1B-shaped model"] == "NO"
+
+
 def test_each_bar_has_a_command_and_each_benchmark_its_code():
     from benchmarks import bars, provenance
 

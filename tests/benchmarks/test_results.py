@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,115 +16,34 @@ def from_the_root(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-STAGES = ("tests", "memcheck", "train_step", "gemm", "head", "level1", "attention", "sweep")
-
-
-def gpu(*words: str, python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": str(python), **environment}
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_gpu_dry_run():
-    run = gpu("--dry-run", "--minutes", "60")  # no time decides anything
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert "all stages done" in run.stdout
-    for stage in STAGES:
-        assert f"== {stage}: done in" in run.stdout
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_gpu_notices_a_stage_that_fails(stage):
-    run = gpu("--dry-run", "--only", stage, "--fail", stage)
-    assert run.returncode == 1 and "this failure was asked for" in run.stderr
-    assert f"== {stage}: FAILED (exit status 1)" in run.stdout and f"failed: {stage} (after" in run.stdout
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    """A Python that sees a GPU and a commit, and prints its arguments; it waits in stages named in SLOW."""
-    script = tmp_path / "python"
-    script.write_text(
-        """#!/usr/bin/env bash
-        case "$*" in
-            *is_available*) exit 0 ;;
-            *benchmarks.provenance*) echo 0123456789ab ;;
-            *benchmarks.bars* | *"asked for"*) exit 1 ;;
-            *) echo "ran $*"; [ -n "${SLOW:-}" ] && [[ $* == *$SLOW* ]] && exec sleep 60 ;;
-        esac
-        exit 0
-        """.replace("        ", "", 1)
-    )
-    script.chmod(0o755)
-    return script
-
-
-def limits(out: str) -> dict[str, int]:
-    """Seconds that each stage got, in the order in which they began."""
-    return {name: int(seconds) for name, seconds in re.findall(r"^== (\w+): (\d+) s at most$", out, re.MULTILINE)}
-
-
-def test_gpu_runs_correctness_then_a_step_then_its_parts(stand_in):
-    run = gpu("--minutes", "10", python=stand_in)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert [name for name in limits(run.stdout) if name != "memcheck"] == [s for s in STAGES if s != "memcheck"]
-    assert "measuring commit 0123456789ab" in run.stdout and "== bars: says no (status 1)" in run.stdout
-
-
-def test_gpu_goes_on_after_a_stage_that_fails(stand_in):
-    run = gpu("--only", "gemm,head", "--fail", "gemm", python=stand_in)
-    assert run.returncode == 1 and "failed: gemm (after" in run.stdout and "== head: done in" in run.stdout
-
-
-def test_gpu_stops_a_stage_at_its_share_and_passes_on_what_is_left(stand_in):
-    run = gpu("--minutes", "0.15", "--only", "train_step,head,sweep", python=stand_in, SLOW="train_step")
-    assert run.returncode == 1 and "failed: train_step (after" in run.stdout
-    assert "ran -m benchmarks.train_step" in run.stdout  # what it printed before it was stopped
-    assert "== train_step: its time is up" in run.stdout and "== head: done in" in run.stdout
-    found = limits(run.stdout)
-    assert found["train_step"] == 9 * 28 // (28 + 16 + 8) and 1 < found["sweep"] <= 9 - found["train_step"]
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--fast"], "unknown argument '--fast'"),
-        (["--minutes", "ten"], "--minutes takes a number, got 'ten'"),
-        (["--only", "heads"], "there is no stage 'heads'"),
-        (["--wheels"], "--wheels needs a value"),
-    ],
-)
-def test_gpu_refuses_what_it_does_not_know(words, said):
-    run = gpu(*words)
-    assert run.returncode == 2 and said in run.stderr and "bash benchmarks/gpu.sh --minutes 10" in run.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_gpu_without_a_gpu_says_so():
-    run = gpu()
-    assert run.returncode == 2 and "torch sees no GPU here; use --dry-run" in run.stderr
-
-
-def test_gpu_names_each_file_with_gpu_tests_and_they_need_neither_datasets_nor_trl():
-    marked = {path.name for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
-    marked.discard(Path(__file__).name)
-    line = next(x for x in (ROOT / "benchmarks" / "gpu.sh").read_text().splitlines() if x.startswith("GPU_TESTS="))
-    files = line.removeprefix("GPU_TESTS=(").rstrip(")").split()
-    assert {Path(file).name for file in files} == marked
-    script = (
-        "import sys, pytest; sys.modules['datasets'] = sys.modules['trl'] = None; sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, "-qq", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", *files]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
-
-
 def test_wheels_are_listed_with_their_reasons():
     command = ["bash", str(ROOT / "benchmarks" / "wheels.sh")]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True)
     assert listed.returncode == 0 and "needed    dill: datasets needs it" in listed.stdout
+    assert "quack     quack-kernels: a head to compare with" in listed.stdout
     assert subprocess.run(command, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("mib, status, said", [(1, 0, "5120 KiB  in all"), (20, 1, "102400 KiB  in all")])
+def test_wheels_that_do_not_travel_at_once_are_told_and_a_large_one_is_cut(tmp_path, mib, status, said):
+    """A stand-in for pip writes a wheel of that size for each package, and one of 100 MiB."""
+    pip = tmp_path / "python"
+    pip.write_text(
+        f"""#!/usr/bin/env bash
+        cd {tmp_path}/wheels
+        for word in "$@"; do case $word in
+            *cu13) truncate -s 100M $word.whl ;;
+            datasets* | dill | multiprocess | trl* | liger*) truncate -s {mib}M $word.whl ;;
+        esac; done
+        """.replace("        #!", "#!", 1)
+    )
+    pip.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "wheels.sh"), str(tmp_path / "wheels"), "--quack"]
+    run = subprocess.run(command, env={**os.environ, "PYTHON": str(pip)}, capture_output=True, text=True)
+    assert run.returncode == status and said in run.stdout, run.stdout + run.stderr
+    assert "cut into 3 pieces" in run.stdout and not list((tmp_path / "wheels").glob("*cu13*"))
+    sizes = [path.stat().st_size >> 20 for path in sorted((tmp_path / "wheels.parts").iterdir())]
+    assert sizes == [48, 48, 4]
 
 
 def test_providers_take_turns_and_peaks_are_peaks():
@@ -139,7 +56,7 @@ def test_providers_take_turns_and_peaks_are_peaks():
         assert peak_mib(lambda: (torch.zeros(1 << 18), torch.zeros(1 << 19))[0].sum()) == pytest.approx(3.0, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["ours-wrong", "theirs-wrong"])
+@pytest.mark.parametrize("name", ["ours-wrong", "eager-wrong"])
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 0.01), (torch.bfloat16, 0.5)], ids=["fp32", "bf16"])
 def test_no_speed_for_a_wrong_result(monkeypatch, capsys, dtype, off, name):
     from benchmarks import head
@@ -185,6 +102,66 @@ def test_ours_is_held_to_logits_in_fp32_and_a_loss_to_its_tokens():
     assert gate.errors("ours-fused", loss, None, None)["error"] < 1e-6
     with pytest.raises(AssertionError, match="loss: error 0.001"):
         gate.errors("ours-fused", loss + 1e-3, None, None)
+
+
+@pytest.mark.parametrize(
+    "name, needs",
+    [("eager", "torch"), ("trl-1.16", "trl"), ("liger-dpo", "liger_kernel"), ("liger-flsce", "liger_kernel")],
+)
+def test_products_are_as_many_as_is_said(name, needs):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from benchmarks import head_providers
+
+    pytest.importorskip(needs)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm"):
+                a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+                self.count += 2 * a.numel() * b.shape[-1]
+            return op(*args, **(kwargs or {}))
+
+    N, H, V = 512, 32, 501
+    p = head_providers.Problem.make(N, 2, H, V, torch.float32, None, "cpu")
+    provider = {"eager": head_providers.eager, **{k: v for k, (v, _) in head_providers.OTHERS.items()}}[name]
+    for mode, gemms in zip(head_providers.MODES, head_providers.facts_of(name).gemms, strict=True):
+        with Products() as products:
+            head_providers.case(p, provider, mode)()
+        assert products.count == gemms * 2 * N * H * V, mode
+
+
+def test_our_products_are_those_of_the_plans():
+    from benchmarks.head_providers import facts_of
+    from dpo_fast.ops.plan import GEMMS
+
+    assert facts_of("ours-256-mib").gemms == tuple(GEMMS[plan] for plan in ("score", "frozen", "recompute"))
+    assert facts_of("ours-fused-256-mib").gemms == tuple(GEMMS[plan] for plan in ("score", "frozen", "pairwise"))
+
+
+def test_who_carries_one_number_is_held_to_the_likelihood():
+    from benchmarks import head, head_providers
+
+    p = head_providers.Problem.make(512, 2, 32, 501, torch.float32, None, "cpu")
+    gates = head.Gates(p)
+    assert gates.of("ours-fused-256-mib") is gates.of("trl-1.16") is gates.pairs
+    likelihood = gates.of("quack")
+
+    def summed(p, hidden, weight):
+        return -head_providers.eager(p, hidden, weight).sum()
+
+    def of_pairs(p, hidden, weight):
+        return head_providers.Problem.loss(p, head_providers.eager(p, hidden, weight))
+
+    likelihood.errors("quack", *head_providers.case(likelihood.p, summed, "trained")())
+    with pytest.raises(AssertionError):
+        likelihood.errors("quack", *head_providers.case(likelihood.p, of_pairs, "trained")())
+    rows = head.measure(gates, {"quack": summed, "eager": head_providers.eager}, "frozen", rounds=1)
+    assert [(row.get("gemms"), row.get("carries")) for row in rows] == [
+        (None, None), (2, head_providers.ONE), (2, head_providers.TOKENS)
+    ]  # fmt: skip
 
 
 def test_ratios_are_of_rounds():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from benchmarks.train_step import inputs, worker
+from benchmarks.train_step import inputs, profile, worker
 from benchmarks.train_step import run as train_step
 
 
@@ -109,7 +110,7 @@ def test_factors_are_medians_over_steps_on_the_same_batches():
     seconds = {"trl": (8.0, 16.0, 9.0), "trl-compact": (4.0, 8.0, 3.0), "FastDPOTrainer": (2.0, 2.0, 3.0)}
     rounds = [{provider: found(*each) for provider, each in seconds.items()}]
     lengths = [[(1, 1, 1)]] * 3
-    trl, compact, ours = train_step.summarize(rounds, lengths, warmup=1)
+    trl, compact, ours = train_step.summarize(rounds, lengths, slice(1, None))
     assert (ours["times_faster"], ours["times_faster_min"], ours["times_faster_max"]) == (4.0, 3.0, 8.0)
     assert (ours["times_faster_compact"], ours["times_faster_compact_max"]) == (2.0, 4.0)
     assert (ours["peak_ratio"], ours["peak_ratio_compact"], compact["times_faster"]) == (0.25, 0.5, 2.0)
@@ -138,19 +139,87 @@ def test_on_a_gpu_one_provider_at_a_time_is_kept_and_one_that_fails_does_not_end
     assert "dpo_fast.trl: no speed, dpo_fast.trl: no 'step'" in capsys.readouterr().out
 
 
+def test_on_a_gpu_that_holds_them_all_they_run_together(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "write_inputs", lambda *_: {"pairs": 4, "lengths": [(3, 2, 2)] * 4})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = train_step.parse(["--smoke", "--together", "--providers", "trl", "FastDPOTrainer"])
+    groups = []
+
+    def run(jobs, folder):
+        groups.append([job.provider for job in jobs])
+        raise train_step.WorkerFailed("trl: no 'ready', out of memory")
+
+    monkeypatch.setattr(train_step, "run_together", run)
+    result = train_step.bench(arguments, tmp_path)
+    assert groups == [["trl", "FastDPOTrainer"]] and result["failed"] == groups[0] and result["rows"] == []
+    assert "trl, FastDPOTrainer: no speed, trl: no 'ready', out of memory" in capsys.readouterr().out
+
+
+def test_factors_are_compared_with_ours():
+    arguments = train_step.parse(["--factors"])
+    assert arguments.providers == ["FastDPOTrainer", *worker.FACTORS]
+    assert train_step.baseline_of(arguments.providers) == "FastDPOTrainer"
+    assert train_step.baseline_of(worker.PROVIDERS) == "trl"
+    assert train_step.result_name(arguments).endswith("-factors")
+
+
+def test_without_sharing_each_sequence_has_its_prompt_and_the_same_is_scored():
+    from dpo_fast.layout import shared_prefix_batch
+    from dpo_fast.training.data import Truncation
+
+    rows = [
+        {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10, 11, 12]},
+        {"prompt_ids": [4], "chosen_ids": [3, 4, 5], "rejected_ids": [6]},
+    ]
+    batch = worker.unshared(Truncation(), rows)
+    assert batch.input_ids[0].tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 10, 11, 12, 4, 3, 4, 5, 4, 6]
+    shared = shared_prefix_batch([Truncation()(row) for row in rows])
+    for name in ("targets", "sequence_ids", "lengths"):
+        assert torch.equal(batch[name], shared[name]), name
+    assert shared.layout.length == batch.layout.length - 3 - 1
+
+
+def test_shares_of_a_profile():
+    kernels = [
+        (2.0, ("nvjet_tst", "aten::mm", "PairwiseLossFunction")),
+        (1.0, ("triton_poi", "dpo_fast::linear_token_logps_fwd")),
+        (1.0, ("cutlass", "aten::mm", "ChunkedLogProbFunctionBackward", "autograd::engine::evaluate_function")),
+        (1.0, ("flash_fwd_kernel", "aten::_flash_attention_forward")),
+        (3.0, ("nvjet_tst", "aten::mm", "aten::linear")),
+        (2.0, ("multi_tensor_apply", "aten::_fused_adamw_", "Optimizer.step#AdamW.step")),
+    ]
+    found = profile.shares(kernels, busy=8.0, whole=10.0)
+    expected = {"optimizer": 0.16, "head": 0.32, "attention": 0.08, "rest": 0.24, "idle": 0.2}
+    assert found == pytest.approx(expected)
+    assert profile.covered([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7
+
+
+def test_a_profile_sees_what_runs():
+    query = torch.randn(1, 4, 256, 64)
+    looked = profile.Profile()
+    start = time.perf_counter()
+    for _ in range(3):
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    found = looked.shares(time.perf_counter() - start)
+    assert found["attention"] > 0 and found["head"] == found["optimizer"] == 0
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
 @pytest.mark.slow
 def test_all_trainers_take_turns_and_agree(tmp_path):
-    assert train_step.main(["--smoke", "--allow-dirty", "--name", "smoke", "--out", str(tmp_path)]) == 0
+    words = ["--smoke", "--profile", "1", "--allow-dirty", "--name", "smoke"]
+    assert train_step.main([*words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/smoke.json")
     result = json.loads(path.read_text(encoding="utf-8"))
     providers = train_step.parse([]).providers
     assert [row["provider"] for row in result["rows"]] == providers and len(providers) >= 3
-    assert all(len(row["steps"][0]) == 3 and row["peak_mib"] > row["imported_mib"] for row in result["rows"])
+    assert all(len(row["steps"][0]) == 4 and row["peak_mib"] > row["imported_mib"] for row in result["rows"])
+    assert all(row["shares"]["rest"] > 0 for row in result["rows"])
     assert result["versions"]["trl"] and result["complete"]
     for provider in providers[1:]:
         assert all(value < 1e-4 for value in result["differences"][provider].values()), provider
     losses = result["curves"]["trl"]["loss"]
-    assert len(losses) == 3 and losses[2] != losses[0]
+    assert len(losses) == 4 and losses[2] != losses[0]
 
 
 def test_largest_batches_are_compared_and_other_failures_are_not_mistaken_for_memory(tmp_path, monkeypatch):
