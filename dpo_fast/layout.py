@@ -138,12 +138,12 @@ class SharedPrefixLayout:
         """Those that travel with the row: `host` stays."""
         return list(self._tensors().values())
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and name != "host"}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SharedPrefixLayout":
         """This layout with `function` of each of its tensors."""
-        tensors = {name: function(x) for name, x in self._tensors().items()}
+        tensors: Any = {name: function(x) for name, x in self._tensors().items()}
         return replace(self, **tensors, copies={}, kept=ForLayers())
 
     def to(self, device, non_blocking: bool = False) -> "SharedPrefixLayout":

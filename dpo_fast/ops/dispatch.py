@@ -26,6 +26,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU; None for anything else, and where there is no GPU to ask."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 def _against_triton(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = []
     if not _TRITON_INSTALLED:
@@ -35,6 +42,9 @@ def _against_triton(device: torch.device, dtype: torch.dtype) -> list[str]:
             f"the tensors are on {device.type!r}, Triton needs one of {', '.join(_TRITON_DEVICES)}"
             " (or CPU tensors with TRITON_INTERPRET=1 set before triton is imported)"
         )
+    capability = compute_capability(device)
+    if capability is not None and capability < (8, 0):
+        reasons.append(f"Triton needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
     if dtype == torch.float64:
         reasons.append("the kernels take bf16, fp16 and fp32, not float64")
     return reasons

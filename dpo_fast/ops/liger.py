@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Head
+from .dispatch import compute_capability
 
 SWITCH, VALIDATION = "DPO_FAST_FUSED_SCORE", "LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"
 _SINCE = (0, 8, 5)
@@ -39,7 +40,7 @@ def reasons_against_machine(device: torch.device) -> list[str]:
         reasons.append(f"liger-kernel {'.'.join(map(str, _version()))} has no such forward, 0.8.5 has")
     if importlib.util.find_spec("cutlass") is None:
         reasons.append("the package nvidia-cutlass-dsl is not installed")
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+    if compute_capability(device) != (9, 0):
         reasons.append(f"it needs CUDA with compute capability 9.0, the tensors are on {device.type!r}")
     if os.environ.get(VALIDATION, "1") not in ("0", "false", "False"):
         reasons.append(f"{VALIDATION}=0 is not set: Liger would look at the labels, and the host wait")
