@@ -226,6 +226,16 @@ def test_rows_are_found_for_the_tensors_of_the_batch_alone():
     assert trl_rows.handed(ids, mask, labels) is None
 
 
+def test_other_labels_stop_a_gpu_without_a_wait(monkeypatch):
+    batch = collated()
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], trl_rows.labels_of(batch)
+    monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
+    with trl_rows.handed_over(batch), no_sync():
+        assert trl_rows.handed(ids, mask, labels) is batch.rows()
+        with pytest.raises(RuntimeError, match="labels are not those of the batch's completion_mask"):
+            trl_rows.handed(ids, mask, labels + 1)
+
+
 def with_images(rows):
     return {**DataCollatorForPreference(pad_token_id=0)(rows), "pixel_values": torch.ones(2)}
 
