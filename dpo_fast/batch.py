@@ -5,10 +5,12 @@ with the sequence it belongs to and the position whose hidden state predicts it.
 these vectors and never sees padding.
 """
 
+import functools
 import numbers
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from .comparisons import Comparisons
 from .ops.checks import check_count, describe
 
 Ids = Sequence[int] | np.ndarray | Tensor
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -107,7 +111,9 @@ class PreferenceBatch(dict):
     def to(self, device, non_blocking: bool = False) -> "PreferenceBatch":
         """A copy with every tensor on `device`; all travel in one copy to a CUDA device, and the host waits for none
         (see transfer.py)."""
-        return self._map(transfer.mover(self._tensors(), device, non_blocking))
+        moved = self._map(transfer.mover(self._tensors(), device, non_blocking))
+        others = [k for k, v in moved.items() if k != "layout" and not isinstance(v, Tensor) and hasattr(v, "to")]
+        return type(self)({**moved, **{k: moved[k].to(device, non_blocking=non_blocking) for k in others}})
 
     def pin_memory(self) -> "PreferenceBatch":
         """A copy whose tensors lie in one pinned buffer."""
@@ -120,14 +126,34 @@ def token_ids(op: str, ids: Ids) -> Tensor:
         ids = torch.from_numpy(ids.astype(np.int64, order="C"))
     if isinstance(ids, Tensor):
         if ids.ndim != 1 or ids.device.type != "cpu" or ids.dtype not in _INTEGERS:
-            raise TypeError(f"{op}: token ids must be ints, one dimension of them on the CPU, got {describe(ids)}")
+            raise TypeError(
+                f"{op}: token ids must be ints, one dimension of them on the CPU, "
+                f"got {describe(ids)}, {str(ids.dtype)[6:]} on {ids.device}"
+            )
         return ids.to(torch.int64)
+    if isinstance(ids, (bytes, bytearray)):
+        ids = list(ids)  # an array would take them for its machine words
     if not all(issubclass(kind, numbers.Integral) and kind is not bool for kind in set(map(type, ids))):
         raise TypeError(f"{op}: token ids must be ints, got {describe(ids)}")
     try:  # through an array, which takes a tenth of the time of torch.tensor
-        return torch.frombuffer(array("q", ids), dtype=torch.int64) if len(ids) else torch.empty(0, dtype=torch.int64)
+        return torch.frombuffer(array("q", ids), dtype=torch.int64) if len(ids) else no_ids()
     except OverflowError:
         raise _out_of_range(op, min(ids), max(ids)) from None
+
+
+def on_host(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, which makes tensors on the CPU, whatever torch's default device is."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def no_ids() -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _out_of_range(op: str, low: int, high: int) -> ValueError:
@@ -136,7 +162,7 @@ def _out_of_range(op: str, low: int, high: int) -> ValueError:
 
 def largest_id(op: str, sequences: Sequence[Tensor]) -> int:
     """The largest of all token ids, -1 for none; ValueError for one below 0."""
-    together = torch.cat([*sequences, torch.empty(0, dtype=torch.int64)])
+    together = torch.cat([*sequences, no_ids()])
     if not len(together):
         return -1
     low, high = int(together.min()), int(together.max())
@@ -173,6 +199,7 @@ def check_pairs(op: str, pairs: Iterable[TokenPair]) -> list[TokenPair]:
     return pairs
 
 
+@on_host
 def padded_batch(pairs: Iterable[TokenPair], pad_token_id: int, pad_to_multiple_of: int = 1) -> PreferenceBatch:
     """Lay pairs out as 2P right-padded rows, [chosen 0..P-1, rejected 0..P-1].
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import transfer
-from .batch import Ids, PreferenceBatch, TokenPair, check_pairs, largest_id, token_ids, whole_sequences
+from .batch import Ids, PreferenceBatch, TokenPair, check_pairs, largest_id, no_ids, on_host, token_ids, whole_sequences
 
 
 class CalledModules:
@@ -61,17 +61,14 @@ class SharedPrefixLayout:
         Tensor  # (R, 3, S) int32: a sequence is at most R runs of the row, its own tokens' first: begin, end, position
     )
     # For compiled graphs, which hold tuples fast but may leave numbers and tensors open
-    longest: tuple[int, int] = field(init=False, compare=False)  # query run and key run of variable-length attention
-    host: Tensor = field(init=False, compare=False, repr=False)  # (2, S) int64 on the host: lengths and shared
+    longest: tuple[int, int]  # query run and key run of variable-length attention
+    host: Tensor  # (2, S) int64 on the host: lengths and shared
     copies: dict = field(default_factory=dict, compare=False, repr=False)  # device -> this layout there
     kept: ForLayers = field(default_factory=ForLayers, compare=False, repr=False)
     called: CalledModules = field(default_factory=CalledModules, compare=False, repr=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "longest", (max(self.own, default=0), max(self.lengths, default=0)))
-        object.__setattr__(self, "host", torch.tensor([self.lengths, self.shared], dtype=torch.int64))
-
     @classmethod
+    @on_host
     def make(
         cls, lengths: Sequence[int], shared: Sequence[int], ids: Sequence[int] | None = None
     ) -> "SharedPrefixLayout":
@@ -117,6 +114,8 @@ class SharedPrefixLayout:
             query_ends=ends(own),
             key_ends=ends(lengths),
             runs=torch.tensor(filled, dtype=torch.int32).view(-1, width, 3).permute(1, 2, 0).contiguous(),
+            longest=(max(own, default=0), max(lengths, default=0)),
+            host=torch.tensor([lengths, shared], dtype=torch.int64),
         )
 
     @property
@@ -209,7 +208,7 @@ def shared_with_before(groups: Iterable[Sequence[Ids]], across: bool = False) ->
     """How many first tokens each sequence shares with the one before it; with one of another group only if `across`,
     or a beginning-of-text token would join all groups of a row."""
     shared: list[int] = []
-    before = none = torch.empty(0, dtype=torch.int64)
+    before = none = no_ids()
     for group in groups:
         before = before if across else none
         for ids in group:
@@ -224,6 +223,7 @@ def row_length(groups: Sequence[Sequence[Ids]], across: bool = False) -> int:
     return sum(len(sequence) for group in groups for sequence in group) - sum(shared_with_before(groups, across))
 
 
+@on_host
 def pack(
     groups: Sequence[Sequence[Ids]], ids: Sequence[int] | None = None, across: bool = False
 ) -> tuple[Tensor, SharedPrefixLayout]:
@@ -233,7 +233,7 @@ def pack(
     sequences, shared = [sequence for group in tensors for sequence in group], shared_with_before(tensors, across)
     own = [sequence[k:] for sequence, k in zip(sequences, shared, strict=True)]
     layout = SharedPrefixLayout.make([len(sequence) for sequence in sequences], shared, ids)
-    return torch.cat([torch.empty(0, dtype=torch.int64), *own]).unsqueeze(0), layout
+    return torch.cat([no_ids(), *own]).unsqueeze(0), layout
 
 
 def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
@@ -248,6 +248,7 @@ def shared_prefix_batch(pairs: Iterable[TokenPair]) -> PreferenceBatch:
     return packed_batch(groups, prompts, _interleaved(len(pairs)))
 
 
+@on_host
 def packed_batch(
     groups: Sequence[Sequence[Ids]],
     prompts: Sequence[int],

@@ -17,7 +17,7 @@ def mover(tensors: Sequence[Tensor], device, non_blocking: bool = False) -> Call
     non_blocking: what `pinned` has made is read in place; it must stay as it is until then.
     """
     device = torch.device(device)
-    hosts = [x for x in tensors if x.device.type == "cpu" and device.type in _IN_ONE_COPY]
+    hosts = [x for x in tensors if x.device.type == "cpu" and device.type in _IN_ONE_COPY and _is_plain(x)]
     moved = {}
     if hosts:
         packed = _buffer_of(hosts) if non_blocking else None
@@ -29,8 +29,15 @@ def mover(tensors: Sequence[Tensor], device, non_blocking: bool = False) -> Call
 
 def pinned(tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """Copies `tensors` into one pinned buffer; returns what gives each one's copy."""
-    copies = dict(zip(map(id, tensors), _views(_filled(tensors), tensors), strict=True))
+    plain = [x for x in tensors if _is_plain(x)]
+    copies = dict(zip(map(id, plain), _views(_filled(plain), plain), strict=True)) if plain else {}
+    copies |= {id(x): x.pin_memory() for x in tensors if id(x) not in copies}
     return lambda x: copies[id(x)]
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether its bytes are all there is to it."""
+    return x.layout == torch.strided and not x.requires_grad
 
 
 def _filled(tensors: Sequence[Tensor]) -> Tensor:
@@ -56,7 +63,8 @@ def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 
 def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     places = zip(_places(tensors)[0], tensors, strict=True)
-    return [buffer[start : start + x.nbytes].view(x.dtype).view(x.shape) for start, x in places]
+    # `data`: what is written to one does not count as written to the others
+    return [buffer[start : start + x.nbytes].view(x.dtype).view(x.shape).data for start, x in places]
 
 
 def _buffer_of(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -113,11 +113,12 @@ class PairBatch(dict[str, Any]):
 
     def _tensors(self) -> list[Tensor]:
         rows = self.rows()
-        return [*self.values(), *([] if rows is None else rows.tensors())]
+        own = [value for value in self.values() if isinstance(value, Tensor)]
+        return [*own, *([] if rows is None else rows.tensors())]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PairBatch":
         rows = self.rows()
-        values = {name: function(value) for name, value in self.items()}
+        values = {name: function(value) if isinstance(value, Tensor) else value for name, value in self.items()}
         return PairBatch(values, None if rows is None else rows.map(function))
 
     def __reduce__(self):
@@ -153,6 +154,12 @@ class PackingCollator:
             raise AttributeError(name)
         return getattr(self.collator, name)
 
+    def __setattr__(self, name: str, value):
+        if name == "collator":
+            super().__setattr__(name, value)
+        else:
+            setattr(self.collator, name, value)
+
 
 def labels_of(batch: dict) -> Tensor:
     """As TRL makes them: (2P, T), -100 where no completion is."""
@@ -161,7 +168,7 @@ def labels_of(batch: dict) -> Tensor:
 
 def prepared(given: Any, found: Any) -> Any:
     """`found`, into which Trainer has copied `given` key by key, with its packed rows if the tensors are the same."""
-    if not isinstance(given, PairBatch) or any(given[name] is not found.get(name) for name in _SOURCES):
+    if not isinstance(given, PairBatch) or any(given.get(name) is not found.get(name) for name in _SOURCES):
         return found
     return PairBatch(found, given.rows())
 
@@ -183,10 +190,13 @@ def handed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PackedR
     """The packed rows of these tensors; None where there are none, or where the labels are not those that TRL makes of
     the batch. On a GPU the host does not wait to know that: other labels stop the run there."""
     batch = _HANDED.get()
-    if batch is None or batch["input_ids"] is not input_ids or batch["attention_mask"] is not attention_mask:
+    rows = None if batch is None else batch.rows()
+    if batch is None or rows is None:
+        return None
+    if batch["input_ids"] is not input_ids or batch["attention_mask"] is not attention_mask:
         return None
     same = (labels == labels_of(batch)).all()
     if readable(labels) or labels.device.type not in _WITH_ASSERTIONS:
-        return batch.rows() if same else None
+        return rows if same else None
     torch._assert_async(same, _OTHER_LABELS)
-    return batch.rows()
+    return rows

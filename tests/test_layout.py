@@ -172,3 +172,14 @@ def test_random_groups_are_laid_out_as_token_by_token(across):
             found = packed_batch(groups, prompts, ids, across, comparisons=[(0, 0)])
             assert_is(found, plain_rows.packed(groups, prompts, ids or order, across))
             assert found.layout.ids == tuple(ids or order) and found.comparisons == ((0, 0),)
+
+
+def test_batches_are_made_on_the_cpu_whatever_the_default():
+    pairs = [TokenPair([5], [6, 7], [5], bytearray([8, 0, 0, 0, 0, 0, 0, 0]))]
+    expected = shared_prefix_batch(pairs), padded_batch(pairs, 0)
+    with torch.device("meta"):
+        found = shared_prefix_batch(pairs), padded_batch(pairs, 0)
+    assert expected[1].targets.tolist() == [6, 7, 8, 0, 0, 0, 0, 0, 0, 0]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.targets, other.targets)
+    assert found[0].layout.host.tolist() == [[3, 9], [0, 1]]

@@ -122,3 +122,20 @@ def test_elsewhere_nothing_is_put_together(monkeypatch):
     there, here = batch.to("meta"), batch.to("cpu")
     assert there.layout.index.device.type == "meta" and there.host_lengths == batch.host_lengths
     assert all(a is b for a, b in zip(here._tensors(), batch._tensors(), strict=True))
+
+
+def test_what_arrives_is_as_apart_as_it_was(monkeypatch, unpinned):
+    """One buffer, but a field that is written to is not noted on the others; what is more than bytes goes by itself."""
+    to(monkeypatch, "cpu")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    sent = batch_of("padded")
+    sent["sparse"], sent["leaf"] = torch.eye(2).to_sparse(), torch.ones(2, requires_grad=True)
+    sent["inner"] = batch_of("packed")
+    arrived = sent.to("cpu")
+    weight = torch.ones(1000, 3, requires_grad=True)
+    summed = weight[arrived.input_ids].sum()
+    arrived.lengths.clamp_(min=1)
+    summed.backward()
+    assert arrived.leaf.requires_grad and torch.equal(arrived.sparse.to_dense(), torch.eye(2))
+    assert sent.pin_memory().leaf.requires_grad
+    assert sent.to("meta")["inner"].input_ids.device.type == "meta"

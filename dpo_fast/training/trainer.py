@@ -319,8 +319,10 @@ class FastDPOTrainer(PairEvaluation, transformers.Trainer):
 
     def _as_arrays(self, dataset):
         """The same rows; token ids are arrays for our own collator, and no lists are made of them."""
-        if not (isinstance(dataset, datasets.Dataset) and isinstance(self.data_collator, PairCollator)):
-            return dataset
+        if not isinstance(dataset, datasets.Dataset) or type(self.data_collator) is not PairCollator:
+            return dataset  # a subclass may add lists up
+        if dataset.format["type"] is not None or not set(TOKEN_COLUMNS) <= set(dataset.column_names):
+            return dataset  # with somebody's transform; or the collator says what is missing
         return dataset.with_format("numpy", columns=list(TOKEN_COLUMNS), output_all_columns=True)
 
     def _say_what_repeats(self) -> None:

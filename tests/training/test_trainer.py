@@ -703,6 +703,24 @@ def test_workers_pack_and_arrays_come_from_the_data(build, monkeypatch):
     assert curves[0] == curves[1] == curves[3] and len(curves[0]) == 4
 
 
+def test_lists_where_somebody_else_reads_the_rows(build):
+    """A collator of one's own may add lists up, and a transform of the data is not replaced."""
+
+    class WithBegin(PairCollator):
+        def __call__(self, rows):
+            return super().__call__([{**row, "prompt_ids": [3] + row["prompt_ids"]} for row in rows])
+
+    trainer = build(args=dict(max_steps=1))
+    trainer.data_collator = WithBegin(2)
+    begun = next(iter(trainer.get_train_dataloader()))
+    assert begun.input_ids[:, 0].tolist() == [3] * len(begun.input_ids)
+    trainer = build(args=dict(max_steps=1))
+    changed = trainer.train_dataset.with_transform(
+        lambda rows: {**rows, "prompt_ids": [[3, 3, 3] for _ in rows["prompt_ids"]]}
+    )
+    assert next(iter(trainer.get_test_dataloader(changed))).input_ids[0, :3].tolist() == [3, 3, 3]
+
+
 # what a step has besides -> the settings
 STEPS = {
     "plain": {},

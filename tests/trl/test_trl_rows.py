@@ -226,6 +226,18 @@ def test_rows_are_found_for_the_tensors_of_the_batch_alone():
     assert trl_rows.handed(ids, mask, labels) is None
 
 
+def test_the_collator_is_trls_to_change():
+    collator = trl_rows.PackingCollator(DataCollatorForPreference(pad_token_id=0))
+    collator.max_length = 3
+    assert collator.collator.max_length == 3 and collator(EXAMPLES)["input_ids"].shape == (4, 3)
+
+
+def test_what_a_user_adds_to_a_batch_goes_along():
+    batch = collated()
+    batch["names"] = ["a", "b"]
+    assert send_to_device(batch, torch.device("meta"))["names"] == ["a", "b"]
+
+
 def test_other_labels_stop_a_gpu_without_a_wait(monkeypatch):
     batch = collated()
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], trl_rows.labels_of(batch)
@@ -234,6 +246,9 @@ def test_other_labels_stop_a_gpu_without_a_wait(monkeypatch):
         assert trl_rows.handed(ids, mask, labels) is batch.rows()
         with pytest.raises(RuntimeError, match="labels are not those of the batch's completion_mask"):
             trl_rows.handed(ids, mask, labels + 1)
+    ids[0, 0] = 1  # nothing is packed for these any more: labels may be others
+    with trl_rows.handed_over(batch), no_sync():
+        assert trl_rows.handed(ids, mask, labels + 1) is None
 
 
 def with_images(rows):
