@@ -157,7 +157,8 @@ def check_order(op: str, ids: Tensor, num_sequences: int, order) -> list[int] | 
     """The sequences as a list of Python's ints, in the order of their runs of tokens; None where they are."""
     if order is None:
         return None
-    if not isinstance(order, (list, tuple)) or sorted(order) != list(range(num_sequences)):
+    ints = isinstance(order, (list, tuple)) and all(type(x) is int for x in order)
+    if not ints or sorted(order) != list(range(num_sequences)):
         raise ValueError(
             f"{op}: sequence_order must be a list of all sequences in [0, {num_sequences}), got {describe(order)}"
         )

@@ -1,7 +1,7 @@
 """Device functions that every kernel shares: the transform of a raw logit, and the online softmax.
 
 A logit is transformed as `z = softcap * tanh(x * scale / softcap) / temperature`, the soft-cap being optional. That is
-`z = slope * y` with y = `bend(x)` and slope >= 0, so y has the order of z. Maxima and differences are of y: without a
+`z = slope * y` with y = `bend(x)` and slope > 0, so y has the order of z. Maxima and differences are of y: without a
 soft-cap it is the logit itself, and `y - max y` loses nothing of it. The rest is one multiplication per logit,
 exp(z - max z) = exp2((y - max y) * slope log2 e), by a factor that the host computes in fp64.
 
@@ -38,8 +38,9 @@ class Knobs(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """dz/dy, not negative."""
-        return (abs(self.logit_scale) if self.softcap is None else self.softcap) / self.temperature
+        """dz/dy, positive in fp32: 0 times the -inf of a masked column would be NaN."""
+        slope = (abs(self.logit_scale) if self.softcap is None else self.softcap) / self.temperature
+        return max(slope, 2.0**-126)
 
     @property
     def derivative(self) -> float:

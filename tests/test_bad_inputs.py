@@ -209,6 +209,16 @@ LINEAR_PREFERENCE_LOSS = {
         ValueError,
         "sequence_lengths must be a sequence of ints .* got 4",
     ),
+    "order: a None": (
+        lambda: trained(sequence_order=[0, None, 1, 2]),
+        ValueError,
+        r"sequence_order must be a list of all sequences in \[0, 4\), got \[0, None, 1, 2\]",
+    ),
+    "order: floats": (
+        lambda: trained(sequence_order=[0.0, 1.0, 2.0, 3.0]),
+        ValueError,
+        "sequence_order must be a list of all sequences",
+    ),
     "lengths: text": (lambda: loss(sequence_lengths="2112"), ValueError, "sequence_lengths must be a sequence of ints"),
     "lengths: floats": (
         lambda: trained(sequence_lengths=[2.0, 1.0, 1.0, 2.0]),
@@ -532,7 +542,7 @@ MODELS = {
     "ids: a matrix": (
         lambda it: shared_prefix_batch(one_pair(torch.ones((2, 2), dtype=torch.int64))),
         TypeError,
-        r"token ids must be ints, one dimension of them on the CPU, got tensor of shape \(2, 2\)",
+        r"token ids must be ints, one dimension of them on the CPU, got tensor of shape \(2, 2\), int64 on cpu",
     ),
     "ids: negative in an array": (
         lambda it: shared_prefix_batch(one_pair(np.array([5, -6]))),

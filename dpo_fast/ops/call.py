@@ -129,10 +129,10 @@ class Call:
         transform = Transform(scale, softcap or None, temperature)
         return cls(transform, ignore_index, tuple(outputs), impl, plan, tile_mib or None, getattr(torch, dtype))
 
-    def sizes(self, weight: Tensor, N: int) -> HeadPlan:
-        """The plan of N tokens, for the tiles' sizes."""
+    def sizes(self, weight: Tensor, N: int, hidden_grad: bool) -> HeadPlan:
+        """The plan of N tokens, for the tiles' sizes. hidden_grad: whether this pass makes one."""
         V, H = weight.shape
-        needs = dict(hidden_grad=self.plan != "score", head_grad=self.plan == "recompute", separable=False)
+        needs = dict(hidden_grad=hidden_grad, head_grad=self.plan == "recompute", separable=False)
         return self.plan_of((N, H, V), weight.device, **needs)
 
     def plan_of(self, sizes: tuple[int, int, int], device: torch.device, **needs) -> HeadPlan:

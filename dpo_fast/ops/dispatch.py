@@ -138,7 +138,7 @@ def choose_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype = t
     Raises `ValueError` for an unknown name, and for an explicit choice that cannot run, with every reason.
     """
     source = "impl"
-    if impl == "auto" and os.environ.get("DPO_FAST_IMPL", "auto") != "auto":
+    if impl == "auto" and os.environ.get("DPO_FAST_IMPL", "") not in ("", "auto"):
         impl, source = os.environ["DPO_FAST_IMPL"], "DPO_FAST_IMPL"
     if impl == "auto":
         skipped: list[str] = []

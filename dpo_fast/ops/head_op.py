@@ -48,7 +48,7 @@ def head_forward(
     logps, partition, extras, *directions = results
     values = dict(zip(("logps", "row_max", "log_sum", *call.outputs), (logps, *partition, *extras), strict=True))
     found = values if rows is None else {name: x.new_empty(N) for name, x in values.items()}
-    sizes = call.sizes(weight, N)
+    sizes = call.sizes(weight, N, hidden_grad=call.plan == "frozen")
     with torch.autocast(hidden.device.type, enabled=False):
         if call.plan == "score" and liger.asked():
             logps.copy_(liger.score("linear_token_logps", call, head, labels))
@@ -117,7 +117,7 @@ def _recompute(
     if N == 0:
         return results
     with torch.autocast(hidden.device.type, enabled=False):
-        width = call.sizes(weight, N).slice_columns
+        width = call.sizes(weight, N, hidden_grad=needs[0] or needs[3]).slice_columns
         tile = implementation(call.impl).Tile(call, head, labels, N, width)
         tile.take(index)
         coefficient = tile.scored(d_logps[index].to(wide))

@@ -81,3 +81,14 @@ def test_the_two_terms_of_a_factor(scale, softcap):
     first, rest = Knobs(logit_scale=scale, softcap=softcap).factor
     assert np.float32(first) == first and first * rest >= 0 and (rest != 0) == (scale != 0)
     assert abs(first + float(np.float32(rest)) - scale / softcap) <= 2**-46 * abs(scale / softcap)
+
+
+@pytest.mark.parametrize(
+    "knobs", [dict(logit_scale=0.0), dict(logit_scale=1e-30, temperature=1e30), dict(softcap=1e-20, temperature=1e30)]
+)
+def test_a_slope_of_zero_is_a_uniform_softmax(knobs):
+    """Of a vocabulary that leaves a part of the last step empty."""
+    logits = torch.randn(2, 6)
+    out, d_logits = forward_backward(logits, torch.tensor([1, 2]), Knobs(**knobs), torch.ones(2))
+    assert torch.allclose(out["logps"], torch.full((2,), 1 / 6).log())
+    assert d_logits.abs().max() < 1e-30
