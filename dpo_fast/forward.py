@@ -300,7 +300,7 @@ def score_batch(
             knobs = ", ".join([*pair_knobs, *(["aux_loss"] if aux_loss else [])])
             raise TypeError(f"model(batch, ...) takes {knobs} only together with objective=")
         scored = _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
-        return _on(device, scored)
+        return _on(device, scored) if hidden.device != device else scored
     tensors, compiling = _tensors_or_reason(head, hidden), torch.compiler.is_compiling()
     common = dict(
         sequence_ids=batch.sequence_ids.to(hidden.device),
@@ -344,7 +344,7 @@ def _on(device: torch.device, value: Any) -> Any:
         return replace(value, **{field.name: _on(device, getattr(value, field.name)) for field in fields(value)})
     if isinstance(value, tuple):
         moved = [_on(device, part) for part in value]
-        return value._make(moved) if hasattr(value, "_make") else tuple(moved)
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value
 
 

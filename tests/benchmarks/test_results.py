@@ -106,7 +106,7 @@ def test_ours_is_held_to_logits_in_fp32_and_a_loss_to_its_tokens():
 
 @pytest.mark.parametrize(
     "name, needs",
-    [("eager", "torch"), ("trl-1.16", "trl"), ("liger-dpo", "liger_kernel"), ("liger-flsce", "liger_kernel")],
+    [("eager", "torch"), ("trl-1.16", "trl.kernels"), ("liger-dpo", "liger_kernel"), ("liger-flsce", "liger_kernel")],
 )
 def test_products_are_as_many_as_is_said(name, needs):
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("trl")
+pytest.importorskip("trl.trainer")
 
 from benchmarks.train_step import inputs, profile, worker
 from benchmarks.train_step import run as train_step

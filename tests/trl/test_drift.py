@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl.trainer")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 

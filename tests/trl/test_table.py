@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl.trainer")
 pytest.importorskip("datasets")
 
 from dpo_fast import FastDPOConfig  # noqa: E402
