@@ -232,7 +232,7 @@ def test_use_liger_kernel(trainer_class, tmp_path):
     pytest.importorskip("liger_kernel.transformers")
     datasets, losses = pytest.importorskip("datasets"), []
     if trainer_class == "DPOTrainer":
-        config = pytest.importorskip("trl.trainer").DPOConfig
+        config = pytest.importorskip("trl").DPOConfig
         trainer_class = importlib.import_module("dpo_fast.trl").DPOTrainer
     else:
         config, trainer_class = dpo_fast.FastDPOConfig, dpo_fast.FastDPOTrainer

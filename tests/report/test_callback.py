@@ -35,7 +35,7 @@ def build(folder, kind="fast", callbacks=(), evaluation=6, model=None, **setting
     if kind == "fast":
         trainer, config = FastDPOTrainer, FastDPOConfig
     else:
-        trl = pytest.importorskip("trl.trainer")
+        trl = pytest.importorskip("trl")
         from dpo_fast.trl import DPOTrainer
 
         trainer, config = DPOTrainer if kind == "drop-in" else trl.DPOTrainer, trl.DPOConfig

@@ -126,7 +126,7 @@ def test_weights_that_are_saved_under_other_names_are_loaded(tmp_path):
 
 
 def test_the_drop_in_loads_them_too(tmp_path):
-    trl = pytest.importorskip("trl.trainer")
+    trl = pytest.importorskip("trl")
 
     from dpo_fast.trl import DPOTrainer
 

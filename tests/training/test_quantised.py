@@ -131,7 +131,7 @@ def test_bitsandbytes_itself(tmp_path, bits):
 def test_trls_numbers_on_four_bits(tmp_path):
     """The drop-in packs, which is another order of sums: they agree as far as adapters in bfloat16 do."""
     pytest.importorskip("bitsandbytes")
-    trl, datasets = pytest.importorskip("trl.trainer"), pytest.importorskip("datasets")
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from dpo_fast.trl import DPOTrainer
 
     found, path = [], folder_of(tmp_path)

@@ -88,7 +88,7 @@ KINDS += [pytest.param("simpo early bf16", marks=SLOW)]
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_are_one(tmp_path, kind):
     if "drop-in" in kind:
-        pytest.importorskip("trl.trainer")
+        pytest.importorskip("trl")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -118,7 +118,7 @@ def test_two_ranks_are_one(tmp_path, kind):
 def test_ranks_that_would_train_alone_are_refused(tmp_path, monkeypatch, kind):
     """As under `accelerate launch --cpu` without use_cpu."""
     if "drop-in" in kind:
-        pytest.importorskip("trl.trainer")
+        pytest.importorskip("trl")
     before = trainer_of(tmp_path, 1, kind)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="started 2 processes .* use_cpu=True"):

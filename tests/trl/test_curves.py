@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("trl.trainer")
+pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 from benchmarks import curves

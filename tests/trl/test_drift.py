@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
-trl = pytest.importorskip("trl.trainer")
+trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 

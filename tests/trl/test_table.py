@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-trl = pytest.importorskip("trl.trainer")
+trl = pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 from dpo_fast import FastDPOConfig  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 
-pytest.importorskip("trl.trainer")
+pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import datasets

@@ -11,7 +11,7 @@ import transformers
 from tiny import QUIET, tiny_chat_rows, tiny_model, tiny_rows, tiny_tokenizer
 from two_devices import two_devices
 
-trl = pytest.importorskip("trl.trainer")
+trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from trl.trainer import dpo_trainer  # noqa: E402

@@ -13,7 +13,7 @@ from no_sync import no_sync
 from reads import counted_reads
 from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 
-trl = pytest.importorskip("trl.trainer")
+trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from torch.utils.data._utils.pin_memory import pin_memory  # noqa: E402
