@@ -215,13 +215,12 @@ def shared_prefix_attention(
     scores = Scores(scaling, window, softcap, sinks)
     implementation = choose_implementation(query, scores, key, value, implementation)
     layout = layout.on(query.device)
-    if implementation == "eager":
-        if torch.compiler.is_compiling():
-            return _eager_op(query, key, value, layout.host, *scores)
-        return _eager(query, key, value, layout, scores)
-    if implementation == "flex":
-        return flex.attend(query, key, value, layout, scores, _block_mask(layout, window))
-    return flash.attend(implementation, query, key, value, layout, scores)
+    if implementation == "eager" and torch.compiler.is_compiling():
+        return _eager_op(query, key, value, layout.host, *scores)
+    attend = {"eager": _eager, "varlen": _varlen, "flex": _flex}.get(implementation)
+    if attend is None:
+        return flash.attend(implementation, query, key, value, layout, scores)
+    return attend(query, key, value, layout, scores)
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -423,6 +422,14 @@ def _eager_backward(ctx, d_out):
 
 
 _eager_op.register_autograd(_eager_backward, setup_context=_save)
+
+
+def _varlen(query, key, value, layout, scores: Scores) -> Tensor:
+    return flash.attend("varlen", query, key, value, layout, scores)
+
+
+def _flex(query, key, value, layout, scores: Scores) -> Tensor:
+    return flex.attend(query, key, value, layout, scores, _block_mask(layout, scores.window))
 
 
 def _block_mask(layout, window: int | None):
