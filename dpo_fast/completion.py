@@ -18,7 +18,7 @@ from .copies import base_model_of
 from .forward import OwnLogits, TokenScores, attach, is_attached
 from .functional import sequence_scores
 from .layout import separate_rows
-from .ops.checks import FLOATS, INTEGERS, check_flag, check_tensor, is_number
+from .ops.checks import FLOATS, INTEGERS, check_flag, check_ignore_index, check_tensor, is_number
 from .ops.dispatch import readable
 from .ops.logits import logits_token_logps, logits_token_stats
 from .ops.stats import check_outputs
@@ -130,7 +130,7 @@ def score_rows(
     counts = batch.get("host_lengths") or (batch.lengths.tolist() if not empty_rows else ())
     if not empty_rows and 0 in counts:
         raise ValueError(
-            f"{op}: labels have no scored token in row {counts.index(0)}: all are -100, or the first is it"
+            f"{op}: labels have no scored token in row {counts.index(0)}, whose first one has no predecessor"
         )
     tokens = _token_scores(path, batch, outputs)
     scores = sequence_scores(tokens, batch, ld_alpha)
@@ -156,8 +156,8 @@ def _check_rows(op: str, input_ids, attention_mask, labels, pairs, ld_alpha) -> 
     if isinstance(labels, Tensor) and labels.ndim == 3:
         raise ValueError(f"{op}: labels must be token ids, {shape}, got {tuple(labels.shape)}: these may be logits")
     check_tensor(op, "labels", labels, shape, INTEGERS, device)
-    if not shape[0]:
-        raise ValueError(f"{op}: input_ids must have at least one row, got {shape}")
+    if not input_ids.numel():
+        raise ValueError(f"{op}: input_ids must have at least one row and one column, got {shape}")
     if check_flag(op, "pairs", pairs) and shape[0] % 2:
         raise ValueError(
             f"{op}: pairs=True takes an even number of rows of input_ids, [chosen, rejected], got {shape[0]}; "
@@ -253,6 +253,9 @@ def get_batch_logps(
     op = "get_batch_logps"
     check_tensor(op, "logits", logits, ("B", "T", "V"), FLOATS)
     check_tensor(op, "labels", labels, tuple(logits.shape[:2]), INTEGERS, logits.device)
+    if not labels.shape[1]:
+        raise ValueError(f"{op}: labels must have at least one column, got {tuple(labels.shape)}")
+    label_pad_token_id = check_ignore_index(op, label_pad_token_id, "label_pad_token_id")
     average = check_flag(op, "average_log_prob", average_log_prob)
     return_lengths = check_flag(op, "return_lengths", return_lengths)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=label_pad_token_id)

@@ -119,7 +119,7 @@ class HeadTransform:
         return cls(float(scale), getattr(text, "final_logit_softcapping", None))
 
     def __call__(self, head_output: Tensor) -> Tensor:
-        logits = head_output.float() * self.scale
+        logits = head_output.to(torch.promote_types(head_output.dtype, torch.float32)) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -481,7 +481,8 @@ def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tenso
     # which no order of addition changes, so this is reproducible
     hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
     head = model.get_output_embeddings()
-    return hidden.to(next(head.parameters()).device)  # a model spread over devices
+    here = next((p.device for p in head.parameters()), hidden.device)  # FSDP1 may leave none
+    return hidden.to(here)  # a model spread over devices
 
 
 def score_hidden(
@@ -580,7 +581,8 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         raise _UnknownHead(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
     if model.base_model not in found:  # OPT calls a part of it
         state.backbone = next(path for path, module in model.named_modules() if module is found[-1])
-    ours, theirs = state.transform(seen["head_output"]), logits.float()
+    ours = state.transform(seen["head_output"])
+    theirs = logits.to(ours.dtype)
     coarse = max(torch.finfo(x.dtype).eps for x in (logits, seen["head_output"]))  # a wrapper may have widened logits
     # At most an eps for each of scale, division, tanh, product and the last cast
     tolerance = 5 * coarse * theirs.abs().max()
