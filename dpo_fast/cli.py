@@ -201,7 +201,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 def run_trl(arguments: argparse.Namespace) -> int:
     """TRL's own command line with our trainers; status 2 for another script, 1 where TRL is missing or too old."""
     try:
-        from dpo_fast.trl_more import command
+        from dpo_fast.trl import command
 
         command.run(arguments.rest)
     except ModuleNotFoundError:

@@ -62,7 +62,7 @@ class _FusedHead:
     """Over TRL 1.15 and later."""
 
     def __init__(self, *args, **kwargs):
-        from ..trl import install
+        from .fused_head import install
 
         before = _module.add_fused_lm_head
         _module.add_fused_lm_head = install
@@ -77,7 +77,7 @@ def _seam() -> Any:
         return _FusedHead
     if "forward" in vars(_KTOTrainer):
         return _Forward
-    raise no_seam("KTOTrainer", f"forward of TRL's KTOTrainer, or add_fused_lm_head in {_module.__name__},")
+    raise no_seam("KTOTrainer", f"forward of TRL's KTOTrainer or add_fused_lm_head in {_module.__name__}")
 
 
 class KTOTrainer(_seam(), _KTOTrainer):

@@ -46,7 +46,7 @@ def launch(name: str, options: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     of_script = _without(options, parser.parse_known_args(_without_config(options))[1])
-    command = [*_with_config_file(for_accelerate), "-m", "dpo_fast.trl_more.command", name, *of_script]
+    command = [*_with_config_file(for_accelerate), "-m", "dpo_fast.trl.command", name, *of_script]
     launch_command(launch_command_parser().parse_args(command))
 
 

@@ -15,10 +15,11 @@ def trainer_with(name: str, method: str) -> Any:
 
     It stands at TRL's top level or in trl.experimental; a class that only says that it has moved inherits from it.
     """
+    known = getattr(trl, name, None)
     folder = f"trl.experimental.{name.removesuffix('Trainer').lower()}"
-    place = importlib.import_module(folder) if find_spec("trl.experimental") and find_spec(folder) else trl
-    known = getattr(place, name, getattr(trl, name, object))
-    found = next((kind for kind in known.__mro__ if method in vars(kind)), None)
+    if known is None and find_spec("trl.experimental") and find_spec(folder):
+        known = getattr(importlib.import_module(folder), name, None)
+    found = next((kind for kind in getattr(known, "__mro__", ()) if method in vars(kind)), None)
     if found is None:
         raise no_seam(name, f"{method} of TRL's {name}")
     return found

@@ -1,1 +1,0 @@
-"""Around TRL's DPOTrainer: its other preference trainers, and `trl dpo` from the command line."""
