@@ -12,13 +12,14 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .batch import PreferenceBatch
 from .copies import base_model_of
 from .forward import OwnLogits, TokenScores, attach, is_attached
 from .functional import sequence_scores
 from .layout import separate_rows
-from .ops.checks import FLOATS, INTEGERS, check_flag, check_tensor, is_number
+from .ops.checks import FLOATS, INTEGERS, check_flag, check_ignore_index, check_tensor, is_number
 from .ops.dispatch import readable
 from .ops.logits import logits_token_logps, logits_token_stats
 from .ops.stats import check_outputs
@@ -29,7 +30,16 @@ logger = logging.getLogger("dpo_fast")
 
 _MASKS = (torch.bool, torch.uint8, *INTEGERS, *FLOATS)
 # Inputs that say where tokens lie: of rows that are packed already, cut for several devices, or begun before
-_ELSEWHERE = ("position_ids", "cu_seq_lens_q", "cu_seqlens", "seq_idx", "past_key_values", "inputs_embeds")
+_SP = "sequence parallelism"
+_ELSEWHERE = (
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seqlens",
+    "seq_idx",
+    "past_key_values",
+    "inputs_embeds",
+    "shift_labels",
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def score_rows(
     inputs = {name: value for name, value in model_inputs.items() if value is not None}
     if elsewhere := [name for name in _ELSEWHERE if name in inputs]:
         raise TypeError(
-            f"{op} takes no {', '.join(elsewhere)}: rows that are packed or spread over devices already cannot be "
+            f"{op} takes no {', '.join(elsewhere)}: rows that are packed already, or cut as for {_SP}, cannot be "
             "scored from here; pass whole rows, or score logits by get_batch_logps"
         )
     if inputs:
@@ -130,7 +140,7 @@ def score_rows(
     counts = batch.get("host_lengths") or (batch.lengths.tolist() if not empty_rows else ())
     if not empty_rows and 0 in counts:
         raise ValueError(
-            f"{op}: labels have no scored token in row {counts.index(0)}: all are -100, or the first is it"
+            f"{op}: labels have no scored token in row {counts.index(0)}, whose first one has no predecessor"
         )
     tokens = _token_scores(path, batch, outputs)
     scores = sequence_scores(tokens, batch, ld_alpha)
@@ -149,6 +159,8 @@ def _packed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs: bo
 
 
 def _check_rows(op: str, input_ids, attention_mask, labels, pairs, ld_alpha) -> None:
+    if isinstance(input_ids, DTensor):
+        raise TypeError(f"{op}: input_ids are spread over devices (a DTensor); pass whole rows: {op} is not for {_SP}")
     check_tensor(op, "input_ids", input_ids, ("B", "T"), INTEGERS)
     shape, device = tuple(input_ids.shape), input_ids.device
     if attention_mask is not None:
@@ -156,8 +168,8 @@ def _check_rows(op: str, input_ids, attention_mask, labels, pairs, ld_alpha) -> 
     if isinstance(labels, Tensor) and labels.ndim == 3:
         raise ValueError(f"{op}: labels must be token ids, {shape}, got {tuple(labels.shape)}: these may be logits")
     check_tensor(op, "labels", labels, shape, INTEGERS, device)
-    if not shape[0]:
-        raise ValueError(f"{op}: input_ids must have at least one row, got {shape}")
+    if not input_ids.numel():
+        raise ValueError(f"{op}: input_ids must have at least one row and one column, got {shape}")
     if check_flag(op, "pairs", pairs) and shape[0] % 2:
         raise ValueError(
             f"{op}: pairs=True takes an even number of rows of input_ids, [chosen, rejected], got {shape[0]}; "
@@ -253,6 +265,9 @@ def get_batch_logps(
     op = "get_batch_logps"
     check_tensor(op, "logits", logits, ("B", "T", "V"), FLOATS)
     check_tensor(op, "labels", labels, tuple(logits.shape[:2]), INTEGERS, logits.device)
+    if not labels.shape[1]:
+        raise ValueError(f"{op}: labels must have at least one column, got {tuple(labels.shape)}")
+    label_pad_token_id = check_ignore_index(op, label_pad_token_id, "label_pad_token_id")
     average = check_flag(op, "average_log_prob", average_log_prob)
     return_lengths = check_flag(op, "return_lengths", return_lengths)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=label_pad_token_id)

@@ -119,7 +119,7 @@ class HeadTransform:
         return cls(float(scale), getattr(text, "final_logit_softcapping", None))
 
     def __call__(self, head_output: Tensor) -> Tensor:
-        logits = head_output.float() * self.scale
+        logits = head_output.to(torch.promote_types(head_output.dtype, torch.float32)) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -314,6 +314,7 @@ def score_batch(
     device = batch.input_ids.device
     state = attachment(model)
     backbone, batch = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
+    _check_positions(model, backbone[0], batch)
     hidden = at_predictors(model, backbone[0], batch.predictors)
     head = model.get_output_embeddings()
     targets = batch.targets.to(hidden.device)
@@ -414,6 +415,15 @@ def _balancing_loss(model: nn.Module, batch: PreferenceBatch, backbone) -> Tenso
     return balancing_loss(model, getattr(backbone, "router_logits", None), token_weights(batch))
 
 
+def _check_positions(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> None:
+    """A hook may have given the layers a part of each row."""
+    if hidden.shape[:2] != batch.input_ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gave hidden states of {tuple(hidden.shape[:2])} positions for input_ids "
+            f"{tuple(batch.input_ids.shape)}: rows that are spread over devices (sequence parallelism) cannot be scored"
+        )
+
+
 def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
     """The backbone's outputs, whose first is (B, T, H) hidden states, and the batch whose rows it ran.
 
@@ -432,11 +442,6 @@ def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
         packed = attention.model_inputs(batch.layout, batch.input_ids.device)
         return packing.run(model, backbone, rows | packed), batch
     out = packing.run_padded(model, backbone, rows, one_by_one=not options.get("output_router_logits", False))
-    if out[0].shape[:2] != batch.input_ids.shape:
-        raise ValueError(
-            f"{type(model).__name__} gave hidden states for {tuple(out[0].shape[:2])} of input_ids "
-            f"{tuple(batch.input_ids.shape)}: rows that are spread over devices (sequence parallel) are not scored here"
-        )
     return out, batch
 
 
@@ -481,7 +486,8 @@ def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tenso
     # which no order of addition changes, so this is reproducible
     hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
     head = model.get_output_embeddings()
-    return hidden.to(next(head.parameters()).device)  # a model spread over devices
+    here = next((p.device for p in head.parameters()), hidden.device)  # FSDP1 may leave none
+    return hidden.to(here)  # a model spread over devices
 
 
 def score_hidden(
@@ -580,7 +586,8 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         raise _UnknownHead(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
     if model.base_model not in found:  # OPT calls a part of it
         state.backbone = next(path for path, module in model.named_modules() if module is found[-1])
-    ours, theirs = state.transform(seen["head_output"]), logits.float()
+    ours = state.transform(seen["head_output"])
+    theirs = logits.to(ours.dtype)
     coarse = max(torch.finfo(x.dtype).eps for x in (logits, seen["head_output"]))  # a wrapper may have widened logits
     # At most an eps for each of scale, division, tanh, product and the last cast
     tolerance = 5 * coarse * theirs.abs().max()
