@@ -17,7 +17,6 @@ datasets = pytest.importorskip("datasets")
 from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
-from dpo_fast import trl_rows  # noqa: E402
 from dpo_fast.trl import DPOTrainer, checks, seams  # noqa: E402
 from dpo_fast.trl import fused_head as ours  # noqa: E402
 

@@ -45,7 +45,7 @@ MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_
 CUT = dict(max_length=14)
 
 # name -> settings of DPOConfig. "kind" and "model" are the model's, "peft" says whether a LoRA trains, "ours" what our
-# trainer alone is given
+# trainer alone is given, "only" what TRL's has where it runs at all
 CASES: dict[str, dict] = {
     "sigmoid": {},
     "another reference": dict(ref_seed=3),
@@ -65,7 +65,7 @@ CASES: dict[str, dict] = {
     "peft, ld_alpha": dict(peft=True, ld_alpha=0.3),
     "peft, precompute": dict(peft=True, precompute_ref_log_probs=True),
     "keep_start": dict(truncation_mode="keep_start", **CUT),
-    "keep_end": dict(truncation_mode="keep_end", **CUT),
+    "keep_end": dict(truncation_mode="keep_end", max_length=17),  # a part of each prompt is left
     "no max_length": dict(max_length=None),
     "sync_ref_model": dict(sync_ref_model=True, ref_model_sync_steps=1),
     "use_logits_to_keep": dict(use_logits_to_keep=True),
@@ -76,7 +76,7 @@ CASES: dict[str, dict] = {
     "gpt2": dict(kind="gpt2"),
     "experts": dict(kind="qwen3_moe", model=MOE),
     "left of padded rows": dict(ours=dict(layout="padded")),
-    "prompt tuning": dict(peft="prompt"),
+    "prompt tuning": dict(peft="prompt", only="concatenated_forward"),  # later ones stop at it
 }
 
 
@@ -109,6 +109,8 @@ def _run(trainer_class, case: dict, folder: str) -> tuple[list[dict], dict[str, 
     known = {field.name for field in dataclasses.fields(trl.DPOConfig)}
     layout = dict(layout=ours["layout"]) if "layout" in ours else {}
     ours = {key: value for key, value in ours.items() if key != "layout"}
+    if not hasattr(trl.DPOTrainer, case.pop("only", "train")):
+        raise Unknown("not with this TRL")
     if missing := (case.keys() | ours.keys()) - known:
         raise Unknown(f"no {', '.join(sorted(missing))}")
     if isinstance(case.get("loss_type"), list) and "loss_weights" not in known:
