@@ -4,10 +4,14 @@ import torch
 
 from ..completion import score_rows
 from ..rows import IGNORED
-from .others import mean_logits, paired_rows, trainer_with
+from .others import config_of, mean_logits, paired_rows, trainer_with
 
 
-class CPOTrainer(trainer_with("CPOTrainer", "concatenated_forward")):
+_TRLs = trainer_with("CPOTrainer", "concatenated_forward")
+CPOConfig = config_of(_TRLs)
+
+
+class CPOTrainer(_TRLs):
     """TRL's, faster: its data, losses and metrics.
 
     `logits/chosen` and `logits/rejected` are means over the tokens of the completions, as DPOTrainer logs them: TRL's

@@ -1,21 +1,27 @@
 """TRL's KTOTrainer: its rows are packed, and no logits are built.
 
-Two seams, chosen by what is there: `add_fused_lm_head`, which is given the models (TRL 1.15 and later), and `forward`,
-which returns log-probs and logits of a batch (0.18 to 1.3). Between those the logits are built amid TRL's loss.
+Three seams, chosen by what is there: `add_fused_lm_head`, which is given the models (TRL 1.15 and later); `_compute_loss`,
+which reads the logits of completions alone (1.9 to 1.14); `forward`, which returns log-probs and logits of a batch
+(0.18 to 1.3).
 """
 
 import contextlib
+import functools
 import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..completion import CompletionLogps, score_rows
+from ..copies import base_model_of
 from ..rows import IGNORED
-from .others import ignored_by, no_seam, trainer_with
+from . import scoring
+from .others import config_of, ignored_by, no_seam, trainer_with
 
-_KTOTrainer = trainer_with("KTOTrainer", "compute_loss")
-_module = sys.modules[_KTOTrainer.__module__]
+_TRLs = trainer_with("KTOTrainer", "compute_loss")
+_module = sys.modules[_TRLs.__module__]
+KTOConfig = config_of(_TRLs)
 
 
 class _Forward:
@@ -58,6 +64,45 @@ class _Forward:
         return getattr(self, "is_encoder_decoder", False)
 
 
+class _FullLogits:
+    """Over TRL 1.9 to 1.14."""
+
+    def _compute_loss(self, model, inputs, return_outputs=False):
+        if return_outputs:  # whoever asks for outputs reads their logits
+            return super()._compute_loss(model, inputs, return_outputs)
+        self._use_models()
+        with scoring.scored(_labels_by(inputs["completion_mask"]), ("entropy", "mean_logits")):
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    def _compute_kl_logps(self, model, batch):
+        if not self.calculate_KL:
+            return None
+        with scoring.scored(_labels_by(batch["KL_completion_mask"])):
+            return super()._compute_kl_logps(model, batch)
+
+    def compute_ref_log_probs(self, model, inputs):
+        """As TRL's."""
+
+        def labels_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            kind = next(kind for kind in ("", "KL_") if input_ids is inputs[f"{kind}input_ids"])
+            return _labels_by(inputs[f"{kind}completion_mask"])(input_ids, attention_mask)
+
+        self._use_models()
+        with scoring.scored(labels_of):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def _use_models(self) -> None:
+        if not hasattr(self, "_given"):
+            models = [self.model, *([] if self.ref_model is None else [self.ref_model])]
+            self._given = [base_model_of(self.accelerator.unwrap_model(model)) for model in models]
+            for model in self._given:
+                scoring.install(model, pairs=False)
+
+
+def _labels_by(completion_mask: Tensor):
+    return lambda input_ids, attention_mask: input_ids.masked_fill(completion_mask == 0, IGNORED)
+
+
 class _FusedHead:
     """Over TRL 1.15 and later."""
 
@@ -65,7 +110,7 @@ class _FusedHead:
         from .fused_head import install
 
         before = _module.add_fused_lm_head
-        _module.add_fused_lm_head = install
+        _module.add_fused_lm_head = functools.partial(install, pairs=False)
         try:
             super().__init__(*args, **kwargs)
         finally:
@@ -75,12 +120,18 @@ class _FusedHead:
 def _seam() -> Any:
     if hasattr(_module, "add_fused_lm_head"):
         return _FusedHead
-    if "forward" in vars(_KTOTrainer):
+    if "forward" in vars(_TRLs):
         return _Forward
-    raise no_seam("KTOTrainer", f"forward of TRL's KTOTrainer or add_fused_lm_head in {_module.__name__}")
+    reads = {"selective_log_softmax_and_entropy", "entropy_from_logits"} & set(vars(_module))
+    if "_compute_loss" in vars(_TRLs) and reads:
+        return _FullLogits
+    raise no_seam(
+        "KTOTrainer",
+        f"forward or a _compute_loss with entropies of TRL's KTOTrainer, or add_fused_lm_head in {_module.__name__}",
+    )
 
 
-class KTOTrainer(_seam(), _KTOTrainer):
+class KTOTrainer(_seam(), _TRLs):
     """TRL's, faster: its data, losses and metrics.
 
     Before TRL 1.4 `logits/chosen` and `logits/rejected` are sums over the tokens of the completions: TRL's count

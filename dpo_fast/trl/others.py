@@ -1,6 +1,7 @@
 """TRL's preference trainers beside DPOTrainer: where this TRL keeps them, and what their pairs look like as rows."""
 
 import importlib
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,11 @@ def trainer_with(name: str, method: str) -> Any:
     if found is None:
         raise no_seam(name, f"{method} of TRL's {name}")
     return found
+
+
+def config_of(trainer: type) -> Any:
+    """The class of its settings, which stands in its module."""
+    return getattr(sys.modules[trainer.__module__], trainer.__name__.replace("Trainer", "Config"))
 
 
 def no_seam(name: str, looked_for: str) -> ImportError:
