@@ -33,8 +33,8 @@ from .seams import fast_dpo_of
 
 FastDPO = fast_dpo_of(dpo_trainer)
 
-
-_OTHERS = {f"{kind}{part}": kind.lower() for kind in ("CPO", "ORPO", "KTO") for part in ("Config", "Trainer")}
+# Modules that are read when they are asked for: TRL keeps these trainers, and settings of two, in trl.experimental
+_OTHERS = {"CPOTrainer": "cpo", "ORPOTrainer": "orpo", "KTOTrainer": "kto", "CPOConfig": "cpo", "ORPOConfig": "orpo"}
 
 
 def __getattr__(name: str):

@@ -1,8 +1,8 @@
 """TRL's KTOTrainer: its rows are packed, and no logits are built.
 
-Three seams, chosen by what is there: `add_fused_lm_head`, which is given the models (TRL 1.15 and later); `_compute_loss`,
-which reads the logits of completions alone (1.9 to 1.14); `forward`, which returns log-probs and logits of a batch
-(0.18 to 1.3).
+Three seams, chosen by what is there: `add_fused_lm_head`, which is given the models (TRL 1.15 and later);
+`_compute_loss`, which reads the logits of completions alone (1.9 to 1.14); `forward`, which returns log-probs and
+logits of a batch (0.18 to 1.3).
 """
 
 import contextlib
@@ -17,11 +17,10 @@ from ..completion import CompletionLogps, score_rows
 from ..copies import base_model_of
 from ..rows import IGNORED
 from . import scoring
-from .others import config_of, ignored_by, no_seam, trainer_with
+from .others import ignored_by, no_seam, trainer_with
 
 _TRLs = trainer_with("KTOTrainer", "compute_loss")
 _module = sys.modules[_TRLs.__module__]
-KTOConfig = config_of(_TRLs)
 
 
 class _Forward:

@@ -6,7 +6,6 @@ from ..completion import score_rows
 from ..rows import IGNORED
 from .others import config_of, mean_logits, paired_rows, trainer_with
 
-
 _TRLs = trainer_with("ORPOTrainer", "concatenated_forward")
 ORPOConfig = config_of(_TRLs)
 

@@ -1,7 +1,6 @@
 """TRL's CPO, ORPO and KTO trainers with this package's forward against TRL's own: the same trainings."""
 
 import importlib
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +10,13 @@ from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from dpo_fast.trl import cpo, kto, orpo  # noqa: E402
-from dpo_fast.trl.others import no_seam, trainer_with  # noqa: E402
+import dpo_fast.trl  # noqa: E402
+from dpo_fast.trl import kto  # noqa: E402
+from dpo_fast.trl.others import config_of, trainer_with  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-OURS = {"CPO": cpo.CPOTrainer, "ORPO": orpo.ORPOTrainer, "KTO": kto.KTOTrainer}
+OURS = {name: getattr(dpo_fast.trl, f"{name}Trainer") for name in ("CPO", "ORPO", "KTO")}
 OF_ALL_POSITIONS = ("logits/chosen", "logits/rejected")  # in TRL's CPO and ORPO, of prompts and padding, too
 TIMES = ("runtime", "per_second", "flos")
 
@@ -33,7 +33,7 @@ def rows_for(name: str) -> list[dict]:
 
 def training(name: str, kind: type, folder, adapter: bool = False, **options):
     """The trainer after six steps of four rows; the model's logits are far from uniform."""
-    config = getattr(sys.modules[trainer_with(f"{name}Trainer", "compute_loss").__module__], f"{name}Config")
+    config = config_of(trainer_with(f"{name}Trainer", "compute_loss"))
     model = tiny_model()
     for p in model.parameters():
         p.data.mul_(2 if p.ndim > 1 else 1)
@@ -103,15 +103,22 @@ def test_rows_of_experts_bring_their_balancing_loss(tmp_path):
     batch = {
         f"{side}_{key}": value
         for side, half in (("chosen", slice(0, 2)), ("rejected", slice(2, 4)))
-        for key, value in (("input_ids", ids[half]), ("attention_mask", torch.ones_like(ids[half])), ("labels", labels[half]))
+        for key, value in (
+            ("input_ids", ids[half]),
+            ("attention_mask", torch.ones_like(ids[half])),
+            ("labels", labels[half]),
+        )
     }
-    for kind in (cpo.CPOTrainer, orpo.ORPOTrainer):
+    for kind in (OURS["CPO"], OURS["ORPO"]):
         trainer = object.__new__(kind)
         vars(trainer).update(
             is_encoder_decoder=False, aux_loss_enabled=True, cpo_alpha=1.0, loss_type="sigmoid", padding_value=0,
             pad_token_id=0, accelerator=SimpleNamespace(device=torch.device("cpu")),
         )  # fmt: skip
-        theirs, mine = super(kind, trainer).concatenated_forward(model, batch), trainer.concatenated_forward(model, batch)
+        theirs, mine = (
+            super(kind, trainer).concatenated_forward(model, batch),
+            trainer.concatenated_forward(model, batch),
+        )
         assert len(theirs) == len(mine) == 6
         for i in (0, 1, 4, 5):
             assert torch.allclose(theirs[i], mine[i], atol=1e-5), i
@@ -132,7 +139,9 @@ class OfOldTRL:
 
     def _compute_kl_logps(self, model, batch):
         with torch.no_grad():
-            logits = model(batch["KL_completion_input_ids"], attention_mask=batch["KL_completion_attention_mask"]).logits
+            logits = model(
+                batch["KL_completion_input_ids"], attention_mask=batch["KL_completion_attention_mask"]
+            ).logits
         return self.get_batch_logps(logits, batch["KL_completion_labels"])
 
     def get_batch_logps(self, logits, labels):
@@ -158,7 +167,9 @@ def test_ktos_forward_of_older_trls():
         lengths = torch.tensor([9, 7, 8])[:, None]
         mask = (torch.arange(9) < lengths).long()
         labels = ids.masked_fill((mask == 0) | (torch.arange(9) < 4), -100)
-        batch |= {f"{kind}completion_{k}": v for k, v in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
+        batch |= {
+            f"{kind}completion_{k}": v for k, v in dict(input_ids=ids, attention_mask=mask, labels=labels).items()
+        }
     theirs, mine = OfOldTRL.forward(trainer, model, batch), trainer.forward(model, batch)
     for i in (0, 1, 4):
         assert torch.allclose(theirs[i], mine[i], atol=1e-5), i
@@ -173,10 +184,9 @@ def test_ktos_forward_of_older_trls():
 
 
 @pytest.mark.parametrize("name", ["KTOTrainer", "NoSuchTrainer"])
-def test_what_this_trl_lacks_is_one_sentence(name, monkeypatch):
+def test_what_this_trl_lacks_is_one_sentence(name):
     with pytest.raises(ImportError, match=f"dpo_fast.trl.{name} replaces no_such_method of TRL's {name}, which TRL"):
         trainer_with(name, "no_such_method")
-    assert "which TRL" in str(no_seam(name, "x"))
 
 
 def test_a_trainer_that_has_only_moved_is_found(monkeypatch):

@@ -33,8 +33,11 @@ ROWS = {"train": 17, "test": 2}  # as many as the hub's data set has
 # --- what stands for the hub ---------------------------------------------------------------------------------------
 
 
-def make_hub(folder: Path, files: list[Path]) -> None:
-    """folder/trl-internal-testing: a tiny model for each one that the files name, and the data set zen."""
+def make_hub(folder: Path, *files: Path) -> None:
+    """folder/trl-internal-testing: a tiny model for each one that the files name, and the data set zen.
+
+    In a process of the interpreter that will read them: files of a newer transformers need not load in an older one.
+    """
     named = {name for file in files for name in re.findall(rf'"{HUB}/(tiny-[\w.-]+)"', file.read_text())}
     for name in sorted(named):
         _make_model(folder / HUB / name, name.split("-")[1])
@@ -154,14 +157,18 @@ def tests_of_release(version: str, folder: Path) -> Path:
     return tests
 
 
+def _environment() -> dict[str, str]:
+    places = [str(ROOT), str(ROOT / "tests"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
 def outcomes(python: str, files: list[Path], chosen: str, hub: Path, swapped: list[str]) -> dict[str, dict]:
     """test -> what came of it."""
     tests = files[0].parent
     helpers = [file for file in (tests / "testing_utils.py", tests / "conftest.py") if file.exists()]
     out = hub / f"outcomes-{'ours' if swapped else 'theirs'}.jsonl"
-    places = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(places), "DPO_FAST_OUTCOMES": str(out), "HF_HUB_OFFLINE": "1",
+        **_environment(), "DPO_FAST_OUTCOMES": str(out), "HF_HUB_OFFLINE": "1",
         "DPO_FAST_SWAPPED": " ".join(swapped), "DPO_FAST_TEST_FILES": os.pathsep.join(map(str, [*helpers, *files])),
         "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
@@ -184,14 +191,14 @@ def main() -> int:
     arguments = parser.parse_args()
     if (arguments.version is None) == (arguments.tests is None):
         parser.error("name a release, or a folder of tests")
-    sys.path.insert(0, str(ROOT / "tests"))
     with tempfile.TemporaryDirectory() as there:
         hub = Path(there)
         tests = arguments.tests.resolve() if arguments.tests else tests_of_release(arguments.version, hub)
         copied = Path(shutil.copytree(tests, hub / "their_tests"))  # beside trl's source, that would be imported
         (copied / "__init__.py").touch()
         files = [copied / name for name in arguments.files]
-        make_hub(hub, files)
+        making = "import pathlib, sys, their_suite; their_suite.make_hub(*map(pathlib.Path, sys.argv[1:]))"
+        subprocess.run([arguments.python, "-c", making, there, *map(str, files)], env=_environment(), check=True)
         swapped = [re.sub(r"test_(\w+)_trainer.py", r"\1", name).upper() + "Trainer" for name in arguments.files]
         runs = [outcomes(arguments.python, files, arguments.k, hub, names) for names in ([], swapped)]
     return report(*runs)
