@@ -3,7 +3,7 @@
     python -m benchmarks.host                # processor ms of one core; no GPU takes part
 
 Pairs of n tokens: a third each of prompt, chosen, rejected. `shared_prefix_batch` and `padded_batch` take lists, `of
-arrays` is what `FastDPOTrainer`'s loader hands over; `pack_rows` takes TRL's padded tensors. The bar is twice the one
+arrays` is what `FastDPOTrainer`'s loader hands over; `packed_rows` takes TRL's padded tensors. The bar is twice the one
 tensor.
 """
 
@@ -17,13 +17,13 @@ import torch
 
 from dpo_fast.batch import TokenPair, padded_batch
 from dpo_fast.layout import make_layout, shared_prefix_batch
-from dpo_fast.trl_rows import pack_rows
+from dpo_fast.rows import packed_rows
 
 from .measure import interleaved
 from .record import Record, add_arguments, table
 
 ONE_TENSOR, BAR = "one tensor", 2.0
-BARRED = ("shared_prefix_batch", "shared_prefix_batch of arrays", "padded_batch", "pack_rows")
+BARRED = ("shared_prefix_batch", "shared_prefix_batch of arrays", "padded_batch", "packed_rows")
 SHAPES = ((8, 2048), (8, 3000), (32, 2048))
 COLUMNS = ["part", "pairs", "tokens", "processor_median_ms", "processor_min_ms", "to_one_tensor"]
 
@@ -45,7 +45,7 @@ def parts(pairs: int, tokens: int) -> dict[str, Callable[[], object]]:
         "shared_prefix_batch of arrays": lambda: shared_prefix_batch(arrays),
         "make_layout, of it": lambda: make_layout(lengths),
         "padded_batch": lambda: padded_batch(lists, 0),
-        "pack_rows": lambda: pack_rows(*rows),
+        "packed_rows": lambda: packed_rows(*rows),
     }
 
 

@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from .batch import PreferenceBatch as PreferenceBatch
+    from .completion import CompletionLogps as CompletionLogps
+    from .completion import completion_logps as completion_logps
+    from .completion import get_batch_logps as get_batch_logps
     from .forward import attach as attach
+    from .forward import detach as detach
     from .logps import PairLogps as PairLogps
     from .losses import LOSSES as LOSSES
     from .objective import Objective as Objective
@@ -52,6 +56,10 @@ _PUBLIC = {
     "LOSSES": "dpo_fast.losses",
     "PreferenceBatch": "dpo_fast.batch",
     "attach": "dpo_fast.forward",
+    "detach": "dpo_fast.forward",
+    "completion_logps": "dpo_fast.completion",
+    "CompletionLogps": "dpo_fast.completion",
+    "get_batch_logps": "dpo_fast.completion",
     "FastDPOTrainer": "dpo_fast.training.trainer",
     "FastDPOConfig": "dpo_fast.training.config",
 }

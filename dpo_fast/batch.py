@@ -63,6 +63,8 @@ class PreferenceBatch(dict):
       reference_token_logps (N,) fp32, or reference_logps (2P,) fp32, sums
     layout: None for padded rows, else the shared-prefix layout that the attention function needs
     comparisons, where pairs are not those of 2P sequences: P host-side tuples (chosen, rejected) of S sequences
+    of rows that existed before (rows.py): places (N,) int64, where the scored tokens lie in shifted labels of the shape
+      field_shape; model_inputs, further keyword arguments of the model
     """
 
     def __getattr__(self, name: str):
@@ -96,13 +98,14 @@ class PreferenceBatch(dict):
             return sum(lengths[: self.num_pairs])
         return sum(lengths[chosen] for chosen, _ in self["comparisons"])
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """All of them, those of the layout, too."""
         layout = self.get("layout")
         own = [value for value in self.values() if isinstance(value, Tensor)]
         return own if layout is None else [*own, *layout.tensors()]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
+        """This batch with `function` of each of its tensors."""
         mapped = {name: function(value) for name, value in self.items() if isinstance(value, Tensor)}
         if self.get("layout") is not None:
             mapped["layout"] = self["layout"].map(function)
@@ -111,13 +114,13 @@ class PreferenceBatch(dict):
     def to(self, device, non_blocking: bool = False) -> "PreferenceBatch":
         """A copy with every tensor on `device`; all travel in one copy to a CUDA device, and the host waits for none
         (see transfer.py)."""
-        moved = self._map(transfer.mover(self._tensors(), device, non_blocking))
+        moved = self.map(transfer.mover(self.tensors(), device, non_blocking))
         others = [k for k, v in moved.items() if k != "layout" and not isinstance(v, Tensor) and hasattr(v, "to")]
         return type(self)({**moved, **{k: moved[k].to(device, non_blocking=non_blocking) for k in others}})
 
     def pin_memory(self) -> "PreferenceBatch":
         """A copy whose tensors lie in one pinned buffer."""
-        return self._map(transfer.pinned(self._tensors()))
+        return self.map(transfer.pinned(self.tensors()))
 
 
 def token_ids(op: str, ids: Ids) -> Tensor:

@@ -12,6 +12,8 @@ and the backbone and the head are looked up at each call, because such wrappers 
 how the backbone runs: padded rows with the model's own attention, or a shared-prefix row with `attention.py`'s.
 """
 
+import contextlib
+import copy
 import functools
 import inspect
 import logging
@@ -37,7 +39,7 @@ from .ops.checks import INTEGERS, check_tensor, describe
 from .ops.dispatch import check_impl, readable
 from .ops.linear import linear_token_stats
 from .ops.logits import logits_token_stats
-from .ops.stats import TokenStats
+from .ops.stats import STATS, TokenStats
 from .preference import linear_preference_loss, preference_from_stats
 from .quantised import keep_trainable
 from .router import balancing_loss, token_weights
@@ -68,6 +70,7 @@ class TokenScores(NamedTuple):
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+    aux_loss: Tensor | None = None  # () with a gradient, where asked for: see `PreferenceScores`
 
 
 class PreferenceScores(NamedTuple):
@@ -116,8 +119,20 @@ class HeadTransform:
         return cls(float(scale), getattr(text, "final_logit_softcapping", None))
 
     def __call__(self, head_output: Tensor) -> Tensor:
-        logits = head_output.float() * self.scale
+        logits = head_output.to(torch.promote_types(head_output.dtype, torch.float32)) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class OwnLogits(Exception):
+    """`attach` refuses a model whose own logits can be scored all the same."""
+
+
+class _UnknownHead(OwnLogits, ValueError):
+    """The logits are not a known function of the hidden states."""
+
+
+class _UnknownAdapter(OwnLogits, TypeError):
+    """It works on rows before the model's forward sees them, or past it."""
 
 
 @dataclass
@@ -131,6 +146,7 @@ class _Attachment:
     checked: bool = False
     backbone: str = ""  # where the module is whose output the head is given; "": base_model
     packs: bool = False  # the probe of packed rows has found nothing in either mode: what compiled code asks
+    autocast: Any = None  # the context in which accelerate runs the forward that the model had
 
 
 def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None) -> nn.Module:
@@ -154,6 +170,8 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
         state.impl, state.tile_mib = impl, tile_mib
         return model
     state = _Attachment(base.forward, HeadTransform.from_config(base.config), impl, tile_mib)
+    if "_original_forward" in vars(base):  # prepared before it was attached
+        state.autocast = next((value for value in reached(base.forward) if isinstance(value, torch.autocast)), None)
     if packing.is_ready(base):
         check_head(base, state)
     setattr(base, _STATE, state)
@@ -231,14 +249,16 @@ def _causal_lm(model: nn.Module) -> nn.Module:
 
 
 def _check_adapter(model: nn.Module) -> None:
-    """Raise TypeError for a PEFT adapter that works on rows before the model's forward sees them, or past it."""
+    """Raise `OwnLogits` for a PEFT adapter that works on rows before the model's forward sees them, or past it."""
     if not hasattr(model, "get_base_model"):
         return
     kind = str(getattr(model.active_peft_config, "peft_type", "")).rpartition(".")[2]
     if getattr(model.active_peft_config, "is_prompt_learning", False):
-        raise TypeError(f"attach: the adapter ({kind}) puts tokens before each row, which cannot be scored; use LoRA")
+        raise _UnknownAdapter(
+            f"attach: the adapter ({kind}) puts tokens before each row, which cannot be scored; use LoRA"
+        )
     if "forward" in vars(model.base_model):  # it keeps the forward that the model had when the adapter was made
-        raise TypeError(f"attach: the adapter ({kind}) does not call the model's forward as it is now; use LoRA")
+        raise _UnknownAdapter(f"attach: the adapter ({kind}) does not call the model's forward as it is now; use LoRA")
 
 
 _FORWARDS: set[Callable] = set()  # what `attach` installs, a function for each class of models
@@ -260,7 +280,9 @@ def _forward_of(model_class: type[nn.Module]) -> Callable:
         unexpected = [name for name, value in kwargs.items() if value is not None]  # PEFT passes its Nones along
         if len(args) > 1 or unexpected:
             raise TypeError(f"model(batch) takes nothing but {', '.join(_KNOBS)}, got {unexpected or args[1:]}")
-        return score_batch(self, PreferenceBatch(batch), **knobs)  # FSDP turns subclasses of dict into dicts
+        autocast = getattr(self, _STATE).autocast
+        with contextlib.nullcontext() if autocast is None else copy.copy(autocast):  # an instance is entered once
+            return score_batch(self, PreferenceBatch(batch), **knobs)  # FSDP turns subclasses of dict into dicts
 
     _FORWARDS.add(forward)
     return forward
@@ -285,21 +307,22 @@ def score_batch(
     """Backbone -> hidden states at the scored positions -> head (-> loss). Call `model(batch)`, which ends up here.
 
     pair_knobs, with an objective: reference_logps (2P,) or reference_token_logps (N,), mean_chosen_length;
-    see `linear_preference_loss`. aux_loss, with an objective: return a mixture of experts' balancing loss as well.
+    see `linear_preference_loss`. aux_loss: return a mixture of experts' balancing loss as well.
     Of a model that is spread over devices all comes back to the batch's.
     """
     _check_batch(model, batch)
     device = batch.input_ids.device
     state = attachment(model)
     backbone, batch = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
+    _check_positions(model, backbone[0], batch)
     hidden = at_predictors(model, backbone[0], batch.predictors)
     head = model.get_output_embeddings()
     targets = batch.targets.to(hidden.device)
+    aux = _balancing_loss(model, batch, backbone) if aux_loss else None
     if objective is None:
-        if aux_loss or any(value is not None for value in pair_knobs.values()):
-            knobs = ", ".join([*pair_knobs, *(["aux_loss"] if aux_loss else [])])
-            raise TypeError(f"model(batch, ...) takes {knobs} only together with objective=")
-        scored = _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs)
+        if any(value is not None for value in pair_knobs.values()):
+            raise TypeError(f"model(batch, ...) takes {', '.join(pair_knobs)} only together with objective=")
+        scored = _token_scores(score_hidden(head, hidden, targets, state, outputs), outputs, aux)
         return _on(device, scored) if hidden.device != device else scored
     tensors, compiling = _tensors_or_reason(head, hidden), torch.compiler.is_compiling()
     common = dict(
@@ -331,7 +354,6 @@ def score_batch(
             tile_mib=state.tile_mib,
             **common,
         )
-    aux = _balancing_loss(model, batch, backbone) if aux_loss else None
     scores = PreferenceScores(out.loss, out.losses, out.pairs, _token_scores(out.stats, outputs), aux)
     return _on(device, scores) if hidden.device != device else scores
 
@@ -393,6 +415,15 @@ def _balancing_loss(model: nn.Module, batch: PreferenceBatch, backbone) -> Tenso
     return balancing_loss(model, getattr(backbone, "router_logits", None), token_weights(batch))
 
 
+def _check_positions(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> None:
+    """A hook may have given the layers a part of each row."""
+    if hidden.shape[:2] != batch.input_ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gave hidden states of {tuple(hidden.shape[:2])} positions for input_ids "
+            f"{tuple(batch.input_ids.shape)}: rows that are spread over devices (sequence parallelism) cannot be scored"
+        )
+
+
 def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
     """The backbone's outputs, whose first is (B, T, H) hidden states, and the batch whose rows it ran.
 
@@ -405,11 +436,13 @@ def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
             batch = separate_rows(batch)
     backbone = backbone_of(model)
     rows = {name: batch[name] for name in _ROWS if batch.get(name) is not None} | {"use_cache": False, **options}
+    rows |= batch.get("model_inputs", {})
     if batch.layout is not None:
         attention.enable(model)
         packed = attention.model_inputs(batch.layout, batch.input_ids.device)
         return packing.run(model, backbone, rows | packed), batch
-    return packing.run_padded(model, backbone, rows), batch
+    out = packing.run_padded(model, backbone, rows, one_by_one=not options.get("output_router_logits", False))
+    return out, batch
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -453,7 +486,8 @@ def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tenso
     # which no order of addition changes, so this is reproducible
     hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
     head = model.get_output_embeddings()
-    return hidden.to(next(head.parameters()).device)  # a model spread over devices
+    here = next((p.device for p in head.parameters()), hidden.device)  # FSDP1 may leave none
+    return hidden.to(here)  # a model spread over devices
 
 
 def score_hidden(
@@ -501,9 +535,9 @@ def _log_once(reason: str) -> None:
     logger.warning("the logits of the scored positions are built, %s", reason)
 
 
-def _token_scores(stats: TokenStats, outputs: Sequence[str]) -> TokenScores:
+def _token_scores(stats: TokenStats, outputs: Sequence[str], aux_loss: Tensor | None = None) -> TokenScores:
     return TokenScores(
-        stats.logps, *(getattr(stats, name) if name in outputs else None for name in TokenScores._fields[1:])
+        stats.logps, **{name: getattr(stats, name) for name in STATS if name in outputs}, aux_loss=aux_loss
     )
 
 
@@ -544,20 +578,21 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         because = f"its weights are not: {where} has NaN or infinity" if where else "though all its weights are"
         raise ValueError(f"attach: {name}'s logits are not finite, {because}")
     if "head_output" not in seen:
-        raise ValueError(f"attach: {name} does not call its output head as a module, so it cannot be scored")
+        raise _UnknownHead(f"attach: {name} does not call its output head as a module, so it cannot be scored")
     entered = seen["head_input"]
     found = [m for m, x in left.items() if m is not model and isinstance(x, Tensor) and x.shape == entered.shape]
     found = [m for m in found if torch.equal(left[m], entered.to(left[m].device))]
     if not found:
-        raise ValueError(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
+        raise _UnknownHead(f"attach: {name} changes hidden states between backbone and head, in a way unknown here")
     if model.base_model not in found:  # OPT calls a part of it
         state.backbone = next(path for path, module in model.named_modules() if module is found[-1])
-    ours, theirs = state.transform(seen["head_output"]), logits.float()
+    ours = state.transform(seen["head_output"])
+    theirs = logits.to(ours.dtype)
     coarse = max(torch.finfo(x.dtype).eps for x in (logits, seen["head_output"]))  # a wrapper may have widened logits
     # At most an eps for each of scale, division, tanh, product and the last cast
     tolerance = 5 * coarse * theirs.abs().max()
     if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= tolerance:
-        raise ValueError(
+        raise _UnknownHead(
             f"attach: {name} transforms the output of its head in a way that its config does not declare: its logits "
             f"are not {state.transform} of it (maximum {theirs.abs().max():.4g}, expected {ours.abs().max():.4g})"
         )
@@ -569,7 +604,7 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         wide = torch.promote_types(product.dtype, torch.float32)
         difference = (product.to(wide) - called.to(wide)).abs()
         if not (difference <= _rounding_of_product(hidden, tensors.weight, product)).all():
-            raise ValueError(
+            raise _UnknownHead(
                 f"attach: {name}'s output head is not the product with its weight (off {difference.max():.4g})"
             )
     state.checked = True

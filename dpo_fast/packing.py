@@ -61,10 +61,12 @@ def draws_in_training(model: nn.Module) -> bool:
 
 def is_ready(model: nn.Module) -> bool:
     """Whether its weights are here and whole, so that it can run outside its wrappers."""
+    # FSDP1 without use_orig_params leaves views of weights that are elsewhere, which are no parameters
+    views = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor))
     return all(
         p.numel() and not p.is_meta and not isinstance(p, DTensor) and not hasattr(p, "ds_id")
         for p in model.parameters()
-    )
+    ) and all(x.untyped_storage().size() or not x.numel() for x in views)
 
 
 def require(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, packing, trl_rows
+from .batch import PreferenceBatch
 from .copies import ATTACHED, compute_with_own_weights
 from .drift import AdapterWatch
 from .forward import (
@@ -49,6 +50,7 @@ from .reference import is_peft_model
 from .report.callback import reporting
 from .report.pairs import PairEvaluation
 from .router import balancing_loss
+from .rows import packed_rows
 from .training import checkpoints
 
 try:
@@ -628,19 +630,19 @@ def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
     """The batch as the data loader has packed it; else packed here, for the policy's and the reference's forward: kept
     with its labels, and gone with them."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-    packed: trl_rows.PackedRows | list[str] | None = trl_rows.handed(ids, mask, labels)
+    packed: PreferenceBatch | str | None = trl_rows.handed(ids, mask, labels)
     if packed is None:
         known = getattr(labels, _PACKED, None)
         if known is None or known[0] is not ids or known[1] is not mask:
-            known = ids, mask, trl_rows.pack_rows(ids, mask, labels)
+            known = ids, mask, packed_rows(ids, mask, labels)
             setattr(labels, _PACKED, known)
         packed = known[2]
-    if isinstance(packed, list):
-        return packed
+    if isinstance(packed, str):
+        return [packed]
     row = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     return _Rows(
         inputs={**kwargs, **row, **attention.model_inputs(packed.layout, labels.device)},
-        shape=packed.shape,
+        shape=torch.Size(packed.field_shape),
         predictors=packed.predictors,
         targets=packed.targets,
         places=packed.places,

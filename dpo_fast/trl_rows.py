@@ -2,8 +2,8 @@
 
     PackingCollator   what TRL's collator makes, as a `PairBatch`: the same dict, which carries its packed rows along
     handed_over       while TRL computes a loss, `handed` finds them for the tensors that they were made from
-    pack_rows         the packing, on the tensors' device; the host reads 3P + 1 numbers
 
+The packing is rows.py's.
 TRL's code sees no key that it does not know. What cuts, joins or rewrites a batch on its way (accelerate's dispatcher,
 a user's own code) makes or changes tensors, and the forward then packs those.
 """
@@ -11,15 +11,16 @@ a user's own code) makes or changes tensors, and the forward then packs those.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import transfer
-from .layout import SharedPrefixLayout
+from .batch import PreferenceBatch
 from .ops.dispatch import readable
+from .rows import packed_rows
 
 _SOURCES = ("input_ids", "attention_mask", "completion_mask")  # (2P, T), chosen above rejected
 _OTHERS = {"ref_chosen_logps", "ref_rejected_logps"}
@@ -29,77 +30,16 @@ _OTHER_LABELS = (
 )
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    input_ids: Tensor  # (1, S) int64
-    position_ids: Tensor  # (1, S) int64
-    layout: SharedPrefixLayout
-    shape: torch.Size  # of TRL's fields, (2P, T - 1)
-    predictors: Tensor  # (N,) int64 positions of the row
-    targets: Tensor  # (N,) int64
-    places: Tensor  # (N,) int64 positions of TRL's flattened fields
-
-    def tensors(self) -> list[Tensor]:
-        return [*self._own().values(), *self.layout.tensors()]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedRows":
-        own: Any = {name: function(value) for name, value in self._own().items()}
-        return replace(self, layout=self.layout.map(function), **own)
-
-    def _own(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PackedRows | list[str]:
-    """(2P, T) each, on one device, labels -100 where nothing is scored -> packed rows there; reasons if they cannot be.
-
-    The host reads what it must know, once: lengths, how much pairs share, and the number of scored tokens.
-    """
-    (rows, width), device = labels.shape, labels.device
-    mask, scored = attention_mask.to(torch.int64), labels != -100
-    lengths = mask.sum(1)
-    inside = torch.arange(width, device=device) < lengths[:, None]
-    right = (mask == inside).all() & (scored <= inside).all() & (lengths > 0).all()
-    chosen, rejected = input_ids.chunk(2)
-    # argmax is the first of the largest; behind the row all pairs differ
-    same = torch.nn.functional.pad(chosen != rejected, (0, 1), value=True).int().argmax(1)
-    shared = same.minimum(lengths.view(2, -1).amin(0))
-    count = torch.where(right, scored[:, 1:].sum(), -1)  # a row's first token has nothing to predict it
-    numbers = torch.cat([lengths, shared, count.unsqueeze(0)]).tolist()
-    if numbers[-1] < 0:
-        return ["the rows are not sequences padded on the right"]
-
-    pairs = rows // 2
-    order = [row for pair in range(pairs) for row in (pair, pairs + pair)]
-    sharing = [k for pair in range(pairs) for k in (0, numbers[rows + pair])]
-    layout = SharedPrefixLayout.make([numbers[row] for row in order], sharing, order).to(device)
-    in_order = torch.arange(rows, device=device).view(2, pairs).t().flatten()  # `order`, there
-    positions = layout.positions.long()
-    row_of_token = in_order.repeat_interleave(layout.query_ends.diff(), output_size=layout.length)
-    sequence, before = scored[in_order, 1:].nonzero_static(size=numbers[-1]).unbind(1)  # the one that predicts it
-    row = in_order[sequence]
-    return PackedRows(
-        input_ids=input_ids[row_of_token, positions].unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        layout=layout,
-        shape=torch.Size((rows, width - 1)),
-        predictors=layout.index[layout.key_ends[sequence] + before],
-        targets=labels[row, before + 1],
-        places=row * (width - 1) + before,
-    )
-
-
 class PairBatch(dict[str, Any]):
     """A batch of TRL's collator, and its packed rows as long as they are of the tensors in it."""
 
-    def __init__(self, values: dict, rows: PackedRows | None = None):
+    def __init__(self, values: dict, rows: PreferenceBatch | None = None):
         super().__init__(values)
         self._rows = rows
         sources: Iterable[str] = () if rows is None else _SOURCES
         self._made_of: list[tuple[str, Tensor, int]] = [(name, self[name], _version(self[name])) for name in sources]
 
-    def rows(self) -> PackedRows | None:
+    def rows(self) -> PreferenceBatch | None:
         """None if a tensor that they were made from was replaced or written to."""
         same = all(self.get(name) is x and _version(x) == version for name, x, version in self._made_of)
         return self._rows if same else None
@@ -146,8 +86,8 @@ class PackingCollator:
         ids, mask, completion = (batch[name] for name in _SOURCES)
         if not (ids.ndim == 2 and ids.shape == mask.shape == completion.shape and len(ids) % 2 == 0):
             return batch
-        packed = pack_rows(ids, mask, labels_of(batch))
-        return PairBatch(batch, packed if isinstance(packed, PackedRows) else None)
+        packed = packed_rows(ids, mask, labels_of(batch))
+        return PairBatch(batch, None if isinstance(packed, str) else packed)
 
     def __getattr__(self, name: str):
         if name == "collator" or name.startswith("__"):
@@ -186,7 +126,7 @@ def handed_over(batch: Any) -> Iterator[None]:
         _HANDED.reset(token)
 
 
-def handed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PackedRows | None:
+def handed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PreferenceBatch | None:
     """The packed rows of these tensors; None where there are none, or where the labels are not those that TRL makes of
     the batch. On a GPU the host does not wait to know that: other labels stop the run there."""
     batch = _HANDED.get()

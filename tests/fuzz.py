@@ -23,6 +23,7 @@ from fuzz_heads import Head, Hooked
 from fuzz_inputs import MODES
 from fuzz_logits import Logits, Sums
 from fuzz_losses import Losses, Preference
+from fuzz_rows import BatchLogits, Rows
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
@@ -35,11 +36,15 @@ OPS = {
     "sequence_logps": Sums,
     "preference_loss": Losses,
     "attach": Hooked,
+    "get_batch_logps": BatchLogits,
+    "completion_logps": Rows,
 }
 COUNTS = {"eager": 2000, "interpreter": 200, "compiled": 20}
 
 
 def modes_of(op: str) -> list[str]:
+    if op == "completion_logps":  # fp64 models, which no kernel takes; the host reads each batch
+        return ["eager"]
     return [mode for mode in MODES if not (op == "preference_loss" and mode == "interpreter")]  # it has no kernel
 
 

@@ -69,7 +69,7 @@ def test_what_arrives_is_what_was_sent(kind, monkeypatch, unpinned):
     batch = batch_of(kind)
     for found in (batch.to("cpu"), batch.pin_memory(), batch.pin_memory().to("cpu"), batch.to("cpu").to("cpu")):
         assert_same(found, batch)
-        tensors = found._tensors()
+        tensors = found.tensors()
         assert len({x.untyped_storage().data_ptr() for x in tensors}) == 1
         assert all(x.storage_offset() * x.itemsize % 16 == 0 and x.is_contiguous() for x in tensors)
     assert_same(pickle.loads(pickle.dumps(batch.pin_memory())), batch)
@@ -83,11 +83,11 @@ def test_accelerate_sends_a_batch_in_one_copy_that_does_not_block(kind, non_bloc
     with Copies() as copies:
         found = send_to_device(batch, torch.device("meta"), non_blocking=non_blocking)
     assert copies.seen == {("_to_copy", True): 1}
-    assert {x.device.type for x in found._tensors()} == {"meta"}
-    assert [x.shape for x in found._tensors()] == [x.shape for x in batch._tensors()]
+    assert {x.device.type for x in found.tensors()} == {"meta"}
+    assert [x.shape for x in found.tensors()] == [x.shape for x in batch.tensors()]
     with Copies() as copies:  # what is there stays there
         again = send_to_device(found, torch.device("meta"), non_blocking=non_blocking)
-    assert not copies.seen and all(a is b for a, b in zip(again._tensors(), found._tensors(), strict=True))
+    assert not copies.seen and all(a is b for a, b in zip(again.tensors(), found.tensors(), strict=True))
 
 
 def test_a_pinned_batch_is_sent_from_where_it_is(monkeypatch, unpinned):
@@ -98,7 +98,7 @@ def test_a_pinned_batch_is_sent_from_where_it_is(monkeypatch, unpinned):
     with Copies() as copies:
         found = batch.to("meta", non_blocking=True)
     assert copies.seen == {("_to_copy", True): 1}
-    assert [x.storage_offset() for x in found._tensors()] == [x.storage_offset() for x in batch._tensors()]
+    assert [x.storage_offset() for x in found.tensors()] == [x.storage_offset() for x in batch.tensors()]
     others = PreferenceBatch({**batch, "more": torch.ones(2)})
     with pytest.raises(TypeError):  # one that lies elsewhere: all are put together anew
         others.to("meta", non_blocking=True)
@@ -121,7 +121,7 @@ def test_elsewhere_nothing_is_put_together(monkeypatch):
     batch = batch_of("packed")
     there, here = batch.to("meta"), batch.to("cpu")
     assert there.layout.index.device.type == "meta" and there.host_lengths == batch.host_lengths
-    assert all(a is b for a, b in zip(here._tensors(), batch._tensors(), strict=True))
+    assert all(a is b for a, b in zip(here.tensors(), batch.tensors(), strict=True))
 
 
 def test_what_arrives_is_as_apart_as_it_was(monkeypatch, unpinned):

@@ -122,10 +122,10 @@ def check_count(where: str, name: str, value, least: int, expected: str = "") ->
     return value if isinstance(value, torch.SymInt) else int(value)
 
 
-def check_ignore_index(op: str, value) -> int:
+def check_ignore_index(op: str, value, name: str = "ignore_index") -> int:
     is_integer = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
     if not (is_integer and -(2**63) <= value < 2**63):
-        raise TypeError(f"{op}: ignore_index must be an int of 64 bits, got {value!r}")
+        raise TypeError(f"{op}: {name} must be an int of 64 bits, got {value!r}")
     return int(value)
 
 

@@ -18,7 +18,6 @@ from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import dpo_fast.trl as ours  # noqa: E402
-from dpo_fast import trl_rows  # noqa: E402
 from dpo_fast.trl import DPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -157,7 +156,14 @@ def test_a_batch_without_labels_is_a_differentiable_zero():
 
 
 def padded_left(inputs):
-    return {**inputs, **{name: inputs[name].flip(1) for name in ("input_ids", "attention_mask", "labels")}}
+    columns, space = torch.arange(inputs["labels"].shape[1]), (inputs["attention_mask"] == 0).sum(1)
+    rolled = (columns - space[:, None]) % len(columns)
+    return {**inputs, **{name: inputs[name].gather(1, rolled) for name in ("input_ids", "attention_mask", "labels")}}
+
+
+def with_a_hole(inputs):
+    inputs["attention_mask"][0, 1] = 0
+    return inputs
 
 
 def with_labels_on_padding(inputs):
@@ -190,8 +196,8 @@ def embedded(inputs):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (padded_left, "padded on the right"),
-        (with_labels_on_padding, "padded on the right"),
+        (with_a_hole, "attention_mask is not one run"),
+        (with_labels_on_padding, "labels are not -100 everywhere on padding"),
         (an_odd_row, "2P rows"),
         (with_position_ids, "position_ids"),
         (without_mask, "2P rows"),
@@ -208,6 +214,14 @@ def test_what_is_not_a_batch_of_text_pairs_runs_as_it_comes(change, reason, capl
         mine(**inputs, fused_lm_head=True)
     lines = [r.getMessage() for r in caplog.records if "padded rows" in r.getMessage()]
     assert len(lines) == 1 and reason in lines[0]
+
+
+def test_rows_padded_on_the_left_are_packed(caplog):
+    ours._log_once.cache_clear()
+    theirs, mine = both()
+    with caplog.at_level("WARNING", "dpo_fast"):
+        assert_same_call(theirs, mine, padded_left(inputs_of([row for row in examples() if row["prompt_ids"]])))
+    assert not any("padded rows" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
@@ -308,8 +322,8 @@ def test_a_head_that_trls_does_not_score_either_is_refused():
 
 def test_policy_and_reference_pack_a_batch_once(monkeypatch):
     packed = []
-    pack = trl_rows.pack_rows
-    monkeypatch.setattr(trl_rows, "pack_rows", lambda *args: packed.append(1) or pack(*args))
+    pack = ours.packed_rows
+    monkeypatch.setattr(ours, "packed_rows", lambda *args: packed.append(1) or pack(*args))
     _, policy = both()
     _, reference = both(seed=1)
     inputs = inputs_of()

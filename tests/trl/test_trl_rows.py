@@ -2,10 +2,8 @@
 
 import copy
 import pickle
-import random
 import traceback
 
-import plain_rows
 import pytest
 import torch
 from accelerate.utils import concatenate, send_to_device, slice_tensors
@@ -20,6 +18,8 @@ from torch.utils.data._utils.pin_memory import pin_memory  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 from dpo_fast import transfer, trl_rows  # noqa: E402
+from dpo_fast import trl as drop_in  # noqa: E402
+from dpo_fast.layout import SharedPrefixLayout  # noqa: E402
 from dpo_fast.ops import dispatch  # noqa: E402
 from dpo_fast.trl import DPOTrainer  # noqa: E402
 
@@ -55,7 +55,7 @@ def curve(trainer) -> list[tuple]:
 @pytest.fixture
 def packed_in_forward(monkeypatch):
     """Where rows were packed: True for each batch that a forward has packed, False for a collator's."""
-    found, pack = [], trl_rows.pack_rows
+    found, pack = [], trl_rows.packed_rows
 
     def noted(*args):
         found.append(
@@ -63,87 +63,9 @@ def packed_in_forward(monkeypatch):
         )
         return pack(*args)
 
-    monkeypatch.setattr(trl_rows, "pack_rows", noted)
+    for module in (trl_rows, drop_in):
+        monkeypatch.setattr(module, "packed_rows", noted)
     return found
-
-
-# --- the packing -----------------------------------------------------------------------------------------------------
-
-
-def random_batch(rng):
-    """(ids, mask, labels) and the sequences in them."""
-    few, width, pairs = rng.choice([2, 3, 1000]), rng.randint(1, 9), rng.randint(1, 4)
-    sequences = [[rng.randrange(few) for _ in range(rng.randint(1, width))] for _ in range(2 * pairs)]
-    for i in range(pairs):
-        k = rng.randint(0, len(sequences[i]))
-        sequences[pairs + i] = (sequences[i][:k] + sequences[pairs + i])[:width]
-    labels = [[x if rng.random() < 0.6 else -100 for x in tokens] for tokens in sequences]
-    fill = [(sequences, 0), ([[1] * len(tokens) for tokens in sequences], 0), (labels, -100)]
-    return [torch.tensor([row + [x] * (width - len(row)) for row in rows]) for rows, x in fill], sequences
-
-
-def test_random_batches_are_packed_as_token_by_token():
-    for seed in range(150):
-        (ids, mask, labels), sequences = random_batch(random.Random(seed))
-        P, width = len(ids) // 2, ids.shape[1]
-        order = [row for i in range(P) for row in (i, P + i)]
-        groups = [(sequences[i], sequences[P + i]) for i in range(P)]
-        true = plain_rows.packed(groups, [1] * 2 * P, order)
-        found = trl_rows.pack_rows(ids, mask, labels)
-        assert found.input_ids.tolist() == [true["input_ids"]] and found.shape == (2 * P, width - 1)
-        assert found.position_ids.tolist() == [true["position_ids"]]
-        assert found.layout.index.tolist() == true["index"] and list(found.layout.shared) == true["shared"]
-        # Of what `packed` scores, which is all but first tokens, what has a label
-        of_row = [t for row in order for t in range(1, len(sequences[row]))]
-        kept = [
-            i for i, (row, t) in enumerate(zip(true["sequence_ids"], of_row, strict=True)) if labels[row, t] != -100
-        ]
-        assert found.predictors.tolist() == [true["predictors"][i] for i in kept]
-        assert found.targets.tolist() == [true["targets"][i] for i in kept]
-        places = [true["sequence_ids"][i] * (width - 1) + of_row[i] - 1 for i in kept]
-        assert found.places.tolist() == places
-        assert {x.dtype for x in (found.input_ids, found.position_ids, found.places)} == {torch.int64}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda ids, mask, labels: (ids, mask.flip(1), labels),
-        lambda ids, mask, labels: (ids, mask * torch.tensor([[1], [0]]), labels),
-        lambda ids, mask, labels: (ids, mask, labels.index_fill(1, torch.tensor([2]), 7)),
-        lambda ids, mask, labels: (ids, mask * 2, labels),
-    ],
-    ids=["padded on the left", "an empty row", "a label on padding", "a mask of twos"],
-)
-def test_rows_that_are_no_sequences_are_refused(change):
-    batch = (
-        torch.tensor([[5, 6, 0], [5, 7, 0]]),
-        torch.tensor([[1, 1, 0], [1, 1, 0]]),
-        torch.tensor([[-100, 6, -100]] * 2),
-    )
-    assert isinstance(trl_rows.pack_rows(*batch), trl_rows.PackedRows)
-    assert trl_rows.pack_rows(*change(*batch)) == ["the rows are not sequences padded on the right"]
-
-
-def test_the_host_reads_three_numbers_a_pair_and_one(monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        torch.Tensor, "tolist", lambda x, tolist=torch.Tensor.tolist: read.append(x.numel()) or tolist(x)
-    )
-    (ids, mask, labels), _ = random_batch(random.Random(3))
-    with no_sync() as stream:
-        monkeypatch.setattr(stream, "refuse", lambda what: what == "Tensor.tolist" or pytest.fail(what))
-        monkeypatch.setattr(trl_rows.SharedPrefixLayout, "make", paused(stream, trl_rows.SharedPrefixLayout.make))
-        trl_rows.pack_rows(ids, mask, labels)
-    assert read[0] == 3 * len(ids) // 2 + 1
-
-
-def paused(stream, function):
-    def on_the_host(*args):
-        with stream.paused():
-            return function(*args)
-
-    return on_the_host
 
 
 # --- a batch on its way ----------------------------------------------------------------------------------------------
@@ -270,8 +192,8 @@ class Batch(dict):
 
 @pytest.mark.parametrize(
     "collator",
-    [with_images, padded_left, in_lists, lambda rows: Batch(DataCollatorForPreference(0)(rows)), lambda rows: rows],
-    ids=["images", "padded left", "lists", "a class of its own", "rows"],
+    [with_images, in_lists, lambda rows: Batch(DataCollatorForPreference(0)(rows)), lambda rows: rows],
+    ids=["images", "lists", "a class of its own", "rows"],
 )
 def test_other_collators_batches_are_theirs(collator):
     found, theirs = trl_rows.PackingCollator(collator)(EXAMPLES), collator(EXAMPLES)
@@ -279,6 +201,12 @@ def test_other_collators_batches_are_theirs(collator):
     assert str(dict(found) if isinstance(found, dict) else found) == str(
         dict(theirs) if isinstance(theirs, dict) else theirs
     )
+
+
+def test_rows_padded_on_the_left_are_packed_too():
+    found, theirs = trl_rows.PackingCollator(padded_left)(EXAMPLES), padded_left(EXAMPLES)
+    assert all(torch.equal(found[name], value) for name, value in theirs.items())
+    assert found.rows().layout.lengths == (7, 6, 6, 5)
 
 
 def test_the_collator_is_still_trls_to_ask():
@@ -341,6 +269,14 @@ def test_nothing_is_packed_for_padded_rows(tmp_path, packed_in_forward):
     assert not packed_in_forward
 
 
+def paused(stream, function):
+    def on_the_host(*args):
+        with stream.paused():
+            return function(*args)
+
+    return on_the_host
+
+
 @pytest.mark.parametrize("of_loader, ours", [(True, 0), (False, 1)], ids=["packed by the loader", "a foreign batch"])
 def test_reads_of_a_step(of_loader, ours, tmp_path, monkeypatch):
     """Of a whole step, CPU tensors for the device's: where the loader has packed, the host waits for TRL's metrics
@@ -351,7 +287,7 @@ def test_reads_of_a_step(of_loader, ours, tmp_path, monkeypatch):
     trainer.model.train()
     monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
     with trainer._models_in_use(), counted_reads() as (reads, stream):
-        monkeypatch.setattr(trl_rows.SharedPrefixLayout, "make", paused(stream, trl_rows.SharedPrefixLayout.make))
+        monkeypatch.setattr(SharedPrefixLayout, "make", paused(stream, SharedPrefixLayout.make))
         trainer.training_step(trainer.model, batch if of_loader else dict(batch))
     assert reads["trl"] > 10 and set(reads) <= {"trl", "dpo_fast"} and reads["dpo_fast"] == ours
 
