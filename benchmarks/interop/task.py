@@ -12,7 +12,7 @@ A script runs in its framework's environment, without anything of this repositor
     else:
         from dpo_fast.framework import Trainer
         # swap: end
-    trainer = ...                          # task.model, task.pairs(), PAIRS, STEPS, LEARNING_RATE, BETA; fp32
+    trainer = ...                          # task.model, task.pairs(), PAIRS, STEPS, LEARNING_RATE ...; AdamW, fp32
     with Measure() as measure:
         trainer.train()                    # with measure.callback(), or measure.step() after each optimizer step
     task.write(**logged(trainer), weights=trainer.model.state_dict(), measured=measure.measured())
@@ -42,6 +42,7 @@ from ..train_step.worker import status_mib
 SHAPE, MIX = Shape(4, 256, 768, 4, 4, 32_000), MIXES["chat"]
 STEPS, PAIRS, LONGEST, SEED = 6, 4, 512, 0  # optimizer steps, pairs of each, tokens of prompt + completion
 LEARNING_RATE, BETA = 1e-4, 0.1
+ADAM_EPSILON = 1e-6  # with 1e-8 Adam makes full steps of gradients that are rounding alone
 # A word of a message is a token, and a whole answer ends with EOS, as without a template
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}"
 
