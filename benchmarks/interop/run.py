@@ -49,7 +49,7 @@ def python_of(framework: Framework) -> Path:
     if written.exists() and written.read_text(encoding="utf-8") == pins:
         return python
     print(f"{owner.name}: installing into {folder}", flush=True)
-    venv.create(folder, with_pip=True, clear=written.exists())
+    venv.create(folder, with_pip=True, symlinks=True, clear=written.exists())
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *owner.pins], check=True)
     if owner.bare:
