@@ -12,7 +12,7 @@ from dpo_fast.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 TEXT = figures.README.read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "swap.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 # A number with a unit is measured, or one of these: what somebody sets
 MEASURED = re.compile(r"\d[\d.,]*(?:e-?\d+)?(?: |-)?(?:%|x\b|×|times|m?s\b|seconds|minutes|[KMGT]i?B|nats)")
