@@ -40,7 +40,7 @@ from ..train_step.inputs import MIXES, Shape, make_pairs, word_tokenizer
 from ..train_step.worker import status_mib
 
 SHAPE, MIX = Shape(4, 256, 768, 4, 4, 32_000), MIXES["chat"]
-STEPS, PAIRS, LONGEST, SEED = 6, 4, 512, 0  # optimizer steps, pairs of each, tokens of prompt + completion
+STEPS, PAIRS, LONGEST, SEED = 6, 4, 1024, 0  # optimizer steps, pairs of each, tokens of prompt + completion
 LEARNING_RATE, BETA = 1e-4, 0.1
 ADAM_EPSILON = 1e-6  # with 1e-8 Adam makes full steps of gradients that are rounding alone
 # A word of a message is a token, and a whole answer ends with EOS, as without a template

@@ -52,7 +52,7 @@ def test_links_lead_somewhere(page):
     assert links
     for link in links:
         name, _, anchor = link.partition("#")
-        target = page.parent / name
+        target = page.parent / name if name else page
         assert target.exists(), link
         if anchor:
             heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
@@ -64,7 +64,7 @@ def test_commands_exist_and_code_compiles(page):
     text = page.read_text(encoding="utf-8")
     for language, code in FENCED.findall(text):
         if language == "python":
-            ast.parse(re.sub(r"^from trl import.*\n.*dpo_fast\.trl.*$", "", code, flags=re.MULTILINE))
+            ast.parse(code)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in re.findall(r"`?dpo-fast (\w+)", text):
         assert command in COMMANDS, command
