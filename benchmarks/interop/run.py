@@ -156,7 +156,7 @@ def outcome(rounds: list[dict]) -> dict:
     memory = [p["after"] / p["before"] for p in peaks]
     result["faster"], result["faster_rounds"] = statistics.median(faster), faster
     result["memory"], result["memory_rounds"] = statistics.median(memory), memory
-    return {**result, "rounds": measured, "environment": rounds[0]["before"]["versions"]}
+    return {**result, "rounds": measured, "versions": rounds[0]["before"]["versions"]}
 
 
 def reasons_against(framework: Framework, result: dict) -> list[str]:
@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in arguments.names if name not in known]
     if unknown:
         parser.error(f"no framework {', '.join(unknown)}: there are {', '.join(known)}")
+    torch.set_num_threads(1)  # what the stamp of a result reports
     status = 0
     if not arguments.page:
         record = Record.of("interop", argv, arguments, parser, under="interop")

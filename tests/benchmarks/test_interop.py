@@ -54,7 +54,7 @@ def test_each_result_is_of_a_framework_and_of_its_pins(path):
     owner = BY_NAME[framework.environment or framework.name]
     for pin in (*owner.pins, *owner.bare):
         name, version = re.sub(r"\[.*\]", "", pin).lower().split("==")
-        assert result["environment"][name.replace("_", "-")].split("+")[0] == version
+        assert result["versions"][name.replace("_", "-")].split("+")[0] == version
     for found in result["rounds"]:
         assert len(found["before"]["processor_s"]) == len(found["after"]["processor_s"]) == task.STEPS
 
