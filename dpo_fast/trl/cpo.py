@@ -1,12 +1,14 @@
 """TRL's CPOTrainer, of which SimPO and AlphaPO are losses: its rows are packed, and no logits are built."""
 
+from typing import Any
+
 import torch
 
 from ..completion import score_rows
 from ..rows import IGNORED
 from .others import config_of, mean_logits, paired_rows, trainer_with
 
-_TRLs = trainer_with("CPOTrainer", "concatenated_forward")
+_TRLs: Any = trainer_with("CPOTrainer", "concatenated_forward")
 CPOConfig = config_of(_TRLs)
 
 

@@ -19,12 +19,18 @@ from ..rows import IGNORED
 from . import scoring
 from .others import ignored_by, no_seam, trainer_with
 
-_TRLs = trainer_with("KTOTrainer", "compute_loss")
+_TRLs: Any = trainer_with("KTOTrainer", "compute_loss")
 _module = sys.modules[_TRLs.__module__]
 
 
 class _Forward:
     """Over TRL 0.18 to 1.3. Equal beginnings of the rows of a batch run once."""
+
+    model: Any
+    ref_model: Any
+    calculate_KL: bool
+    aux_loss_enabled: bool
+    null_ref_context: Any
 
     def forward(self, model, batch):
         """As TRL's; in place of logits stand their sums over the completions, (rows,), of which TRL takes the sum."""
@@ -65,6 +71,11 @@ class _Forward:
 
 class _FullLogits:
     """Over TRL 1.9 to 1.14."""
+
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    calculate_KL: bool
 
     def _compute_loss(self, model, inputs, return_outputs=False):
         if return_outputs:  # whoever asks for outputs reads their logits
@@ -130,7 +141,10 @@ def _seam() -> Any:
     )
 
 
-class KTOTrainer(_seam(), _TRLs):
+_Seam: Any = _seam()
+
+
+class KTOTrainer(_Seam, _TRLs):
     """TRL's, faster: its data, losses and metrics.
 
     Before TRL 1.4 `logits/chosen` and `logits/rejected` are sums over the tokens of the completions: TRL's count
