@@ -94,6 +94,8 @@ FLOORS = """
 15 training.launch
 16 training.outcome
 17 cli
+14 trl.others
+15 trl.command trl.cpo trl.kto trl.orpo
 """
 FLOOR: dict[str, int] = {}
 for word in FLOORS.split():
