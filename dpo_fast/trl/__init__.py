@@ -25,9 +25,7 @@ try:
     import trl
     from trl.trainer import dpo_trainer
 except ImportError as error:
-    raise ImportError(
-        "dpo_fast.trl needs TRL 0.18 or newer (since 0.24 on Python 3.10, from 1.15 on 3.11): pip install 'trl>=0.18'"
-    ) from error
+    raise ImportError("dpo_fast.trl needs TRL 0.18 or newer: pip install 'trl>=0.18'") from error
 
 from .seams import fast_dpo_of
 

@@ -161,6 +161,8 @@ def install(model: nn.Module, layout: str = "auto", pairs: bool = True) -> None:
 class ScoringMixin(Mixin):
     """`Mixin` for a trainer whose code calls models for logits."""
 
+    use_weighting: bool  # TRL's trainer's
+
     def _take_models(self) -> None:
         self._use_models()
         self.padding_free = False  # TRL's rows stay padded ones, which are packed here
