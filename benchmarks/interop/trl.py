@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from ..train_step.worker import score_completions_only
-from .task import BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
+from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
 
 
 def run_with_transformers_5() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
         per_device_train_batch_size=PAIRS,
         max_steps=STEPS,
         learning_rate=LEARNING_RATE,
+        adam_epsilon=ADAM_EPSILON,
         beta=BETA,
         max_length=LONGEST,
         lr_scheduler_type="constant",
