@@ -1,6 +1,7 @@
 """Axolotl's own entry, `do_train` with a YAML: its data, its builder, its trainer."""
 
 import json
+import os
 
 import yaml
 
@@ -46,6 +47,7 @@ def write_config(task: Task, more: dict) -> str:
 
 def main() -> None:
     task = Task.of_command_line()
+    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_preference_datasets
     from axolotl.train import setup_model_and_trainer
