@@ -29,7 +29,7 @@ from dpo_fast.trl import DPOTrainer
 TOLERANCE = 1e-5
 SETTINGS = dict(
     optim="sgd",  # Adam would divide the rounding of small gradients by itself
-    learning_rate=0.2,
+    learning_rate=0.02,
     beta=0.5,
     max_length=256,
     per_device_train_batch_size=4,
@@ -60,7 +60,7 @@ CASES: dict[str, dict] = {
     "use_weighting": dict(use_weighting=True),
     "rpo_alpha": dict(rpo_alpha=0.7),
     "reference_free": dict(reference_free=True),
-    "precompute": dict(precompute_ref_log_probs=True),
+    "precompute": dict(precompute_ref_log_probs=True, ref_seed=3),
     "peft": dict(peft=True),
     "peft, ld_alpha": dict(peft=True, ld_alpha=0.3),
     "peft, precompute": dict(peft=True, precompute_ref_log_probs=True),
