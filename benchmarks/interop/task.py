@@ -25,6 +25,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import platform
 import random
 import resource
 import sys
@@ -40,7 +41,7 @@ from ..train_step.inputs import MIXES, Shape, make_pairs, word_tokenizer
 from ..train_step.worker import status_mib
 
 SHAPE, MIX = Shape(4, 256, 768, 4, 4, 32_000), MIXES["chat"]
-STEPS, PAIRS, LONGEST, SEED = 6, 4, 512, 0  # optimizer steps, pairs of each, tokens of prompt + completion
+STEPS, PAIRS, LONGEST, SEED = 6, 4, 1024, 0  # optimizer steps, pairs of each, tokens of prompt + completion
 LEARNING_RATE, BETA = 1e-4, 0.1
 ADAM_EPSILON = 1e-6  # with 1e-8 Adam makes full steps of gradients that are rounding alone
 # A word of a message is a token, and a whole answer ends with EOS, as without a template
@@ -93,6 +94,7 @@ class Task:
                 raise ValueError(f"{name} has {len(curve)} numbers for {STEPS} steps")
         torch.save({name: w.detach().float().cpu() for name, w in weights.items()}, self.out.with_suffix(".pt"))
         versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+        versions = {"python": platform.python_version(), **dict(sorted(versions.items()))}
         found = {"losses": losses, "grad_norms": grad_norms, "metrics": metrics, "measured": measured}
         self.out.write_text(json.dumps({**found, "versions": versions}), encoding="utf-8")
 
