@@ -19,6 +19,7 @@ THOROUGH = {
     "repo/test_packaging",
     "test_bad_inputs",
     "test_cli",
+    "test_completion_wrappers",
     "test_demo",
     "training/test_checkpoints",
     "training/test_engines",
