@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .batch import PreferenceBatch
 from .copies import base_model_of
@@ -29,7 +30,16 @@ logger = logging.getLogger("dpo_fast")
 
 _MASKS = (torch.bool, torch.uint8, *INTEGERS, *FLOATS)
 # Inputs that say where tokens lie: of rows that are packed already, cut for several devices, or begun before
-_ELSEWHERE = ("position_ids", "cu_seq_lens_q", "cu_seqlens", "seq_idx", "past_key_values", "inputs_embeds")
+_SP = "sequence parallelism"
+_ELSEWHERE = (
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seqlens",
+    "seq_idx",
+    "past_key_values",
+    "inputs_embeds",
+    "shift_labels",
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def score_rows(
     inputs = {name: value for name, value in model_inputs.items() if value is not None}
     if elsewhere := [name for name in _ELSEWHERE if name in inputs]:
         raise TypeError(
-            f"{op} takes no {', '.join(elsewhere)}: rows that are packed or spread over devices already cannot be "
+            f"{op} takes no {', '.join(elsewhere)}: rows that are packed already, or cut as for {_SP}, cannot be "
             "scored from here; pass whole rows, or score logits by get_batch_logps"
         )
     if inputs:
@@ -149,6 +159,8 @@ def _packed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs: bo
 
 
 def _check_rows(op: str, input_ids, attention_mask, labels, pairs, ld_alpha) -> None:
+    if isinstance(input_ids, DTensor):
+        raise TypeError(f"{op}: input_ids are spread over devices (a DTensor); pass whole rows: {op} is not for {_SP}")
     check_tensor(op, "input_ids", input_ids, ("B", "T"), INTEGERS)
     shape, device = tuple(input_ids.shape), input_ids.device
     if attention_mask is not None:

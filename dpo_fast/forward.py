@@ -314,6 +314,7 @@ def score_batch(
     device = batch.input_ids.device
     state = attachment(model)
     backbone, batch = run_backbone(model, batch, **({"output_router_logits": True} if aux_loss else {}))
+    _check_positions(model, backbone[0], batch)
     hidden = at_predictors(model, backbone[0], batch.predictors)
     head = model.get_output_embeddings()
     targets = batch.targets.to(hidden.device)
@@ -414,6 +415,15 @@ def _balancing_loss(model: nn.Module, batch: PreferenceBatch, backbone) -> Tenso
     return balancing_loss(model, getattr(backbone, "router_logits", None), token_weights(batch))
 
 
+def _check_positions(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> None:
+    """A hook may have given the layers a part of each row."""
+    if hidden.shape[:2] != batch.input_ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gave hidden states of {tuple(hidden.shape[:2])} positions for input_ids "
+            f"{tuple(batch.input_ids.shape)}: rows that are spread over devices (sequence parallelism) cannot be scored"
+        )
+
+
 def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
     """The backbone's outputs, whose first is (B, T, H) hidden states, and the batch whose rows it ran.
 
@@ -432,11 +442,6 @@ def run_backbone(model: nn.Module, batch: PreferenceBatch, **options) -> tuple:
         packed = attention.model_inputs(batch.layout, batch.input_ids.device)
         return packing.run(model, backbone, rows | packed), batch
     out = packing.run_padded(model, backbone, rows, one_by_one=not options.get("output_router_logits", False))
-    if out[0].shape[:2] != batch.input_ids.shape:
-        raise ValueError(
-            f"{type(model).__name__} gave hidden states for {tuple(out[0].shape[:2])} of input_ids "
-            f"{tuple(batch.input_ids.shape)}: rows that are spread over devices (sequence parallel) are not scored here"
-        )
     return out, batch
 
 
