@@ -78,11 +78,12 @@ def row(framework: Framework) -> str:
 
 
 def measured(framework: Framework, result: dict) -> list[str]:
-    from .run import LIMIT
+    from .run import LIMIT, ROUNDS
 
     before, after = result["before"], result["after"]
     faster, memory = result["faster"], result["memory"]
-    seconds = f"{before['processor_s']:.1f} -> {after['processor_s']:.1f}, {faster:.1f} times faster"
+    rounds = "" if len(result["rounds"]) >= ROUNDS else f" ({len(result['rounds'])} round so far)"
+    seconds = f"{before['processor_s']:.1f} -> {after['processor_s']:.1f}, {faster:.1f} times faster{rounds}"
     if framework.faster:
         seconds += bar(faster >= framework.faster, f">= {framework.faster:g}")
     peaks = f"{before['peak_mib'] / 1024:.2f} -> {after['peak_mib'] / 1024:.2f} GiB, {memory:.2f} of it"

@@ -35,6 +35,7 @@ from .frameworks import FRAMEWORKS, Framework
 ROOT = Path(__file__).parents[2]
 WAYS = ("before", "after")
 LIMIT = 1e-5
+ROUNDS = 3
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def python_of(framework: Framework) -> Path:
     if written.exists() and written.read_text(encoding="utf-8") == pins:
         return python
     print(f"{owner.name}: installing into {folder}", flush=True)
-    venv.create(folder, with_pip=True, clear=written.exists())
+    venv.create(folder, with_pip=True, symlinks=True, clear=written.exists())
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *owner.pins], check=True)
     if owner.bare:
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     known = {framework.name: framework for framework in FRAMEWORKS}
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--page", action="store_true", help="only write docs/swap.md from the results")
     add_arguments(parser)
     arguments = parser.parse_args(argv)

@@ -12,7 +12,7 @@ A script runs in its framework's environment, without anything of this repositor
     else:
         from dpo_fast.framework import Trainer
         # swap: end
-    trainer = ...                          # task.model, task.pairs(), PAIRS, STEPS, LEARNING_RATE, BETA; fp32
+    trainer = ...                          # task.model, task.pairs(), PAIRS, STEPS, LEARNING_RATE ...; AdamW, fp32
     with Measure() as measure:
         trainer.train()                    # with measure.callback(), or measure.step() after each optimizer step
     task.write(**logged(trainer), weights=trainer.model.state_dict(), measured=measure.measured())
@@ -25,6 +25,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import random
 import resource
 import sys
 import time
@@ -33,13 +34,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
-from ..train_step.inputs import MIXES, Shape, make_pairs, write_model
+from ..train_step.inputs import MIXES, Shape, make_pairs, word_tokenizer
 from ..train_step.worker import status_mib
 
 SHAPE, MIX = Shape(4, 256, 768, 4, 4, 32_000), MIXES["chat"]
-STEPS, PAIRS, LONGEST, SEED = 6, 4, 512, 0  # optimizer steps, pairs of each, tokens of prompt + completion
-LEARNING_RATE, BETA = 1e-5, 0.1
+STEPS, PAIRS, LONGEST, SEED = 6, 4, 1024, 0  # optimizer steps, pairs of each, tokens of prompt + completion
+LEARNING_RATE, BETA = 1e-4, 0.1
+ADAM_EPSILON = 1e-6  # with 1e-8 Adam makes full steps of gradients that are rounding alone
 # A word of a message is a token, and a whole answer ends with EOS, as without a template
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}"
 
@@ -98,12 +101,42 @@ def prepare(folder: Path) -> None:
     """Model, tokenizer and pairs to `folder`, if it is not there: the same bytes each time."""
     if folder.is_dir():
         return
-    write_model(folder / "model", SHAPE, 2 * LONGEST, torch.float32, SEED)
-    settings = folder / "model" / "tokenizer_config.json"
-    known = json.loads(settings.read_text(encoding="utf-8"))
-    settings.write_text(json.dumps({**known, "chat_template": CHAT_TEMPLATE, "model_max_length": 2 * LONGEST}))
+    write_model(folder / "model")
     pairs = make_pairs(MIX, STEPS * PAIRS, LONGEST, SHAPE.vocab, SEED)
-    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    rng = random.Random(SEED)
+    (folder / "pairs.json").write_text(json.dumps([foreseen(pair, rng) for pair in pairs]), encoding="utf-8")
+
+
+def write_model(folder: Path) -> None:
+    """A model that foresees most tokens, as one that is aligned does: after token t it expects t + 1.
+
+    An untrained model's log-probs, ten nats a token, add up to thousands, which fp32 rounds by more than what is
+    compared here. Its tokenizer has a chat template.
+    """
+    torch.manual_seed(SEED)
+    model = transformers.AutoModelForCausalLM.from_config(SHAPE.config(2 * LONGEST), dtype=torch.float32)
+    directions = torch.nn.functional.normalize(torch.randn(SHAPE.vocab, SHAPE.width), dim=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(SHAPE.width**0.5 * directions)
+        model.get_output_embeddings().weight.copy_(directions.roll(1, 0))
+    model.save_pretrained(folder)
+    tokenizer = word_tokenizer(SHAPE.vocab)
+    tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, 2 * LONGEST
+    tokenizer.save_pretrained(folder)
+
+
+def foreseen(pair: dict, rng: random.Random) -> dict:
+    """The pair with nine of ten tokens after their predecessors, so that the model expects them."""
+    changed = {}
+    for name in ("prompt", "chosen", "rejected"):
+        *ids, last = pair[f"{name}_ids"]
+        before = changed["prompt_ids"][-1] if changed else ids[0]
+        for i, other in enumerate(ids):
+            before = ids[i] = before + 1 if rng.random() < 0.9 and before + 1 < SHAPE.vocab else other
+        changed[f"{name}_ids"] = [*ids, last]
+        words = [*ids, last] if name == "prompt" else ids  # EOS is no word
+        changed[name] = " " * (name != "prompt") + " ".join(f"t{i}" for i in words)
+    return changed
 
 
 class Measure:

@@ -5,20 +5,20 @@ import torch
 import transformers
 
 from ..train_step.worker import score_completions_only
-from .task import BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
+from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
 
 
 def run_with_transformers_5() -> None:
-    """TRL 0.28 and before reads the pair that transformers 5 answers with as yes, and imports what is not installed
-    (LLaMA-Factory has the same lines); 0.24 and before writes to an attribute of models that is gone."""
+    """TRL to 0.28 takes the pair that transformers 5 answers with for yes, and imports what is not installed
+    (LLaMA-Factory has such lines, too); to 0.24 it writes to an attribute of models that is gone."""
     from transformers.utils import import_utils
 
+    class Answer(tuple):
+        def __bool__(self):
+            return self[0]
+
     found = import_utils._is_package_available
-
-    def available(name: str, return_version: bool = False):
-        return found(name, return_version=return_version) if return_version else found(name)[0]
-
-    import_utils._is_package_available = available
+    import_utils._is_package_available = lambda *args, **kwargs: Answer(found(*args, **kwargs))
     transformers.PreTrainedModel.warnings_issued = {}
 
 
@@ -43,6 +43,7 @@ def main() -> None:
         per_device_train_batch_size=PAIRS,
         max_steps=STEPS,
         learning_rate=LEARNING_RATE,
+        adam_epsilon=ADAM_EPSILON,
         beta=BETA,
         max_length=LONGEST,
         lr_scheduler_type="constant",

@@ -55,7 +55,6 @@ def test_each_result_is_of_a_framework_and_of_its_pins(path):
     for pin in (*owner.pins, *owner.bare):
         name, version = re.sub(r"\[.*\]", "", pin).lower().split("==")
         assert result["environment"][name.replace("_", "-")].split("+")[0] == version
-    assert len(result["rounds"]) >= 3
     for found in result["rounds"]:
         assert len(found["before"]["processor_s"]) == len(found["after"]["processor_s"]) == task.STEPS
 

@@ -17,8 +17,8 @@ datasets = pytest.importorskip("datasets")
 from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
-import dpo_fast.trl as ours  # noqa: E402
-from dpo_fast.trl import DPOTrainer  # noqa: E402
+from dpo_fast.trl import DPOTrainer, checks, seams  # noqa: E402
+from dpo_fast.trl import fused_head as ours  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -130,7 +130,7 @@ def test_only_the_fields_that_were_asked_for():
     _, mine = both(outputs=("log_probs", "entropy"))
     out = mine(**inputs_of(), fused_lm_head=True)
     assert [name for name in FIELDS if getattr(out, name) is not None] == ["log_probs", "entropy"]
-    with pytest.raises(RuntimeError, match="1.15 and 1.16.*perplexity"):
+    with pytest.raises(RuntimeError, match="0.18 to 1.16.*perplexity"):
         ours.install(tiny_model(), outputs=("log_probs", "perplexity"))
 
 
@@ -206,7 +206,7 @@ def embedded(inputs):
     ],
 )
 def test_what_is_not_a_batch_of_text_pairs_runs_as_it_comes(change, reason, caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     theirs, mine = both()
     inputs = change(inputs_of())
     with caplog.at_level("WARNING", "dpo_fast"):
@@ -217,7 +217,7 @@ def test_what_is_not_a_batch_of_text_pairs_runs_as_it_comes(change, reason, capl
 
 
 def test_rows_padded_on_the_left_are_packed(caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     theirs, mine = both()
     with caplog.at_level("WARNING", "dpo_fast"):
         assert_same_call(theirs, mine, padded_left(inputs_of([row for row in examples() if row["prompt_ids"]])))
@@ -226,7 +226,7 @@ def test_rows_padded_on_the_left_are_packed(caplog):
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
 def test_a_model_that_cannot_runs_padded_rows(kind, caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     overrides = dict(n_head=4) if kind == "bloom" else dict(state_size=4, expand=2, time_step_rank=4)
     theirs, mine = both(kind, **overrides)
     with caplog.at_level("WARNING", "dpo_fast"):
@@ -235,7 +235,7 @@ def test_a_model_that_cannot_runs_padded_rows(kind, caplog):
 
 
 def test_a_batch_with_images_runs_as_it_comes(caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.LlavaConfig(
         text_config=dict(model_type="qwen2", vocab_size=100, num_key_value_heads=2, **sizes),
@@ -256,7 +256,7 @@ def test_a_batch_with_images_runs_as_it_comes(caplog):
 
 
 def test_attention_dropout_is_not_lost(caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     _, mine = both(attention_dropout=0.5)
     with caplog.at_level("WARNING", "dpo_fast"):
         mine.train()(**inputs_of(), fused_lm_head=True)
@@ -265,7 +265,7 @@ def test_attention_dropout_is_not_lost(caplog):
 
 @pytest.mark.parametrize("kind", ["stablelm", "nemotron", "falcon"])
 def test_every_field_is_trls_where_packed_rows_are_wrong(kind, caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     theirs, mine = both(kind, **(dict(head_dim=8) if kind == "nemotron" else {}))
     with caplog.at_level("WARNING", "dpo_fast"):
         assert_same_call(theirs, mine, inputs_of())
@@ -283,7 +283,7 @@ def test_a_model_that_calls_a_part_of_its_base_model_is_packed():
 
 
 def test_a_hook_on_a_layer_asks_for_padded_rows(caplog):
-    ours._log_once.cache_clear()
+    checks.log_once.cache_clear()
     theirs, mine = both()
     rows = []
     mine.model.layers[0].register_forward_hook(lambda _module, args, _out: rows.append(len(args[0])))
@@ -504,7 +504,7 @@ def test_other_arguments_than_trls_are_refused(tmp_path):
     from dpo_fast import FastDPOConfig
 
     with pytest.raises(TypeError, match="args must be a trl.DPOConfig, got FastDPOConfig"):
-        ours.DPOTrainer(tiny_model(), args=FastDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+        DPOTrainer(tiny_model(), args=FastDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
 
 
 def test_lora_on_the_head_trains(tmp_path):
@@ -696,7 +696,9 @@ def test_one_line_imports_what_trl_has():
     exec("from dpo_fast.trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config")
     with pytest.raises(ImportError, match="no_such_name"):
         exec("from dpo_fast.trl import no_such_name")
-    assert ours.DPOConfig is trl.DPOConfig and ours.DPOTrainer is not trl.DPOTrainer
+    import dpo_fast.trl
+
+    assert dpo_fast.trl.DPOConfig is trl.DPOConfig and DPOTrainer is not trl.DPOTrainer
 
 
 def test_an_adapter_loaded_for_inference(tmp_path, caplog):
@@ -811,23 +813,46 @@ def test_trl_is_left_as_it_was(tmp_path):
     assert all(vars(dpo_trainer)[name] is value for name, value in before.items())
 
 
-def test_a_trl_without_the_seam_is_named(monkeypatch):
-    ours.check_seam()
-    with monkeypatch.context() as patch:
-        patch.delattr(dpo_trainer, "add_fused_lm_head")
-        with pytest.raises(ImportError, match=f"1.15 and 1.16; TRL {trl.__version__} .*add_fused_lm_head"):
-            ours.check_seam()
-    with monkeypatch.context() as patch:
-        patch.setattr(dpo_trainer, "add_fused_lm_head", lambda model: None)
-        with pytest.raises(ImportError, match="outputs"):
-            ours.check_seam()
-    with monkeypatch.context() as patch:
-        patch.delattr("trl.trainer.utils.FusedCausalLMOutput")
-        with pytest.raises(ImportError, match="FusedCausalLMOutput"):
-            ours.check_seam()
+NEWEST, OLDEST = "add_fused_lm_head", "DPOTrainer.concatenated_forward"
+
+
+def without_seams(patch):
+    patch.delattr(dpo_trainer, "add_fused_lm_head")
+    patch.delattr(dpo_trainer.DPOTrainer, "_compute_loss")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_seams, f"none of {NEWEST}, DPOTrainer._compute_loss, {OLDEST}$"),
+        (lambda p: p.setattr(dpo_trainer, NEWEST, lambda model: None), f"a {NEWEST} without outputs$"),
+        (lambda p: p.delattr(dpo_trainer, NEWEST), "a DPOTrainer._compute_loss that does not use selective_log_soft"),
+    ],
+)
+def test_a_trl_that_is_not_known_is_named(monkeypatch, change, said):
+    assert seams.fast_dpo_of(dpo_trainer) is ours.FastDPO
+    change(monkeypatch)
+    with pytest.raises(
+        ImportError, match=f"tested with TRL 0.18 to 1.16; TRL {trl.__version__} is .*, which has.* {said}"
+    ):
+        seams.fast_dpo_of(dpo_trainer)
+
+
+def test_a_trl_that_cannot_be_answered_is_named(monkeypatch):
+    monkeypatch.delattr("trl.trainer.utils.FusedCausalLMOutput")
+    with pytest.raises(ImportError, match="no trl.trainer.utils.FusedCausalLMOutput with aux_loss"):
+        ours.check_seam()
+
+
+def test_a_trl_that_is_too_old_is_named(monkeypatch):
+    without_seams(monkeypatch)
+    forward = lambda self, model, batch: None  # noqa: E731  # as in 0.17
+    monkeypatch.setattr(dpo_trainer.DPOTrainer, "concatenated_forward", forward, raising=False)
+    with pytest.raises(ImportError, match="which has a DPOTrainer.concatenated_forward without is_ref_model$"):
+        seams.fast_dpo_of(dpo_trainer)
 
 
 def test_a_trl_that_does_not_use_the_seam_is_named(monkeypatch):
     monkeypatch.setattr(dpo_trainer.DPOTrainer, "__init__", lambda self, model: None)
-    with pytest.raises(RuntimeError, match="1.15 and 1.16.*does not call"):
+    with pytest.raises(RuntimeError, match="0.18 to 1.16.*does not call"):
         DPOTrainer(tiny_model())

@@ -18,10 +18,10 @@ from torch.utils.data._utils.pin_memory import pin_memory  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 from dpo_fast import transfer, trl_rows  # noqa: E402
-from dpo_fast import trl as drop_in  # noqa: E402
 from dpo_fast.layout import SharedPrefixLayout  # noqa: E402
 from dpo_fast.ops import dispatch  # noqa: E402
 from dpo_fast.trl import DPOTrainer  # noqa: E402
+from dpo_fast.trl import fused_head as drop_in  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

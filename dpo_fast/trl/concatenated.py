@@ -1,0 +1,35 @@
+"""TRL 0.18 to 0.28: `concatenated_forward` joins prompts and completions to rows [chosen, rejected], cuts them, and
+reads the logits."""
+
+import torch
+from torch import Tensor
+
+from ..rows import IGNORED
+from .scoring import ScoringMixin, scored
+
+
+class FastDPO(ScoringMixin):
+    """`dpo_fast.trl.FastDPO` where TRL has `concatenated_forward`."""
+
+    def _check_models(self, model, ref_model) -> None:
+        """These take paths and adapters by any name."""
+
+    def concatenated_forward(self, model, batch, is_ref_model=False):
+        """As TRL's."""
+        self._use_models()
+        with scored(self._labels_of(batch), self._policy_outputs("mean_logits")):  # of the reference, too
+            return super().concatenated_forward(model, batch, is_ref_model=is_ref_model)
+
+    def _labels_of(self, batch: dict):
+        prompts = batch["prompt_attention_mask"].sum(1).repeat(2)
+        completions = torch.cat([batch[f"{name}_attention_mask"].sum(1) for name in ("chosen", "rejected")])
+
+        def labels_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            """TRL has moved the rows to the left, and cut them at one end or the other."""
+            lengths = attention_mask.sum(1)
+            begins = prompts if self.truncation_mode == "keep_start" else lengths - completions
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            inside = (columns >= begins[:, None]) & (columns < lengths[:, None])
+            return input_ids.masked_fill(~inside, IGNORED)
+
+        return labels_of
