@@ -14,6 +14,8 @@ THOROUGH = {
     "benchmarks/test_results",
     "benchmarks/test_suite",
     "benchmarks/test_train_step",
+    "integrations/test_openrlhf",
+    "integrations/test_original",
     "kernels/test_aot",
     "kernels/test_gpu",
     "repo/test_packaging",
