@@ -38,7 +38,8 @@ bench: $(STAMP)
 		$$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare) \
 		--benchmark-columns=median,iqr,rounds --benchmark-histogram=.benchmarks/plots/bench $(BENCH)
 
-# Other frameworks' trainers before and after the lines of docs/swap.md, each in an environment of its own, .interop/NAME
+# Other frameworks' trainers before and after the lines of docs/swap.md, each in an environment of its own, .interop/NAME;
+# INTEROP="--rounds 1" for options
 interop: $(STAMP)
 	$(BIN)/python -m benchmarks.interop $(NAMES) $(INTEROP)
 

@@ -842,6 +842,233 @@ DATA = {
     "collator: raw rows": (lambda it: PairCollator(0)(it.rows), ValueError, "rows must have prompt_ids, .* got prompt"),
 }
 
+# --- stacked rows ---------------------------------------------------------------------------------------------------
+
+IDS_OF_ROWS = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [5, 6, 10, 0], [5, 6, 11, 12]])
+MASK_OF_ROWS = (IDS_OF_ROWS > 0).long()
+LABELS_OF_ROWS = IDS_OF_ROWS.masked_fill((torch.arange(4) < 2) | (IDS_OF_ROWS == 0), -100)
+
+
+def of_rows(it=None, model=None, ids=IDS_OF_ROWS, mask=MASK_OF_ROWS, labels=LABELS_OF_ROWS, **knobs):
+    return dpo_fast.completion_logps(it.model if model is None else model, ids, mask, labels, **knobs)
+
+
+def batch_logps(logits=None, labels=LABELS_OF_ROWS, *args, **knobs):
+    return dpo_fast.get_batch_logps(torch.zeros(4, 4, 16) if logits is None else logits, labels, *args, **knobs)
+
+
+def encoder_decoder():
+    sizes = dict(d_model=16, d_kv=4, d_ff=16, num_heads=4, num_layers=1, vocab_size=32)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
+def with_a_hole(row=0):
+    mask = MASK_OF_ROWS.clone()
+    mask[row, 1] = 0
+    return mask
+
+
+ROWS = {
+    "rows: no model": (
+        lambda it: of_rows(model=3),
+        TypeError,
+        "completion_logps: model must be a causal language model, got int",
+    ),
+    "rows: no head": (
+        lambda it: of_rows(model=tiny_model().model),
+        TypeError,
+        "completion_logps: model must be, or hold, a Hugging Face causal LM with an output head .* got LlamaModel",
+    ),
+    "rows: a layer": (
+        lambda it: of_rows(model=torch.nn.Linear(2, 2)),
+        TypeError,
+        "model must be, or hold, .* got Linear",
+    ),
+    "rows: an encoder-decoder": (
+        lambda it: of_rows(model=encoder_decoder()),
+        TypeError,
+        "model must be a decoder, T5ForConditionalGeneration is an encoder-decoder",
+    ),
+    "rows: two models": (
+        lambda it: of_rows(model=torch.nn.ModuleList([tiny_model(), tiny_model()])),
+        TypeError,
+        "model holds 2 language models .*: pass the one to be scored",
+    ),
+    "rows: DataParallel": (
+        lambda it: of_rows(model=torch.nn.DataParallel(tiny_model())),
+        TypeError,
+        "model is a DataParallel, which splits batches by rows",
+    ),
+    "rows: labels of another shape": (
+        lambda it: of_rows(it, labels=LABELS_OF_ROWS[:, 1:]),
+        ValueError,
+        r"labels must have shape \(4, 4\), got \(4, 3\)",
+    ),
+    "rows: logits for labels": (
+        lambda it: of_rows(it, labels=torch.zeros(4, 4, 16)),
+        ValueError,
+        r"labels must be token ids, \(4, 4\), got \(4, 4, 16\): these may be logits",
+    ),
+    "rows: labels of floats": (
+        lambda it: of_rows(it, labels=LABELS_OF_ROWS.float()),
+        TypeError,
+        "labels must have one of",
+    ),
+    "rows: labels in a list": (
+        lambda it: of_rows(it, labels=LABELS_OF_ROWS.tolist()),
+        TypeError,
+        "labels must be a tensor",
+    ),
+    "rows: no label": (
+        lambda it: of_rows(it, labels=LABELS_OF_ROWS.index_fill(0, torch.tensor([2]), -100)),
+        ValueError,
+        "labels have no scored token in row 2",
+    ),
+    "rows: a label on the first token": (
+        lambda it: of_rows(it, labels=torch.full_like(LABELS_OF_ROWS, -100).index_fill(1, torch.tensor([0]), 5)),
+        ValueError,
+        "labels have no scored token in row 0",
+    ),
+    "rows: a label on padding": (
+        lambda it: of_rows(it, labels=IDS_OF_ROWS.masked_fill(torch.arange(4) < 2, -100)),
+        ValueError,
+        r"labels are not -100 everywhere on padding \(attention_mask 0\)",
+    ),
+    "rows: a label out of range": (
+        lambda it: of_rows(it, labels=LABELS_OF_ROWS.masked_fill(LABELS_OF_ROWS == 9, 999)),
+        ValueError,
+        r"labels are outside \[0, 320\)",
+    ),
+    "rows: ids out of range": (
+        lambda it: of_rows(it, ids=IDS_OF_ROWS.masked_fill(IDS_OF_ROWS == 9, 999)),
+        ValueError,
+        "input_ids holds the token id 999, the model's embedding has 320 rows",
+    ),
+    "rows: an id below 0": (
+        lambda it: of_rows(it, ids=IDS_OF_ROWS.masked_fill(IDS_OF_ROWS == 9, -200)),
+        ValueError,
+        "input_ids are at least 0, got -200",
+    ),
+    "rows: ids of one dimension": (
+        lambda it: of_rows(it, ids=IDS_OF_ROWS[0]),
+        ValueError,
+        r"input_ids must have shape \(B, T\)",
+    ),
+    "rows: none": (
+        lambda it: of_rows(it, ids=IDS_OF_ROWS[:0], mask=MASK_OF_ROWS[:0], labels=LABELS_OF_ROWS[:0]),
+        ValueError,
+        "input_ids must have at least one row and one column",
+    ),
+    "rows: an odd number": (
+        lambda it: of_rows(it, ids=IDS_OF_ROWS[:3], mask=MASK_OF_ROWS[:3], labels=LABELS_OF_ROWS[:3]),
+        ValueError,
+        "pairs=True takes an even number of rows of input_ids, .* got 3; pass pairs=False",
+    ),
+    "rows: a hole": (
+        lambda it: of_rows(it, mask=with_a_hole()),
+        ValueError,
+        "attention_mask is not one run of ones in each",
+    ),
+    "rows: a hole, no pairs": (
+        lambda it: of_rows(it, mask=with_a_hole(), pairs=False),
+        ValueError,
+        "attention_mask is not one",
+    ),
+    "rows: an empty row": (
+        lambda it: of_rows(it, mask=MASK_OF_ROWS.index_fill(0, torch.tensor([1]), 0)),
+        ValueError,
+        "attention_mask is not one run of ones in each row",
+    ),
+    "rows: segments in the mask": (
+        lambda it: of_rows(it, mask=MASK_OF_ROWS * 2),
+        ValueError,
+        "attention_mask is not one run",
+    ),
+    "rows: mask of another shape": (
+        lambda it: of_rows(it, mask=MASK_OF_ROWS[:, :3]),
+        ValueError,
+        r"attention_mask must have shape \(4, 4\), got \(4, 3\)",
+    ),
+    "rows: mask in a list": (lambda it: of_rows(it, mask=[1]), TypeError, "attention_mask must be a tensor, got list"),
+    "rows: pairs=2": (lambda it: of_rows(it, pairs=2), TypeError, "pairs must be True or False, got 2"),
+    "rows: an unknown statistic": (
+        lambda it: of_rows(it, outputs=("logit",)),
+        ValueError,
+        "outputs must be a sequence of names",
+    ),
+    "rows: ld_alpha=2": (
+        lambda it: of_rows(it, ld_alpha=2),
+        ValueError,
+        r"ld_alpha must be in \[0, 1\] or None, got 2",
+    ),
+    "rows: ld_alpha='1'": (
+        lambda it: of_rows(it, ld_alpha="1"),
+        ValueError,
+        r"ld_alpha must be in \[0, 1\] or None, got '1'",
+    ),
+    "rows: ld_alpha without pairs": (
+        lambda it: of_rows(it, ld_alpha=0.5, pairs=False),
+        ValueError,
+        "it needs pairs=True",
+    ),
+    "rows: positions": (
+        lambda it: of_rows(it, position_ids=IDS_OF_ROWS),
+        TypeError,
+        "takes no position_ids: rows that are packed already, or cut as for sequence parallelism",
+    ),
+    "rows: shifted labels": (lambda it: of_rows(it, shift_labels=IDS_OF_ROWS), TypeError, "takes no shift_labels"),
+    "batch logps: labels of another shape": (
+        lambda it: batch_logps(labels=LABELS_OF_ROWS[:, 1:]),
+        ValueError,
+        r"get_batch_logps: labels must have shape \(4, 4\), got \(4, 3\)",
+    ),
+    "batch logps: logits for labels": (
+        lambda it: batch_logps(labels=torch.zeros(4, 4, 16)),
+        TypeError,
+        "labels must have one of the dtypes int64, int32, got float32",
+    ),
+    "batch logps: labels for logits": (
+        lambda it: batch_logps(LABELS_OF_ROWS, LABELS_OF_ROWS),
+        TypeError,
+        "logits must have one",
+    ),
+    "batch logps: logits of tokens": (
+        lambda it: batch_logps(torch.zeros(16, 16)),
+        ValueError,
+        r"logits must have shape \(B, T, V\), got \(16, 16\)",
+    ),
+    "batch logps: a model's output": (
+        lambda it: batch_logps(SimpleNamespace(logits=1)),
+        TypeError,
+        "logits must be a tensor",
+    ),
+    "batch logps: a label out of range": (
+        lambda it: batch_logps(torch.zeros(4, 4, 8)),
+        ValueError,
+        r"labels are outside \[0, 8\)",
+    ),
+    "batch logps: no label, mean": (
+        lambda it: batch_logps(None, LABELS_OF_ROWS.index_fill(0, torch.tensor([1]), -100), True),
+        ValueError,
+        "labels have no scored token in row 1, so no mean",
+    ),
+    "batch logps: pad of another kind": (
+        lambda it: batch_logps(None, LABELS_OF_ROWS, False, "pad"),
+        TypeError,
+        "label_pad_token_id must be an int of 64 bits, got 'pad'",
+    ),
+    "batch logps: average of another kind": (
+        lambda it: batch_logps(None, LABELS_OF_ROWS, "mean"),
+        TypeError,
+        "average_log_prob must be True or False, got 'mean'",
+    ),
+    "batch logps: no column": (
+        lambda it: batch_logps(torch.zeros(4, 0, 16), LABELS_OF_ROWS[:, :0]),
+        ValueError,
+        "labels must have at least one column",
+    ),
+}
+
 CALLS = {
     "logits": ON_LOGITS,
     "heads": ON_HEADS,
@@ -851,6 +1078,7 @@ CALLS = {
     "config": CONFIG,
     "trainer": TRAINER,
     "data": DATA,
+    "rows": ROWS,
 }
 
 
@@ -862,7 +1090,7 @@ def test_a_bad_argument_is_named(it, group, name, tmp_path, monkeypatch):
         if isinstance(what, dict):
             (config(**what) if group == "config" else trainer(it, **what))
         else:
-            what(it) if group in ("models", "trainer", "data") else what()
+            what(it) if group in ("models", "trainer", "data", "rows") else what()
     assert type(caught.value) is error or error is not TypeError and issubclass(caught.type, error)
 
 

@@ -35,14 +35,15 @@ TORCHTUNE = (
     *("kagglehub==1.0.3", "pillow==13.0.0", "safetensors==0.8.0", "tqdm==4.70.1"),
 )
 TORCHTUNE_BARE = ("torchao==0.10.0", "torchtune==0.6.1")  # a torchao of its time: newer ones have moved what it imports
-OLD_TRL = ("--transformers-5",)
+PADDED = "images, NEFTune: padded rows"
+LOGITS = f"Liger's loss, `compute_metrics`: TRL's own logits; {PADDED}"
 FRAMEWORKS = (
-    _trl("0.24.0", options=OLD_TRL, faster=3.0, memory=0.4),
-    _trl("0.29.1"),
-    _trl("1.0.0"),
-    _trl("1.9.0", faster=3.0, memory=0.4),
-    _trl("1.14.2"),
-    _trl("1.16.0"),
+    _trl("0.24.0", options=("--transformers-5",), faster=3.0, memory=0.4, beside=f"Liger's loss; {PADDED}"),
+    _trl("0.29.1", beside=LOGITS),
+    _trl("1.0.0", beside=LOGITS),
+    _trl("1.9.0", faster=3.0, memory=0.4, beside=LOGITS),
+    _trl("1.14.2", beside=LOGITS),
+    _trl("1.16.0", beside=PADDED),
     Framework(
         "trl-1.16-completions",
         "TRL 1.16.0, its head on completion tokens only, as on a GPU",
@@ -52,6 +53,7 @@ FRAMEWORKS = (
         options=("--completions-only",),
         faster=1.9,
         memory=0.5,
+        beside=PADDED,
     ),
     # LLaMA-Factory, Axolotl, ms-swift
     Framework(

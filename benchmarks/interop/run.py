@@ -13,7 +13,7 @@ difference over the larger of one and the value. The sign of a reward in the fir
 reference are one there, and an accuracy counts rounding. Seconds are those of the steps after the first, which holds
 what is done once; memory is the peak above what stood before training. Ratios are medians over rounds.
 
-Status 1: numbers that differ, or a bar that is missed.
+Status 1: numbers that differ, a bar that is missed, or no result.
 """
 
 import argparse
@@ -38,6 +38,10 @@ LIMIT = 1e-5
 ROUNDS = 3
 
 
+class NoResult(RuntimeError):
+    """A framework could not be installed, its script failed, or what it gave is no comparison."""
+
+
 # --- environments ----------------------------------------------------------------------------------------------------
 
 
@@ -46,24 +50,20 @@ def python_of(framework: Framework) -> Path:
     owner = next(f for f in FRAMEWORKS if f.name == (framework.environment or framework.name))
     folder = Path(os.environ.get("DPO_FAST_INTEROP") or ROOT / ".interop") / owner.name
     python, written = folder / "bin" / "python", folder / "pins.txt"
-    pins = "\n".join([*owner.pins, *(f"{pin} without its dependencies" for pin in owner.bare)]) + "\n"
-    if written.exists() and written.read_text(encoding="utf-8") == pins:
+    wanted = "\n".join([*owner.pins, *(f"{pin} without its dependencies" for pin in owner.bare)]) + "\n"
+    if written.exists() and written.read_text(encoding="utf-8") == wanted:
         return python
     print(f"{owner.name}: installing into {folder}", flush=True)
     venv.create(folder, with_pip=True, symlinks=True, clear=written.exists())
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *owner.pins], check=True)
-    if owner.bare:
-        subprocess.run([*pip, "--no-deps", *owner.bare], check=True)
-    written.write_text(pins, encoding="utf-8")
+    for pins in filter(None, (owner.pins, owner.bare and ("--no-deps", *owner.bare))):
+        if subprocess.run([*pip, *pins]).returncode:
+            raise NoResult(f"pip install {' '.join(pins)} failed")
+    written.write_text(wanted, encoding="utf-8")
     return python
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
-
-
-class ScriptFailed(RuntimeError):
-    pass
 
 
 def run_rounds(framework: Framework, rounds: int) -> dict:
@@ -100,7 +100,7 @@ def call(python: Path, module: list[str], folder: Path) -> None:
         text=True,
     )
     if run.returncode:
-        raise ScriptFailed(f"{' '.join(module)}: status {run.returncode}\n" + "\n".join(run.stdout.splitlines()[-15:]))
+        raise NoResult(f"{' '.join(module)}: status {run.returncode}\n" + "\n".join(run.stdout.splitlines()[-15:]))
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -115,9 +115,9 @@ def differences(found: dict, weights: dict) -> dict[str, float]:
     before, after = (curves_of(found[way]) for way in WAYS)
     absent = before.keys() ^ after.keys() or weights["before"].keys() ^ weights["after"].keys()
     if absent:
-        raise ValueError(f"only one of before and after has {', '.join(sorted(absent))}")
+        raise NoResult(f"only one of before and after has {', '.join(sorted(absent))}")
     if max(before["loss"]) - min(before["loss"]) < 1e-3:
-        raise ValueError(f"nothing was learned: losses {before['loss']}")
+        raise NoResult(f"nothing was learned: losses {before['loss']}")
     apart = {}
     for name in before:
         first = 1 if "accurac" in name else 0  # of policy == reference
@@ -156,7 +156,7 @@ def outcome(rounds: list[dict]) -> dict:
     memory = [p["after"] / p["before"] for p in peaks]
     result["faster"], result["faster_rounds"] = statistics.median(faster), faster
     result["memory"], result["memory_rounds"] = statistics.median(memory), memory
-    return {**result, "rounds": measured, "environment": rounds[0]["before"]["versions"]}
+    return {**result, "rounds": measured, "versions": rounds[0]["before"]["versions"]}
 
 
 def reasons_against(framework: Framework, result: dict) -> list[str]:
@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in arguments.names if name not in known]
     if unknown:
         parser.error(f"no framework {', '.join(unknown)}: there are {', '.join(known)}")
+    torch.set_num_threads(1)  # what the stamp of a result reports
     status = 0
     if not arguments.page:
         record = Record.of("interop", argv, arguments, parser, under="interop")
@@ -201,7 +202,11 @@ def bench(framework: Framework, rounds: int, record: Record) -> int:
     if framework.not_run:
         print(f"{framework.name}: not run, {framework.not_run}")
         return 0
-    result = run_rounds(framework, rounds)
+    try:
+        result = run_rounds(framework, rounds)
+    except NoResult as reason:
+        print(f"{framework.name}: no result, {reason}", flush=True)
+        return 1
     record.save(framework.name, result)
     against = reasons_against(framework, result)
     worst = max(result["differences"], key=result["differences"].get)

@@ -25,6 +25,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import platform
 import random
 import resource
 import sys
@@ -93,6 +94,7 @@ class Task:
                 raise ValueError(f"{name} has {len(curve)} numbers for {STEPS} steps")
         torch.save({name: w.detach().float().cpu() for name, w in weights.items()}, self.out.with_suffix(".pt"))
         versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+        versions = {"python": platform.python_version(), **dict(sorted(versions.items()))}
         found = {"losses": losses, "grad_norms": grad_norms, "metrics": metrics, "measured": measured}
         self.out.write_text(json.dumps({**found, "versions": versions}), encoding="utf-8")
 

@@ -54,7 +54,7 @@ def test_each_result_is_of_a_framework_and_of_its_pins(path):
     owner = BY_NAME[framework.environment or framework.name]
     for pin in (*owner.pins, *owner.bare):
         name, version = re.sub(r"\[.*\]", "", pin).lower().split("==")
-        assert result["environment"][name.replace("_", "-")].split("+")[0] == version
+        assert result["versions"][name.replace("_", "-")].split("+")[0] == version
     for found in result["rounds"]:
         assert len(found["before"]["processor_s"]) == len(found["after"]["processor_s"]) == task.STEPS
 
@@ -117,7 +117,7 @@ def test_differences_are_of_every_number_but_the_signs_of_rounding():
 
 @pytest.mark.parametrize("absent", ["curve", "weight"])
 def test_what_only_one_side_has_is_no_comparison(absent):
-    with pytest.raises(ValueError, match="only one of before and after has"):
+    with pytest.raises(run.NoResult, match="only one of before and after has"):
         if absent == "curve":
             differences(found(), found(metrics={}))
         else:
@@ -125,7 +125,7 @@ def test_what_only_one_side_has_is_no_comparison(absent):
 
 
 def test_a_run_that_learned_nothing_is_no_comparison():
-    with pytest.raises(ValueError, match="nothing was learned"):
+    with pytest.raises(run.NoResult, match="nothing was learned"):
         differences(found(losses=[0.69, 0.69]), found())
 
 
@@ -167,41 +167,53 @@ def test_what_is_not_met_is_said_and_ends_with_status_1(monkeypatch, capsys, tmp
 def test_a_script_that_fails_says_with_what(tmp_path):
     import sys
 
-    with pytest.raises(run.ScriptFailed, match="before|after"):
+    with pytest.raises(run.NoResult, match="No module named benchmarks.interop.no_such_script"):
         run.call(Path(sys.executable), ["benchmarks.interop.no_such_script", "before"], tmp_path)
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
 
 
-def test_an_environment_is_made_once_per_pins(monkeypatch, tmp_path):
-    calls = []
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What was done instead of making environments: whether one was cleared, what pip was asked for. Status 0, or
+    that which `commands.status` has."""
+
+    class Commands(list):
+        status = 0
+
+        def run(self, command):
+            self.append(command[6:])
+            return subprocess.CompletedProcess(command, self.status)
+
+        def create(self, folder, clear, **_):
+            folder.mkdir(exist_ok=True)
+            self.append(clear)
+
+    done = Commands()
     monkeypatch.setenv("DPO_FAST_INTEROP", str(tmp_path))
-    monkeypatch.setattr(
-        run.venv, "create", lambda folder, clear, **_: (folder.mkdir(exist_ok=True), calls.append(clear))
-    )
-    monkeypatch.setattr(run.subprocess, "run", lambda command, check: calls.append(command[6:]))
+    monkeypatch.setattr(run.venv, "create", done.create)
+    monkeypatch.setattr(run.subprocess, "run", done.run)
+    return done
+
+
+def test_an_environment_is_made_once_per_pins(commands, monkeypatch, tmp_path):
     one = run.Framework("one", "One", "One", "one", ("a==1", "b==2"), bare=("c==3",))
     other = run.Framework("two", "Two", "One", "one", environment="one")
     monkeypatch.setattr(run, "FRAMEWORKS", (one, other))
     assert run.python_of(one) == run.python_of(other) == tmp_path / "one" / "bin" / "python"
-    assert calls == [False, ["a==1", "b==2"], ["--no-deps", "c==3"]]
+    assert commands == [False, ["a==1", "b==2"], ["--no-deps", "c==3"]]
     changed = run.Framework("one", "One", "One", "one", ("a==1", "b==3"))
     monkeypatch.setattr(run, "FRAMEWORKS", (changed, other))
     run.python_of(other)
-    assert calls[3:] == [True, ["a==1", "b==3"]]
+    assert commands[3:] == [True, ["a==1", "b==3"]]
 
 
-def test_one_that_could_not_be_installed_is_not_used(monkeypatch, tmp_path):
-    def fails(command, check):
-        raise subprocess.CalledProcessError(1, command)
-
-    monkeypatch.setenv("DPO_FAST_INTEROP", str(tmp_path))
-    monkeypatch.setattr(run.venv, "create", lambda folder, **_: folder.mkdir(exist_ok=True))
-    monkeypatch.setattr(run.subprocess, "run", fails)
+def test_one_that_could_not_be_installed_is_not_used(commands, capsys):
+    commands.status = 1
     for _ in range(2):
-        with pytest.raises(subprocess.CalledProcessError):
-            run.python_of(FRAMEWORKS[0])
+        assert run.main(["trl-0.24", "--no-save"]) == 1
+    assert capsys.readouterr().out.count("trl-0.24: no result, pip install torch==") == 2 and len(commands) == 4
 
 
 def test_make_interop_takes_names():
