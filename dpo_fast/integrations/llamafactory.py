@@ -6,7 +6,8 @@
 
 Both trainers score a batch in one method, from logits of padded rows. Ours scores the same rows by `completion_logps`;
 losses, metrics, data and checkpoints stay LLaMA-Factory's. Its `logits/chosen` and `logits/rejected`, means over
-padding and prompts, are means over the completions, as TRL's are. Images, videos and audio go the old way, and a line says so.
+padding and prompts, are means over the completions, as TRL's are. Images, videos and audio go the old way, and a line
+says so.
 """
 
 import functools
