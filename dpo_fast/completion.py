@@ -6,6 +6,7 @@ get_batch_logps    logits of any model, by the name and arguments that the field
 
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -16,14 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from .batch import PreferenceBatch
 from .copies import base_model_of
-from .forward import OwnLogits, TokenScores, attach, is_attached
+from .forward import OwnLogits, TokenScores, attach, check_adapter, detach, is_attached
 from .functional import sequence_scores
 from .layout import separate_rows
-from .ops.checks import FLOATS, INTEGERS, check_flag, check_ignore_index, check_tensor, is_number
+from .ops.checks import FLOATS, INTEGERS, check_flag, check_ignore_index, check_labels, check_tensor, is_number
 from .ops.dispatch import readable
 from .ops.logits import logits_token_logps, logits_token_stats
 from .ops.stats import check_outputs
-from .rows import IGNORED, packed_rows, padded_rows, spread
+from .rows import IGNORED, packed_rows, padded_rows, spread, why_no_sequences
 from .wrappers import leading_through, path_to_lm
 
 logger = logging.getLogger("dpo_fast")
@@ -31,6 +32,8 @@ logger = logging.getLogger("dpo_fast")
 _MASKS = (torch.bool, torch.uint8, *INTEGERS, *FLOATS)
 # Inputs that say where tokens lie: of rows that are packed already, cut for several devices, or begun before
 _SP = "sequence parallelism"
+# What trainers pass along, and what has no meaning where no logits are made
+_FLAGS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep")
 _ELSEWHERE = (
     "position_ids",
     "cu_seq_lens_q",
@@ -123,7 +126,8 @@ def score_rows(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     path = path_to_lm(op, model)
-    inputs = {name: value for name, value in model_inputs.items() if value is not None}
+    inputs = {name: value for name, value in model_inputs.items() if value is not None and name not in _FLAGS}
+    routed = inputs.pop("output_router_logits", None)
     if elsewhere := [name for name in _ELSEWHERE if name in inputs]:
         raise TypeError(
             f"{op} takes no {', '.join(elsewhere)}: rows that are packed already, or cut as for {_SP}, cannot be "
@@ -132,7 +136,7 @@ def score_rows(
     if inputs:
         _say_once(f"padded rows, not shared prefixes, because the batch has {', '.join(sorted(inputs))}")
         everything = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        batch: PreferenceBatch | str = padded_rows(everything, labels)
+        batch: PreferenceBatch | str = why_no_sequences(attention_mask, labels) or padded_rows(everything, labels)
     else:
         batch = _packed(input_ids, attention_mask, labels, pairs)
     if isinstance(batch, str):
@@ -142,7 +146,8 @@ def score_rows(
         raise ValueError(
             f"{op}: labels have no scored token in row {counts.index(0)}, whose first one has no predecessor"
         )
-    tokens = _token_scores(path, batch, outputs)
+    _check_targets(op, path[-1], batch, labels)
+    tokens = _token_scores(path, batch, outputs, routed)
     scores = sequence_scores(tokens, batch, ld_alpha)
     return CompletionLogps(
         logps=scores.logps,
@@ -181,28 +186,66 @@ def _check_rows(op: str, input_ids, attention_mask, labels, pairs, ld_alpha) -> 
         raise ValueError(f"{op}: ld_alpha weighs a completion by the other one's length: it needs pairs=True")
 
 
-def _token_scores(path: list[nn.Module], batch: PreferenceBatch, outputs: tuple[str, ...]) -> TokenScores:
+def _check_targets(op: str, lm: nn.Module, batch: PreferenceBatch, labels: Tensor) -> None:
+    """The head would name an index of the packed row."""
+    head: Any = base_model_of(lm).get_output_embeddings()  # type: ignore[operator]
+    if readable(labels) and hasattr(head, "out_features"):
+        scored = torch.zeros_like(labels, dtype=torch.bool)
+        scored[:, 1:] = spread(torch.ones_like(batch.places, dtype=torch.bool), batch)
+        check_labels(op, labels.masked_fill(~scored, IGNORED), head.out_features, IGNORED)
+
+
+_OWN_LOGITS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()  # and why
+
+
+def _token_scores(
+    path: list[nn.Module], batch: PreferenceBatch, outputs: tuple[str, ...], routed: bool | None
+) -> TokenScores:
     model, lm = path[0], path[-1]
+    base = base_model_of(lm)
+    reason = _OWN_LOGITS.get(base) or _why_not_attached(lm)
+    if reason is None:
+        if routed is None:
+            config: Any = base.config
+            routed = getattr(config.get_text_config(), "output_router_logits", False)
+        try:
+            with leading_through(path):
+                return model(batch, outputs=outputs, **({"aux_loss": True} if routed else {}))
+        except OwnLogits as error:  # the head of a model that is sharded is checked in its first call
+            detach(lm)
+            reason = str(error)
+            _OWN_LOGITS[base] = reason
+    _say_once(f"padded rows and {type(base).__name__}'s own logits, because {reason}")
+    return _of_own_logits(path, batch, outputs, routed)
+
+
+def _why_not_attached(lm: nn.Module) -> str | None:
+    """None if it is attached, now at the latest."""
+    try:
+        check_adapter(lm)  # which may come and go
+    except OwnLogits as reason:
+        return str(reason)
     base = base_model_of(lm)
     try:
         if not is_attached(base):
             attach(lm)
     except OwnLogits as reason:
-        _say_once(f"padded rows and {type(base).__name__}'s own logits, because {reason}")
-        return _of_own_logits(path, batch, outputs)
-    config: Any = base.config
-    routed = getattr(config.get_text_config(), "output_router_logits", False)
-    with leading_through(path):
-        return model(batch, outputs=outputs, **({"aux_loss": True} if routed else {}))
+        _OWN_LOGITS[base] = str(reason)
+        return str(reason)
+    return None
 
 
-def _of_own_logits(path: list[nn.Module], batch: PreferenceBatch, outputs: tuple[str, ...]) -> TokenScores:
+def _of_own_logits(
+    path: list[nn.Module], batch: PreferenceBatch, outputs: tuple[str, ...], routed: bool | None
+) -> TokenScores:
     """As the model's own forward has them; those of virtual tokens, which come before a row's, are left out."""
     if batch.layout is not None:
         batch = separate_rows(batch)
-    ids, labels = batch.input_ids, batch.input_ids.new_full(batch.input_ids.shape, IGNORED).flatten()
+    ids = batch.input_ids
+    labels = batch.targets.new_full((ids.numel(),), IGNORED)
     labels = labels.index_copy(0, batch.predictors, batch.targets)  # shifted already
     inputs = {"input_ids": ids, "attention_mask": batch.attention_mask, **batch.get("model_inputs", {})}
+    inputs |= {} if routed is None else {"output_router_logits": routed}
     with leading_through(path):
         out: Any = path[0](**inputs, use_cache=False)
     logits = out.logits[:, -ids.shape[1] :]
@@ -274,6 +317,9 @@ def get_batch_logps(
     label_pad_token_id = check_ignore_index(op, label_pad_token_id, "label_pad_token_id")
     average = check_flag(op, "average_log_prob", average_log_prob)
     return_lengths = check_flag(op, "return_lengths", return_lengths)
+    if readable(labels):  # below, places are those of shifted labels
+        first = torch.arange(labels.shape[1]) == 0
+        check_labels(op, labels.masked_fill(first, label_pad_token_id), logits.shape[2], label_pad_token_id)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=label_pad_token_id)
     lengths = (shifted != label_pad_token_id).sum(1)
     if average and readable(lengths) and not lengths.all():

@@ -137,6 +137,8 @@ def reached(value, seen: set[int] | None = None) -> Iterator:
         cells = [cell for cell in value.__closure__ or () if cell != types.CellType()]
         held = (*(cell.cell_contents for cell in cells), *(value.__defaults__ or ()))
         held += tuple((value.__kwdefaults__ or {}).values())
+        names = (value.__globals__.get(name) for name in value.__code__.co_names)  # of a script, say
+        held += tuple(found for found in names if isinstance(found, types.MethodType))
     elif isinstance(value, (tuple, list)):
         held = value
     elif isinstance(value, dict):

@@ -31,6 +31,7 @@ from . import attention, packing
 from .batch import PreferenceBatch
 from .copies import ATTACHED, OLD_FORWARD, base_model_of, compute_with_own_weights, reached
 from .heads import head_tensors
+from .hooks import random_numbers_kept
 from .layout import SharedPrefixLayout, separate_rows
 from .logps import PairLogps
 from .objective import Objective
@@ -135,6 +136,10 @@ class _UnknownAdapter(OwnLogits, TypeError):
     """It works on rows before the model's forward sees them, or past it."""
 
 
+class _NoBackbone(OwnLogits, TypeError):
+    """There is a head, and no module of its own that it is given the output of."""
+
+
 @dataclass
 class _Attachment:
     """State of an attached model. Holds no reference but through `original`, so that a deep copy is attached too."""
@@ -161,7 +166,7 @@ def attach(model: nn.Module, *, impl: str = "auto", tile_mib: int | None = None)
     """
     check_impl("attach", impl)
     tile_mib = None if tile_mib is None else check_tile_mib("attach", tile_mib)
-    _check_adapter(model)
+    check_adapter(model)
     base = _causal_lm(model)
     keep_trainable(model)
     compute_with_own_weights(base)
@@ -185,7 +190,10 @@ def is_attached(model: nn.Module) -> bool:
     if not hasattr(base, _STATE):
         return False
     ways = (base.forward, vars(base).get(OLD_FORWARD))  # accelerate's hooks call the latter by its name
-    return any(_is_ours(value) for way in ways for value in reached(way))
+    found = [value for way in ways for value in reached(way)]
+    if any(type(value) is type(base) and value is not base for value in found):
+        return False  # what calling it reaches is the model that it was copied from
+    return any(map(_is_ours, found))
 
 
 def _is_ours(value) -> bool:
@@ -241,17 +249,20 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     base = base_model_of(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None or getattr(base, "base_model", base) is base:
-        raise TypeError(
+        raise (TypeError if head is None else _NoBackbone)(
             f"attach: expected a Hugging Face causal language model with a backbone (base_model) and an output head "
             f"(get_output_embeddings), got {type(base).__name__}"
         )
     return base
 
 
-def _check_adapter(model: nn.Module) -> None:
+def check_adapter(model: nn.Module) -> None:
     """Raise `OwnLogits` for a PEFT adapter that works on rows before the model's forward sees them, or past it."""
     if not hasattr(model, "get_base_model"):
         return
+    active = [config for name, config in model.peft_config.items() if name in model.active_adapters]
+    if any(getattr(config, "alora_invocation_tokens", None) for config in active):
+        raise _UnknownAdapter("attach: the adapter (aLoRA) looks for its tokens in each row; use LoRA")
     kind = str(getattr(model.active_peft_config, "peft_type", "")).rpartition(".")[2]
     if getattr(model.active_peft_config, "is_prompt_learning", False):
         raise _UnknownAdapter(
@@ -486,7 +497,8 @@ def at_predictors(model: nn.Module, hidden: Tensor, predictors: Tensor) -> Tenso
     # which no order of addition changes, so this is reproducible
     hidden = hidden.flatten(0, 1).index_select(0, predictors.to(hidden.device))
     head = model.get_output_embeddings()
-    here = next((p.device for p in head.parameters()), hidden.device)  # FSDP1 may leave none
+    # FSDP1 may leave none, and accelerate keeps what it offloads on the device meta
+    here = next((p.device for p in head.parameters() if not p.is_meta), hidden.device)
     return hidden.to(here)  # a model spread over devices
 
 
@@ -566,16 +578,16 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
         ),
     ]
     try:
-        with torch.no_grad():
-            where: Any = model.device
+        where = _device_of(model)
+        with torch.no_grad(), random_numbers_kept(model, where):
             ids = torch.arange(4, device=where).remainder_(model.config.get_text_config().vocab_size)
             logits = state.original(input_ids=ids.unsqueeze(0), use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
     if not logits.isfinite().all():
-        where = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
-        because = f"its weights are not: {where} has NaN or infinity" if where else "though all its weights are"
+        one = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
+        because = f"its weights are not: {one} has NaN or infinity" if one else "though all its weights are"
         raise ValueError(f"attach: {name}'s logits are not finite, {because}")
     if "head_output" not in seen:
         raise _UnknownHead(f"attach: {name} does not call its output head as a module, so it cannot be scored")
@@ -608,6 +620,14 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
                 f"attach: {name}'s output head is not the product with its weight (off {difference.max():.4g})"
             )
     state.checked = True
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where it runs: accelerate keeps what it offloads on the device meta."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return (
+        torch.device(getattr(hook, "execution_device", None) or "cpu") if model.device.type == "meta" else model.device
+    )
 
 
 def _rounding_of_product(hidden: Tensor, weight: Tensor, product: Tensor) -> Tensor:

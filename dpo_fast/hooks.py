@@ -77,16 +77,23 @@ def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     The cache: in torch 2.8 a cast of a weight that is made without gradients is taken for the one that training needs.
     """
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == device.type})
-    forked = dict(devices=devices, device_type=device.type) if device.type not in ("cpu", "meta") else dict(devices=[])
     cached = torch.is_autocast_cache_enabled()
-    with torch.random.fork_rng(**forked), _without_hooks(model):
+    with random_numbers_kept(model, device), _without_hooks(model):
         torch.manual_seed(0)  # the same on every rank
         torch.set_autocast_cache_enabled(False)
         try:
             yield
         finally:
             torch.set_autocast_cache_enabled(cached)
+
+
+@contextlib.contextmanager
+def random_numbers_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """What is drawn inside is drawn again after it."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == device.type})
+    forked = dict(devices=devices, device_type=device.type) if device.type not in ("cpu", "meta") else dict(devices=[])
+    with torch.random.fork_rng(**forked):
+        yield
 
 
 @contextlib.contextmanager

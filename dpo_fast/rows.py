@@ -28,11 +28,9 @@ def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs
     must know is lengths, numbers of scored tokens, and how much is shared.
     """
     (rows, width), device = labels.shape, labels.device
-    columns = torch.arange(width, device=device)
-    mask, scored = attention_mask.to(torch.int64), labels != IGNORED
-    lengths, begins = mask.sum(1), mask.argmax(1)  # the first of the largest
-    whole = (columns >= begins[:, None]) & (columns < (begins + lengths)[:, None])
-    one_run, on_padding = (attention_mask == whole).all() & (lengths > 0).all(), (scored & ~whole).any()
+    columns, scored = torch.arange(width, device=device), labels != IGNORED
+    begins, lengths, whole = _runs(attention_mask)
+    one_run, on_padding = _are_sequences(attention_mask, whole, lengths), (scored & ~whole).any()
 
     left = (columns + begins[:, None]).clamp_(max=max(width - 1, 0))  # rows from their first token on
     ids, labels = input_ids.gather(1, left), labels.gather(1, left)
@@ -46,9 +44,9 @@ def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs
         [lengths, counts, shared.flatten(), facts]
     ).tolist()
     if not is_one_run:
-        return "attention_mask is not one run of ones in each row, as sequences with padding before or after them have"
+        return _NO_RUN
     if is_on_padding:
-        return "labels are not -100 everywhere on padding (attention_mask 0)"
+        return _ON_PADDING
     if least < 0:
         return f"input_ids are at least 0, got {least}"
 
@@ -77,12 +75,22 @@ def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs
     )
 
 
+def why_no_sequences(attention_mask: Tensor, labels: Tensor) -> str | None:
+    """What `packed_rows` says of such rows; on a GPU the host waits to know."""
+    _, lengths, whole = _runs(attention_mask)
+    if not _are_sequences(attention_mask, whole, lengths):
+        return _NO_RUN
+    return _ON_PADDING if ((labels != IGNORED) & ~whole).any() else None
+
+
 def padded_rows(inputs: Mapping, labels: Tensor) -> PreferenceBatch:
-    """inputs: keyword arguments of the model, input_ids (B, T) and attention_mask among them; labels (B, T), unshifted.
+    """inputs: keyword arguments of the model, input_ids (B, T) and attention_mask among them; labels (B, T), unshifted,
+    of which those are scored that a token predicts, not padding.
 
     On a GPU the host waits, to know how many tokens are scored.
     """
-    scored = labels[:, 1:] != IGNORED
+    inside = inputs["attention_mask"] != 0
+    scored = (labels[:, 1:] != IGNORED) & inside[:, :-1] & inside[:, 1:]
     places = scored.flatten().nonzero().squeeze(1)
     rows = places // max(scored.shape[1], 1)
     predictors = places + rows  # each row has one position more than it has shifted labels
@@ -104,6 +112,22 @@ def spread(values: Tensor, batch: PreferenceBatch) -> Tensor:
     """(N,) of a batch's scored tokens -> (B, T - 1), zero where nothing is scored."""
     rows, columns = batch.field_shape
     return values.new_zeros(rows * columns).index_copy(0, batch.places, values).view(rows, columns)
+
+
+_NO_RUN = "attention_mask is not one run of ones in each row, as sequences with padding before or after them have"
+_ON_PADDING = "labels are not -100 everywhere on padding (attention_mask 0)"
+
+
+def _runs(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row's tokens begin (B,), how many they are (B,), and the mask (B, T) if they follow one another."""
+    mask = attention_mask.to(torch.int64)
+    lengths, begins = mask.sum(1), mask.argmax(1)  # the first of the largest
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return begins, lengths, (columns >= begins[:, None]) & (columns < (begins + lengths)[:, None])
+
+
+def _are_sequences(attention_mask: Tensor, whole: Tensor, lengths: Tensor) -> Tensor:
+    return (attention_mask == whole).all() & (lengths > 0).all()
 
 
 def _common(a: Tensor, b: Tensor) -> Tensor:

@@ -7,11 +7,15 @@ holders      a framework's own modules around the model (an actor): hooks may si
 """
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+
+from .copies import base_model_of, reached
 
 _WRAPPERS = ("torch", "deepspeed", "accelerate")  # packages whose forwards hand on what they are given
 
@@ -25,8 +29,8 @@ def path_to_lm(op: str, model: nn.Module) -> list[nn.Module]:
         raise TypeError(f"{op}: model must be a causal language model, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
         raise TypeError(f"{op}: model is a DataParallel, which splits batches by rows; use DistributedDataParallel")
-    paths = list(_paths(model))
-    if not paths:
+    paths = list({id(path[-1]): path for path in reversed(list(_paths(model)))}.values())  # the first way to each
+    if not paths or getattr(base_model_of(paths[0][-1]), "get_output_embeddings", lambda: None)() is None:
         raise TypeError(
             f"{op}: model must be, or hold, a Hugging Face causal LM with an output head (get_output_embeddings), "
             f"got {type(model).__name__}; a model of another kind: dpo_fast.get_batch_logps of its logits"
@@ -69,17 +73,26 @@ def leading_through(path: Sequence[nn.Module]) -> Iterator[None]:
     """
     holders = [(outer, inner) for outer, inner in itertools.pairwise(path) if not _hands_on(outer)]
     before = [vars(outer).get("forward") for outer, _ in holders]
-    try:
-        for outer, inner in holders:
-            vars(outer)["forward"] = inner.__call__
-        yield
-    finally:
-        for (outer, _), own in zip(holders, before, strict=True):
-            vars(outer).pop("forward")
-            if own is not None:
-                vars(outer)["forward"] = own
+    with contextlib.ExitStack() as precision:
+        for own in before:  # accelerate's, around the forward that is replaced
+            for cast in [value for value in reached(own) if isinstance(value, torch.autocast)][:1]:
+                precision.enter_context(copy.copy(cast))
+        try:
+            for outer, inner in holders:
+                vars(outer)["forward"] = inner.__call__
+            yield
+        finally:
+            for (outer, _), own in zip(holders, before, strict=True):
+                vars(outer).pop("forward")
+                if own is not None:
+                    vars(outer)["forward"] = own
 
 
 def _hands_on(module: nn.Module) -> bool:
     """Asked of the forward itself: FSDP2 puts a class of its own before the module's."""
-    return type(module).forward.__module__.partition(".")[0] in _WRAPPERS
+    forward = type(module).forward
+    # A module without a forward has torch's, which raises; torch.compile's has its own on the instance
+    bare = forward is nn.Module.forward and not hasattr(module, "_orig_mod")
+    if bare or isinstance(module, nn.Sequential):  # whose forward takes one argument
+        return False
+    return forward.__module__.partition(".")[0] in _WRAPPERS

@@ -478,7 +478,7 @@ MODELS = {
     "targets: out of range": (
         lambda it: it.model(batch(targets=torch.tensor([1, 2, 999]))),
         ValueError,
-        r"labels are outside \[0, 320\)",
+        r"completion_logps: 1 of 16 labels are outside \[0, 320\) .* the first is 999 at index \[1, 2\]",
     ),
     "sequence_ids: None": (lambda it: it.model(batch(sequence_ids=None)), TypeError, "sequence_ids must be a tensor"),
     "mask: another shape": (
@@ -857,6 +857,11 @@ def batch_logps(logits=None, labels=LABELS_OF_ROWS, *args, **knobs):
     return dpo_fast.get_batch_logps(torch.zeros(4, 4, 16) if logits is None else logits, labels, *args, **knobs)
 
 
+def with_lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
 def encoder_decoder():
     sizes = dict(d_model=16, d_kv=4, d_ff=16, num_heads=4, num_layers=1, vocab_size=32)
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
@@ -883,6 +888,11 @@ ROWS = {
         lambda it: of_rows(model=torch.nn.Linear(2, 2)),
         TypeError,
         "model must be, or hold, .* got Linear",
+    ),
+    "rows: no head under PEFT": (
+        lambda it: of_rows(model=with_lora(tiny_model().model)),
+        TypeError,
+        "model must be, or hold, a Hugging Face causal LM with an output head",
     ),
     "rows: an encoder-decoder": (
         lambda it: of_rows(model=encoder_decoder()),
@@ -937,7 +947,7 @@ ROWS = {
     "rows: a label out of range": (
         lambda it: of_rows(it, labels=LABELS_OF_ROWS.masked_fill(LABELS_OF_ROWS == 9, 999)),
         ValueError,
-        r"labels are outside \[0, 320\)",
+        r"completion_logps: 1 of 16 labels are outside \[0, 320\) .* the first is 999 at index \[1, 2\]",
     ),
     "rows: ids out of range": (
         lambda it: of_rows(it, ids=IDS_OF_ROWS.masked_fill(IDS_OF_ROWS == 9, 999)),
@@ -1045,7 +1055,7 @@ ROWS = {
     "batch logps: a label out of range": (
         lambda it: batch_logps(torch.zeros(4, 4, 8)),
         ValueError,
-        r"labels are outside \[0, 8\)",
+        r"get_batch_logps: 5 of 16 labels are outside \[0, 8\).* is 8 at index \[0, 3\]",
     ),
     "batch logps: no label, mean": (
         lambda it: batch_logps(None, LABELS_OF_ROWS.index_fill(0, torch.tensor([1]), -100), True),

@@ -151,6 +151,8 @@ def test_balancing_loss_of_experts():
     assert_same(model, found.logps + found.aux_loss, in_the_field(own.logits, LABELS) + own.aux_loss)
     model.config.output_router_logits = False
     assert completion_logps(model, *ROWS).aux_loss is None
+    asked = completion_logps(model, *ROWS, output_router_logits=True)
+    assert torch.equal(asked.aux_loss, found.aux_loss)
 
 
 def test_rows_without_a_label_are_for_callers_that_know():
@@ -223,6 +225,77 @@ def test_virtual_tokens(kind, said):
     assert "own logits, because attach: the adapter" in said.text
 
 
+def test_own_logits_are_found_out_once(said):
+    model, calls = tiny_model("bert", is_decoder=True, hidden_dropout_prob=0.5), []
+    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        completion_logps(model, *ROWS)
+    assert len(calls) == 3 + 1  # the check's
+    torch.manual_seed(1)
+    true = of_model(model.train())
+    torch.manual_seed(1)
+    torch.testing.assert_close(completion_logps(model, *ROWS).logps, true)
+
+
+@pytest.mark.parametrize("kinds", [(torch.int32, torch.int64), (torch.int64, torch.int32)])
+def test_kinds_of_integers(kinds):
+    for model in (tiny_model(), tiny_model("bert", is_decoder=True)):
+        found = completion_logps(model, IDS.to(kinds[0]), MASK.bool(), LABELS.to(kinds[1]))
+        torch.testing.assert_close(found.logps, of_model(model))
+
+
+def test_a_model_without_a_backbone_gives_its_own_logits(said):
+    import transformers
+
+    config = transformers.Llama4TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, intermediate_size_mlp=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    torch.testing.assert_close(completion_logps(model, *ROWS).logps, of_model(model))
+    assert "Llama4ForCausalLM's own logits" in said.text
+
+
+def test_prompt_tuning_over_a_model_that_is_attached(said):
+    peft = pytest.importorskip("peft")
+    base = tiny_model()
+    completion_logps(base, *ROWS)
+    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    logits = model(input_ids=IDS, attention_mask=MASK).logits[:, -IDS.shape[1] :]
+    torch.testing.assert_close(completion_logps(model, *ROWS).logps, in_the_field(logits, LABELS))
+
+
+def test_activated_lora(said):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[7], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), config)
+    torch.testing.assert_close(completion_logps(model, *ROWS).logps, of_model(model))
+    assert "the adapter (aLoRA) looks for its tokens" in said.text
+
+
+def test_what_trainers_pass_along(said):
+    for model in (tiny_model(), tiny_model("bert", is_decoder=True)):
+        flags = dict(use_cache=False, return_dict=False, output_hidden_states=True, logits_to_keep=1)
+        torch.testing.assert_close(completion_logps(model, *ROWS, **flags).logps, of_model(model))
+    assert "the batch has" not in said.text
+
+
+def test_padding_predicts_nothing_in_rows_as_they_come():
+    model, inputs = tiny_model(), dict(token_type_ids=torch.zeros_like(IDS))
+    model.base_model.register_forward_pre_hook(
+        lambda _m, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "token_type_ids"}), with_kwargs=True
+    )
+    ids, mask, _ = left()
+    everything = ids.masked_fill(mask == 0, -100)
+    found, packed = (completion_logps(model, ids, mask, everything, **more) for more in (inputs, {}))
+    assert found.lengths.tolist() == packed.lengths.tolist() == [5, 3, 3, 5]
+    torch.testing.assert_close(found.logps, packed.logps)
+    with pytest.raises(ValueError, match="labels are not -100 everywhere on padding"):
+        completion_logps(model, ids, mask, ids, **inputs)
+    with pytest.raises(ValueError, match="attention_mask is not one run"):
+        completion_logps(model, ids, mask.index_fill(1, torch.tensor([4]), 0), everything, **inputs)
+
+
 def test_rows_that_a_hook_spreads_over_devices_are_refused():
     """As sequence parallelism does it: each rank's backbone sees a part of each row."""
     model = tiny_model()
@@ -261,6 +334,78 @@ def test_an_actors_forward_comes_back_after_an_error():
     with pytest.raises(ValueError, match="token id 99999"):
         completion_logps(actor, IDS.masked_fill(IDS == 8, 99999), MASK, LABELS)
     assert actor.forward is own
+
+
+class Holder(torch.nn.Module):
+    """Without a forward; the model can be reached in two ways."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.policy, self.inner = model, Actor(model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Holder, lambda model: torch.nn.ModuleDict({"policy": model}), torch.nn.Sequential],
+    ids=["no forward", "a dictionary", "sequential"],
+)
+def test_modules_that_hold_the_model(wrap):
+    model = tiny_model()
+    assert_same(model, completion_logps(wrap(model), *ROWS).logps, of_model(model))
+
+
+def dtypes_of(model) -> set:
+    """What its layers compute in from now on."""
+    seen: set = set()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _module, _args, out: seen.add(out.dtype))
+    return seen
+
+
+def test_autocast_around_an_actor_is_kept():
+    model = tiny_model()
+    actor = Actor(model)
+    actor.forward = torch.autocast("cpu", dtype=torch.bfloat16)(actor.forward)
+    completion_logps(actor, *ROWS)  # attached and proven
+    seen = dtypes_of(model)
+    completion_logps(actor, *ROWS)
+    assert seen == {torch.bfloat16}
+
+
+def wrapped(forward):
+    def inner(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return inner
+
+
+def test_a_copy_of_a_model_whose_forward_a_closure_holds():
+    model = tiny_model()
+    completion_logps(model, *ROWS)
+    model.forward = wrapped(model.forward)
+    reference = copy.deepcopy(model)
+    before = completion_logps(reference, *ROWS).logps
+    model.lm_head.weight.data.neg_()
+    assert torch.equal(completion_logps(reference, *ROWS).logps, before)
+
+
+def test_a_forward_that_a_global_wraps():
+    global held
+    model = tiny_model()
+    true = of_model(model)
+    completion_logps(model, *ROWS)
+    held = model.forward
+    model.forward = lambda *args, **kwargs: held(*args, **kwargs)
+    torch.testing.assert_close(completion_logps(model, *ROWS).logps, true)
+    torch.testing.assert_close(of_model(model), true)
+
+
+def test_a_model_that_is_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    true = of_model(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(completion_logps(model, *ROWS).logps, true)
 
 
 def test_lora_and_its_disabled_adapter():
