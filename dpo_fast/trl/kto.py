@@ -16,8 +16,9 @@ from torch import Tensor
 from ..completion import CompletionLogps, score_rows
 from ..copies import base_model_of
 from ..rows import IGNORED
-from . import scoring
 from .others import ignored_by, no_seam, trainer_with
+from .scoring import install as answer_with_scores
+from .scoring import scored
 
 _TRLs: Any = trainer_with("KTOTrainer", "compute_loss")
 _module = sys.modules[_TRLs.__module__]
@@ -81,13 +82,13 @@ class _FullLogits:
         if return_outputs:  # whoever asks for outputs reads their logits
             return super()._compute_loss(model, inputs, return_outputs)
         self._use_models()
-        with scoring.scored(_labels_by(inputs["completion_mask"]), ("entropy", "mean_logits")):
+        with scored(_labels_by(inputs["completion_mask"]), ("entropy", "mean_logits")):
             return super()._compute_loss(model, inputs, return_outputs)
 
     def _compute_kl_logps(self, model, batch):
         if not self.calculate_KL:
             return None
-        with scoring.scored(_labels_by(batch["KL_completion_mask"])):
+        with scored(_labels_by(batch["KL_completion_mask"])):
             return super()._compute_kl_logps(model, batch)
 
     def compute_ref_log_probs(self, model, inputs):
@@ -98,7 +99,7 @@ class _FullLogits:
             return _labels_by(inputs[f"{kind}completion_mask"])(input_ids, attention_mask)
 
         self._use_models()
-        with scoring.scored(labels_of):
+        with scored(labels_of):
             return super().compute_ref_log_probs(model, inputs)
 
     def _use_models(self) -> None:
@@ -106,7 +107,7 @@ class _FullLogits:
             models = [self.model, *([] if self.ref_model is None else [self.ref_model])]
             self._given = [base_model_of(self.accelerator.unwrap_model(model)) for model in models]
             for model in self._given:
-                scoring.install(model, pairs=False)
+                answer_with_scores(model, pairs=False)
 
 
 def _labels_by(completion_mask: Tensor):

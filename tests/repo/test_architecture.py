@@ -91,12 +91,10 @@ FLOORS = """
 11 training.config training.facts
 12 training.models
 13 training.preflight training.references trl.mixin
-14 training.trainer trl.fused_head trl.scoring
-15 training.launch trl.concatenated trl.full_logits
+14 training.trainer trl.fused_head trl.others trl.scoring
+15 training.launch trl.command trl.concatenated trl.cpo trl.full_logits trl.kto trl.orpo
 16 training.outcome trl
 17 cli
-14 trl.others
-15 trl.command trl.cpo trl.kto trl.orpo
 """
 FLOOR: dict[str, int] = {}
 for word in FLOORS.split():
