@@ -1,8 +1,8 @@
 """TRL's KTOTrainer: its rows are packed, and no logits are built.
 
 Three seams, chosen by what is there: `add_fused_lm_head`, which is given the models (TRL 1.15 and later);
-`_compute_loss`, which reads the logits of completions alone (1.9 to 1.14); `forward`, which returns log-probs and
-logits of a batch (0.18 to 1.3).
+`_compute_loss`, which reads logits and their entropies (1.8 to 1.14); `forward`, which returns log-probs and logits of
+a batch (0.18 to 1.5).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _module = sys.modules[_TRLs.__module__]
 
 
 class _Forward:
-    """Over TRL 0.18 to 1.3. Equal beginnings of the rows of a batch run once."""
+    """Over TRL 0.18 to 1.5. Equal beginnings of the rows of a batch run once."""
 
     model: Any
     ref_model: Any
@@ -71,7 +71,7 @@ class _Forward:
 
 
 class _FullLogits:
-    """Over TRL 1.9 to 1.14."""
+    """Over TRL 1.8 to 1.14."""
 
     model: Any
     ref_model: Any
@@ -148,6 +148,6 @@ _Seam: Any = _seam()
 class KTOTrainer(_Seam, _TRLs):
     """TRL's, faster: its data, losses and metrics.
 
-    Before TRL 1.4 `logits/chosen` and `logits/rejected` are sums over the tokens of the completions: TRL's count
+    Before TRL 1.9 `logits/chosen` and `logits/rejected` are sums over the tokens of the completions: TRL's count
     prompts and padding, too, whose logits do not exist here.
     """
