@@ -1,8 +1,8 @@
 """TRL's KTOTrainer: its rows are packed, and no logits are built.
 
 Three seams, chosen by what is there: `add_fused_lm_head`, which is given the models (TRL 1.15 and later);
-`_compute_loss`, which reads the logits of completions alone (1.9 to 1.14); `forward`, which returns log-probs and
-logits of a batch (0.18 to 1.3).
+`_compute_loss`, which reads logits and their entropies (1.8 to 1.14); `forward`, which returns log-probs and logits of
+a batch (0.18 to 1.5).
 """
 
 import contextlib
@@ -16,15 +16,16 @@ from torch import Tensor
 from ..completion import CompletionLogps, score_rows
 from ..copies import base_model_of
 from ..rows import IGNORED
-from . import scoring
 from .others import ignored_by, no_seam, trainer_with
+from .scoring import install as answer_with_scores
+from .scoring import scored
 
 _TRLs: Any = trainer_with("KTOTrainer", "compute_loss")
 _module = sys.modules[_TRLs.__module__]
 
 
 class _Forward:
-    """Over TRL 0.18 to 1.3. Equal beginnings of the rows of a batch run once."""
+    """Over TRL 0.18 to 1.5. Equal beginnings of the rows of a batch run once."""
 
     model: Any
     ref_model: Any
@@ -70,7 +71,7 @@ class _Forward:
 
 
 class _FullLogits:
-    """Over TRL 1.9 to 1.14."""
+    """Over TRL 1.8 to 1.14."""
 
     model: Any
     ref_model: Any
@@ -81,13 +82,13 @@ class _FullLogits:
         if return_outputs:  # whoever asks for outputs reads their logits
             return super()._compute_loss(model, inputs, return_outputs)
         self._use_models()
-        with scoring.scored(_labels_by(inputs["completion_mask"]), ("entropy", "mean_logits")):
+        with scored(_labels_by(inputs["completion_mask"]), ("entropy", "mean_logits")):
             return super()._compute_loss(model, inputs, return_outputs)
 
     def _compute_kl_logps(self, model, batch):
         if not self.calculate_KL:
             return None
-        with scoring.scored(_labels_by(batch["KL_completion_mask"])):
+        with scored(_labels_by(batch["KL_completion_mask"])):
             return super()._compute_kl_logps(model, batch)
 
     def compute_ref_log_probs(self, model, inputs):
@@ -98,7 +99,7 @@ class _FullLogits:
             return _labels_by(inputs[f"{kind}completion_mask"])(input_ids, attention_mask)
 
         self._use_models()
-        with scoring.scored(labels_of):
+        with scored(labels_of):
             return super().compute_ref_log_probs(model, inputs)
 
     def _use_models(self) -> None:
@@ -106,7 +107,7 @@ class _FullLogits:
             models = [self.model, *([] if self.ref_model is None else [self.ref_model])]
             self._given = [base_model_of(self.accelerator.unwrap_model(model)) for model in models]
             for model in self._given:
-                scoring.install(model, pairs=False)
+                answer_with_scores(model, pairs=False)
 
 
 def _labels_by(completion_mask: Tensor):
@@ -147,6 +148,6 @@ _Seam: Any = _seam()
 class KTOTrainer(_Seam, _TRLs):
     """TRL's, faster: its data, losses and metrics.
 
-    Before TRL 1.4 `logits/chosen` and `logits/rejected` are sums over the tokens of the completions: TRL's count
+    Before TRL 1.9 `logits/chosen` and `logits/rejected` are sums over the tokens of the completions: TRL's count
     prompts and padding, too, whose logits do not exist here.
     """

@@ -142,6 +142,11 @@ class TokenLogits:
         self._of_tokens("mean", -1 if dim is None else dim, ("logits",))
         return self._kept("mean_logits") if dim is not None else self._kept("mean_logits").mean()
 
+    def nansum(self) -> Tensor:
+        """Over the vocabulary and the tokens that have a label, which TRL 1.8's KTO reports."""
+        self._of_tokens("nansum", -1, ("logits",))
+        return self._kept("mean_logits").sum() * self.vocabulary
+
     def sum(self, dim: int) -> Tensor:
         self._of_tokens("sum", dim, ("probs * log-probs",))
         return -self._kept("entropy")

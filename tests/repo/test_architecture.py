@@ -73,9 +73,9 @@ FLOORS = """
 0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks integrations
    kernels.numerics kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.roofline ops.stats
    prepared report report.charts report.files scores testing text training training.aliases training.rows
-   training.sampler training.sources transfer trl.command trl.seams wrappers
+   training.sampler training.sources transfer trl.command trl.seams
 1  batch data.make_pairs demo.corpus demo.measure heads kernels.token_logps losses ops.oracle ops.plan
-   ops.softmax quantised report.png report.record report.svg training.written trl
+   ops.softmax quantised report.png report.record report.svg training.written trl wrappers
 2  demo.language_model integrations.axolotl layout objective ops.call ops.gemm ops.sequence report.page
    report.pairs router training.folder training.keys
 3  block_mask demo.pages demo.story flash flex metrics ops.liger ops.logits ops.tile report.run rows terms

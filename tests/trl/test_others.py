@@ -124,7 +124,7 @@ def test_rows_of_experts_bring_their_balancing_loss(tmp_path):
             assert torch.allclose(theirs[i], mine[i], atol=1e-5), i
 
 
-# --- the seam of TRL 0.18 to 1.3's KTOTrainer, which need not be installed -----------------------------------------
+# --- the seam of TRL 0.18 to 1.5's KTOTrainer, which need not be installed -----------------------------------------
 
 
 class OfOldTRL:
@@ -193,3 +193,12 @@ def test_a_trainer_that_has_only_moved_is_found(monkeypatch):
     moved = type("KTOTrainer", (trl.KTOTrainer,), {"__init__": lambda self: None})
     monkeypatch.setattr(trl, "KTOTrainer", moved)
     assert trainer_with("KTOTrainer", "compute_loss") is importlib.import_module("trl.trainer.kto_trainer").KTOTrainer
+
+
+def test_sums_of_logits_are_of_labelled_tokens():
+    from dpo_fast.trl.token_logits import TokenLogits
+
+    means = torch.tensor([[0.5, 0.0], [-1.0, 2.0]])
+    logits = TokenLogits(labels=torch.zeros(2, 2).long(), logps=means, vocabulary=7, mean_logits=means)
+    assert logits.index_select(0, torch.tensor([1])).nansum() == 7.0
+    assert logits[:, :-1, :].nansum() == -3.5
