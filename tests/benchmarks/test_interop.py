@@ -52,9 +52,10 @@ def test_each_result_is_of_a_framework_and_of_its_pins(path):
     result, framework = json.loads(path.read_text(encoding="utf-8")), BY_NAME[path.stem]
     assert result["complete"] and re.fullmatch("[0-9a-f]{40}", result["commit"]), "not of a clean commit"
     owner = BY_NAME[framework.environment or framework.name]
+    versions = {name.replace("_", "-"): version for name, version in result["versions"].items()}
     for pin in (*owner.pins, *owner.bare):
         name, version = re.sub(r"\[.*\]", "", pin).lower().split("==")
-        assert result["versions"][name.replace("_", "-")].split("+")[0] == version
+        assert versions[name.replace("_", "-")].split("+")[0] == version
     for found in result["rounds"]:
         assert len(found["before"]["processor_s"]) == len(found["after"]["processor_s"]) == task.STEPS
 
