@@ -3,6 +3,8 @@
     llamafactory   `swap()`, or python -m dpo_fast.integrations.llamafactory train dpo.yaml
     axolotl        a class to name in the YAML, trainer_cls: dpo_fast.integrations.axolotl.DPOTrainer
     ms_swift       `swap()`, in a file of --external_plugins
+    openrlhf       a trainer to import in place of OpenRLHF's
+    torchtune      log-probs of torchtune's decoder without its logits
 
 Nothing here acts on import: a swap is a call, or a class that is named, and says so in a line of the log.
 """
