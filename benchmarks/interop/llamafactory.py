@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own entry, `run_exp` with the options of a YAML: its data, its collator, its workflow, its trainer."""
+"""LLaMA-Factory's own entry, `run_exp` with the options of a YAML: its data, collator, workflow and trainer."""
 
 import importlib.machinery
 import importlib.util

@@ -87,14 +87,15 @@ FLOORS = """
 7  forward
 8  functional trl.installed
 9  completion reference training.finite training.reference_columns
-10 drift training.checkpoints training.data trl.checks
+10 drift integrations.llamafactory integrations.ms_swift integrations.openrlhf
+   training.checkpoints training.data trl.checks
 11 training.config training.facts
 12 training.models
 13 training.preflight training.references trl.mixin
 14 training.trainer trl.fused_head trl.scoring
 15 training.launch trl.concatenated trl.full_logits
 16 training.outcome trl
-17 cli
+17 cli integrations.axolotl
 14 trl.others
 15 trl.command trl.cpo trl.kto trl.orpo
 """
