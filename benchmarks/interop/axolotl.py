@@ -27,6 +27,8 @@ OPTIONS = {
     "bf16": False,
     "fp16": False,
     "tf32": False,
+    "seed": 0,
+    "shuffle_merged_datasets": False,
     "skip_prepare_dataset": False,
     "dataset_num_proc": 1,
 }

@@ -1,13 +1,13 @@
-"""LLaMA-Factory's DPO and KTO trainers, which every loss of its `pref_loss` goes through, on packed rows.
+"""LLaMA-Factory's DPO and KTO trainers on packed rows: another command, or a call before its own.
 
-    from dpo_fast.integrations import llamafactory                  python -m dpo_fast.integrations.llamafactory \\
-    llamafactory.swap()                                                 train dpo.yaml
-    llamafactory.train.tuner.run_exp(...)                           # instead of llamafactory-cli train dpo.yaml
+    python -m dpo_fast.integrations.llamafactory train dpo.yaml      # llamafactory-cli train dpo.yaml
 
-Both trainers score a batch in one method, from logits of padded rows. Ours scores the same rows by `completion_logps`;
+    from dpo_fast.integrations import llamafactory
+    llamafactory.swap()                                              # before run_exp, or a trainer of one's own
+
+Each trainer scores a batch in one method, from logits of padded rows. Ours scores the same rows by `completion_logps`;
 losses, metrics, data and checkpoints stay LLaMA-Factory's. Its `logits/chosen` and `logits/rejected`, means over
-padding and prompts, are means over the completions, as TRL's are. Images, videos and audio go the old way, and a line
-says so.
+padding and prompts, are means over completions, as TRL's are. Images and audio go the old way, and a line says so.
 """
 
 import functools

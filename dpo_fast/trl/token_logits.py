@@ -53,6 +53,11 @@ class TokenLogits:
     def device(self) -> torch.device:
         return self.logps.device
 
+    @property
+    def is_cuda(self) -> bool:
+        """False, of which Axolotl's kernels in TRL's place are asked: no kernel can run on them."""
+        return False
+
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]
 
