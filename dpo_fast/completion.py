@@ -228,6 +228,7 @@ def get_batch_logps(
     label_pad_token_id: int = ...,
     *,
     return_lengths: Literal[False] = ...,
+    inplace_backward: bool = ...,
 ) -> Tensor: ...
 
 
@@ -239,6 +240,7 @@ def get_batch_logps(
     label_pad_token_id: int = ...,
     *,
     return_lengths: Literal[True],
+    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -249,6 +251,7 @@ def get_batch_logps(
     label_pad_token_id: int = -100,
     *,
     return_lengths: bool = False,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of the labels of each row under softmax(logits), with gradients for `logits`, in one pass over them.
 
@@ -258,7 +261,8 @@ def get_batch_logps(
 
     Returns (B,) fp32 (fp64 for fp64 logits): sums in nats, 0 for a row without labels; or with `average_log_prob` means
     per labelled token, where such a row raises ValueError on the CPU and is NaN elsewhere. With `return_lengths` also
-    the numbers of labelled tokens, (B,) int64.
+    the numbers of labelled tokens, (B,) int64. inplace_backward: as in `logits_token_logps`, for loops that read their
+    logits no more after the backward.
 
     Raises ValueError for shapes that do not fit, TypeError for dtypes.
     """
@@ -274,7 +278,9 @@ def get_batch_logps(
     lengths = (shifted != label_pad_token_id).sum(1)
     if average and readable(lengths) and not lengths.all():
         raise ValueError(f"{op}: labels have no scored token in row {int((lengths == 0).int().argmax())}, so no mean")
-    token_logps = logits_token_logps(logits, shifted, ignore_index=label_pad_token_id)
+    token_logps = logits_token_logps(
+        logits, shifted, ignore_index=label_pad_token_id, inplace_backward=inplace_backward
+    )
     logps = token_logps.sum(1, dtype=torch.float64).to(token_logps.dtype)
     logps = logps / lengths if average else logps
     return (logps, lengths) if return_lengths else logps

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from no_sync import no_sync
 from reads import counted_reads
 from tiny import tiny_model
 
@@ -341,8 +340,28 @@ def test_get_batch_logps_leaves_its_arguments():
     before = logits.detach().clone()
     get_batch_logps(logits, labels).sum().backward()
     assert torch.equal(logits, before) and torch.equal(labels, LABELS)
-    with no_sync():
-        pass
+
+
+def test_get_batch_logps_over_the_logits():
+    hidden, weight = torch.randn(4, 6, 8), torch.randn(31, 8, requires_grad=True)
+    true = gradient_of(get_batch_logps(hidden @ weight.T, LABELS), weight)
+    logits = hidden @ weight.T
+    found = gradient_of(get_batch_logps(logits, LABELS, inplace_backward=True), weight)
+    assert torch.equal(found, true) and (logits[:, -1] == 0).all()  # the gradient lies where they were
+
+
+def gradient_of(value, leaf):
+    (found,) = torch.autograd.grad(value.sum(), leaf)
+    return found
+
+
+def test_get_batch_logps_asks_no_device(monkeypatch):
+    from dpo_fast.ops import dispatch
+
+    monkeypatch.setattr(dispatch, "_HOST_DEVICES", ())
+    with counted_reads() as (reads, _):
+        get_batch_logps(logits_of(), LABELS, average_log_prob=True, return_lengths=True)[0].sum().backward()
+    assert not reads
 
 
 @pytest.mark.parametrize("dtype, wide", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])

@@ -19,22 +19,26 @@ variable `DPO_FAST_LAYOUT=padded`, asks for padded rows; "shared_prefix" raises 
 """
 
 import functools
+import importlib
 
 try:
     import trl
     from trl.trainer import dpo_trainer
 except ImportError as error:
-    raise ImportError(
-        "dpo_fast.trl needs TRL 0.18 or newer (since 0.24 on Python 3.10, from 1.15 on 3.11): pip install 'trl>=0.18'"
-    ) from error
+    raise ImportError("dpo_fast.trl needs TRL 0.18 or newer: pip install 'trl>=0.18'") from error
 
 from .seams import fast_dpo_of
 
 FastDPO = fast_dpo_of(dpo_trainer)
 
+# Modules that are read when they are asked for: TRL keeps these trainers, and settings of two, in trl.experimental
+_OTHERS = {"CPOTrainer": "cpo", "ORPOTrainer": "orpo", "KTOTrainer": "kto", "CPOConfig": "cpo", "ORPOConfig": "orpo"}
+
 
 def __getattr__(name: str):
-    """TRL's other names, which a script's one line imports beside `DPOTrainer`."""
+    """The other trainers of this package, and TRL's other names, which a script's one line imports beside them."""
+    if name in _OTHERS:
+        return getattr(importlib.import_module(f".{_OTHERS[name]}", __name__), name)
     if name.startswith("__") or not hasattr(trl, name):
         raise AttributeError(f"dpo_fast.trl has no {name}, and TRL {trl.__version__} has none, either")
     return getattr(trl, name)

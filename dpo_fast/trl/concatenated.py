@@ -11,6 +11,8 @@ from .scoring import ScoringMixin, scored
 class FastDPO(ScoringMixin):
     """`dpo_fast.trl.FastDPO` where TRL has `concatenated_forward`."""
 
+    truncation_mode: str  # TRL's trainer's
+
     def _check_models(self, model, ref_model) -> None:
         """These take paths and adapters by any name."""
 

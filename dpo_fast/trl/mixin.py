@@ -48,6 +48,11 @@ class Mixin(PairEvaluation):
     What is checked before anything is loaded is what the other class's constructor takes by TRL's names.
     """
 
+    args: Any  # TRL's trainer's, as are these
+    model: Any
+    ref_model: Any
+    train_dataset: Any
+    beta: float
     _uses = 0
     _installed: list[Installed]  # models that have been given a forward
 

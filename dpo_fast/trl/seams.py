@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from types import ModuleType
+from typing import Any
 
 import trl
 
@@ -37,7 +38,7 @@ def fast_dpo_of(dpo_trainer: ModuleType) -> type:
 
 
 def _get(module: ModuleType, name: str):
-    found = module
+    found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
     return found

@@ -14,6 +14,7 @@ from tiny import QUIET, tiny_model, tiny_rows, tiny_tokenizer
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+import trl_versions as versions  # noqa: E402
 from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 from trl.trainer.utils import entropy_from_logits, flush_left, selective_log_softmax  # noqa: E402
@@ -391,6 +392,18 @@ def test_other_labels_are_refused():
     _, stands = stand_in(labelled=False)
     with pytest.raises(RuntimeError, match="other labels"):
         selective_log_softmax(stands, (stands.labels + 1) % 7)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "ld_alpha" else pytest.mark.slow) for name in versions.CASES]
+)
+def test_the_installed_trl_and_ours_log_the_same(tmp_path, name):
+    try:
+        apart, rows = versions.compare(name, str(tmp_path))
+    except versions.Unknown as reason:
+        pytest.skip(f"TRL {trl.__version__}: {reason}")
+    assert max(apart.values()) <= versions.TOLERANCE, apart
+    assert (rows == {1}) == (name not in ("left of padded rows", "prompt tuning"))
 
 
 def test_trls_is_the_class_that_is_there():
