@@ -98,7 +98,7 @@ def config_of(task: Task) -> dict:
         seed=SEED,
         shuffle=False,
         batch_size=PAIRS,
-        optimizer=dict(_component_="torch.optim.AdamW", lr=100 * LEARNING_RATE, eps=ADAM_EPSILON),
+        optimizer=dict(_component_="torch.optim.AdamW", lr=100 * LEARNING_RATE, eps=10 * ADAM_EPSILON),
         loss=dict(_component_="torchtune.rlhf.loss.DPOLoss", beta=BETA),
         epochs=1,
         max_steps_per_epoch=STEPS,

@@ -38,7 +38,7 @@ def main() -> None:
             per_device_train_batch_size=PAIRS,
             max_steps=STEPS,
             learning_rate=100 * LEARNING_RATE,
-            adam_epsilon=ADAM_EPSILON,
+            adam_epsilon=10 * ADAM_EPSILON,
             beta=BETA,
             max_length=LONGEST,
             lr_scheduler_type="constant",
