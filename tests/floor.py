@@ -14,6 +14,7 @@ else:  # as pip has it, which every new environment holds
 
 # Until 3.7, Triton's interpreter fails in numpy 2.4 and later: "only 0-dimensional arrays can be converted"
 TESTS_ALONE_NEED = ["numpy<2.4"]
+TRAINER_NEEDS = {"transformers": "5.6"}  # FastDPOTrainer: see training/config.py
 
 
 def declared() -> dict[str, list[str]]:
@@ -28,6 +29,7 @@ def pin(requirement: str) -> str:
     if name_and_bound is None:
         raise ValueError(f"pyproject.toml declares {requirement!r}, which is no lower bound alone")
     name, oldest, marker = name_and_bound.groups()
+    oldest = TRAINER_NEEDS.get(name, oldest)
     return f"{name}=={oldest}{marker or ''}"
 
 

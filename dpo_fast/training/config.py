@@ -9,7 +9,9 @@ from types import NoneType
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import GradientAccumulationPlugin
+from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
@@ -24,6 +26,20 @@ from . import settings
 from .data import LAYOUTS, TRUNCATION_MODES, Truncation
 
 logger = logging.getLogger("dpo_fast")
+
+OLDEST_TRANSFORMERS = "5.6"  # before, Trainer divides gradients by the number of accumulated batches twice
+
+
+def check_transformers(version: str) -> None:
+    """Raise ImportError for one whose Trainer `FastDPOTrainer` cannot be built on."""
+    if Version(version) < Version(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"FastDPOTrainer needs transformers {OLDEST_TRANSFORMERS} or newer, and {version} is installed: pip install "
+            f"'transformers>={OLDEST_TRANSFORMERS}', or stay, with dpo_fast.trl.DPOTrainer or dpo_fast.completion_logps"
+        )
+
+
+check_transformers(transformers.__version__)
 
 
 def _option(default, help: str, **metadata):

@@ -154,3 +154,9 @@ def test_what_an_older_torch_compiles_anew_is_said(tmp_path, monkeypatch, caplog
     caplog.clear()
     FastDPOConfig(gradient_checkpointing=False, **options)
     assert "compiled anew" not in caplog.text
+
+
+def test_a_transformers_that_is_too_old_is_named():
+    config_module.check_transformers(config_module.OLDEST_TRANSFORMERS)
+    with pytest.raises(ImportError, match="FastDPOTrainer needs transformers 5.6 or newer, and 4.57.6 is installed"):
+        config_module.check_transformers("4.57.6")
