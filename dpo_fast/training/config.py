@@ -35,7 +35,7 @@ def check_transformers(version: str) -> None:
     if Version(version) < Version(OLDEST_TRANSFORMERS):
         raise ImportError(
             f"FastDPOTrainer needs transformers {OLDEST_TRANSFORMERS} or newer, and {version} is installed: pip install "
-            f"'transformers>={OLDEST_TRANSFORMERS}', or stay, with dpo_fast.trl.DPOTrainer or dpo_fast.completion_logps"
+            "-U transformers, or stay, with dpo_fast.trl.DPOTrainer or dpo_fast.completion_logps"
         )
 
 
