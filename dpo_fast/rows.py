@@ -84,13 +84,15 @@ def why_no_sequences(attention_mask: Tensor, labels: Tensor) -> str | None:
 
 
 def padded_rows(inputs: Mapping, labels: Tensor) -> PreferenceBatch:
-    """inputs: keyword arguments of the model, input_ids (B, T) and attention_mask among them; labels (B, T), unshifted,
-    of which those are scored that a token predicts, not padding.
+    """inputs: keyword arguments of the model, input_ids (B, T) among them, and attention_mask where there is padding;
+    labels (B, T), unshifted, of which those are scored that a token predicts, not padding.
 
     On a GPU the host waits, to know how many tokens are scored.
     """
-    inside = inputs["attention_mask"] != 0
-    scored = (labels[:, 1:] != IGNORED) & inside[:, :-1] & inside[:, 1:]
+    scored = labels[:, 1:] != IGNORED
+    if inputs.get("attention_mask") is not None:
+        inside = inputs["attention_mask"] != 0
+        scored = scored & inside[:, :-1] & inside[:, 1:]
     places = scored.flatten().nonzero().squeeze(1)
     rows = places // max(scored.shape[1], 1)
     predictors = places + rows  # each row has one position more than it has shifted labels

@@ -5,7 +5,7 @@ import torch
 from openrlhf.trainer import dpo_trainer
 from torch import Tensor, nn
 
-from ..completion import completion_logps
+from ..completion import score_rows
 from ..rows import IGNORED
 
 
@@ -40,7 +40,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         ids, mask, prompts = self.concatenated_inputs(chosen_ids, c_mask, reject_ids, r_mask, prompt_id_lens)
         columns = torch.arange(ids.shape[1], device=ids.device)
         in_completion = (columns >= torch.tensor(prompts, device=ids.device).unsqueeze(1)) & mask.bool()
-        out = completion_logps(model, ids, mask, ids.masked_fill(~in_completion, IGNORED))
+        out = score_rows(model, ids, mask, ids.masked_fill(~in_completion, IGNORED))
         chosen, rejected = out.logps.chunk(2)
         aux_loss: Tensor | list = [] if out.aux_loss is None else out.aux_loss
         return chosen, rejected, aux_loss, -out.mean_logps.chunk(2)[0].mean()

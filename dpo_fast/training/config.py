@@ -34,8 +34,8 @@ def check_transformers(version: str) -> None:
     """Raise ImportError for one whose Trainer `FastDPOTrainer` cannot be built on."""
     if Version(version) < Version(OLDEST_TRANSFORMERS):
         raise ImportError(
-            f"FastDPOTrainer needs transformers {OLDEST_TRANSFORMERS} or newer, and {version} is installed: pip install "
-            "-U transformers, or stay, with dpo_fast.trl.DPOTrainer or dpo_fast.completion_logps"
+            f"FastDPOTrainer needs transformers {OLDEST_TRANSFORMERS} or newer, and {version} is installed: pip "
+            "install -U transformers, or stay, with dpo_fast.trl.DPOTrainer or dpo_fast.completion_logps"
         )
 
 
