@@ -73,10 +73,14 @@ class BatchLogits:
 
         ignored = labels[:, 1:] == self.ignore_index
         counts = (~ignored).sum(1)
-        if self.average and mode == "eager" and not counts.all():
+        if self.average and mode != "compiled" and not counts.all():
             raises("labels have no scored token in row", lambda: op(x.view, labels))
             return
-        logps, lengths = call(op, mode, x.view, labels)
+        try:
+            logps, lengths = call(op, mode, x.view, labels)
+        except ValueError as error:  # such strides are the kernels' limit
+            assert "cannot be walked as two dimensions of rows" in str(error) and mode == "interpreter", error
+            return
         wide = torch.promote_types(x.values.dtype, torch.float32)
         assert logps.dtype == wide and torch.equal(lengths, counts) and logps.shape == (self.rows,)
         c = normal(generator, self.rows, dtype=str(wide)[6:])
