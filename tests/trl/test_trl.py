@@ -654,6 +654,17 @@ def test_dtype_under_its_old_name(tmp_path, dtype, caplog):
     assert "torch_dtype in model_init_kwargs is called dtype now" in caplog.text
 
 
+def test_the_old_name_is_left_to_a_trl_that_reads_it(monkeypatch, caplog):
+    class ReadsTheOldName:  # as TRL's does up to 0.22
+        def _create_model_from_path(self, model_path, args):
+            return args.model_init_kwargs.get("torch_dtype")
+
+    config = trl.DPOConfig(model_init_kwargs={"torch_dtype": "bfloat16"}, bf16=False, report_to=[])
+    monkeypatch.setattr(dpo_trainer, "DPOTrainer", ReadsTheOldName)
+    checks.take_old_dtype(config)
+    assert config.model_init_kwargs == {"torch_dtype": "bfloat16"} and not caplog.text
+
+
 @pytest.mark.parametrize(
     "name, hint",
     [
