@@ -611,6 +611,7 @@ def check_head(model: nn.Module, state: _Attachment) -> None:
     hidden, head = seen["head_input"].flatten(0, 1), model.get_output_embeddings()
     tensors = _tensors_or_reason(head, hidden)
     if not isinstance(tensors, str) and tensors.low_rank is None:  # with dropout in an adapter, each call differs
+        hidden = hidden.to(tensors.weight.dtype)  # another where autocast's dtype is not the weights'
         with torch.no_grad():  # called here, as the model's forward may be wrapped in autocast
             product, called = nn.functional.linear(hidden, tensors.weight, tensors.bias), head(hidden)
         wide = torch.promote_types(product.dtype, torch.float32)

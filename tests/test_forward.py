@@ -312,9 +312,11 @@ def test_weights_that_are_not_finite_are_called_so():
         attach(model)
 
 
-def test_a_forward_that_is_wrapped_in_autocast_is_no_reason_against_a_head():
-    """As accelerate leaves it after training in bf16: logits in fp32 that were computed in bf16."""
-    model = tiny_model()
+@pytest.mark.parametrize("weights", [torch.float32, torch.float16])
+def test_a_forward_that_is_wrapped_in_autocast_is_no_reason_against_a_head(weights):
+    """As accelerate leaves it after training in bf16: logits in fp32 that were computed in bf16. Hidden states of
+    half weights are fp32 in it, as the sums of residuals in fp16 and bf16 are."""
+    model = tiny_model().to(weights)
     inner = model.forward
 
     @functools.wraps(inner)
@@ -326,7 +328,8 @@ def test_a_forward_that_is_wrapped_in_autocast_is_no_reason_against_a_head():
 
     model.forward = forward
     batch = batch_of()
-    torch.testing.assert_close(attach(model)(batch).logps, attach(tiny_model())(batch).logps)
+    logps, expected = attach(model)(batch).logps, attach(tiny_model().to(weights))(batch).logps
+    torch.testing.assert_close(logps, expected)
 
 
 def test_bad_calls():

@@ -1,5 +1,7 @@
 """Policy and reference: from paths, models and adapters to what the trainer calls."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dis
@@ -9,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -23,9 +25,11 @@ from dpo_fast.forward import is_ready, reasons_against_packed_rows
 from dpo_fast.hooks import NEFTUNE
 from dpo_fast.reference import is_peft_model
 
-from .config import FastDPOConfig
 from .data import ModelLimits
 from .rows import check_tokenizer
+
+if TYPE_CHECKING:  # `dpo_fast.trl` runs with a transformers that FastDPOConfig refuses
+    from .config import FastDPOConfig
 
 logger = logging.getLogger("dpo_fast")
 

@@ -60,13 +60,18 @@ def check_keywords(given: dict, known: set[str]) -> None:
 
 
 def take_old_dtype(config) -> None:
-    """The name that dtype had before transformers 4.56: TRL would load float32 without a word."""
+    """The name that dtype had before transformers 4.56: TRL from 0.23 would load float32 without a word. One that reads
+    the old name itself, and says what is wrong with its value, is left to it."""
     options = config.model_init_kwargs
-    if isinstance(options, dict) and "torch_dtype" in options:
+    if isinstance(options, dict) and "torch_dtype" in options and not _trl_reads_torch_dtype():
         dtype = options["torch_dtype"]
         dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, str) else dtype
         logger.warning("dpo_fast.trl: torch_dtype in model_init_kwargs is called dtype now; it is taken as that")
         config.model_init_kwargs = {"dtype": dtype, **{k: v for k, v in options.items() if k != "torch_dtype"}}
+
+
+def _trl_reads_torch_dtype() -> bool:
+    return "torch_dtype" in inspect.getsource(dpo_trainer.DPOTrainer)
 
 
 def check_models(model, ref_model) -> None:

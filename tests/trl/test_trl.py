@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import importlib.util
 import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -652,6 +654,25 @@ def test_dtype_under_its_old_name(tmp_path, dtype, caplog):
     trainer = trainer_of(DPOTrainer, tmp_path, model_init_kwargs={"torch_dtype": dtype})
     assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
     assert "torch_dtype in model_init_kwargs is called dtype now" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["models", "data", "rows", "facts", "checkpoints"])
+def test_what_the_drop_in_uses_needs_no_config(name, monkeypatch):
+    """FastDPOConfig refuses transformers before 5.6, which TRL up to 0.28 asks for."""
+    monkeypatch.setitem(sys.modules, "dpo_fast.training.config", None)
+    spec = importlib.util.find_spec(f"dpo_fast.training.{name}")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_old_name_is_left_to_a_trl_that_reads_it(monkeypatch, caplog):
+    class ReadsTheOldName:  # as TRL's does up to 0.22
+        def _create_model_from_path(self, model_path, args):
+            return args.model_init_kwargs.get("torch_dtype")
+
+    config = trl.DPOConfig(model_init_kwargs={"torch_dtype": "bfloat16"}, bf16=False, report_to=[])
+    monkeypatch.setattr(dpo_trainer, "DPOTrainer", ReadsTheOldName)
+    checks.take_old_dtype(config)
+    assert config.model_init_kwargs == {"torch_dtype": "bfloat16"} and not caplog.text
 
 
 @pytest.mark.parametrize(

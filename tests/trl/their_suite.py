@@ -28,61 +28,97 @@ from pathlib import Path
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 HUB = "trl-internal-testing"
 ROWS = {"train": 17, "test": 2}  # as many as the hub's data set has
+_REMOTE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+class RemoteConfig(Qwen2Config):
+    model_type = "remote"
+
+class RemoteForCausalLM(Qwen2ForCausalLM):
+    config_class = RemoteConfig
+"""
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather there.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+    },
+}
 
 
 # --- what stands for the hub ---------------------------------------------------------------------------------------
 
 
 def make_hub(folder: Path, *files: Path) -> None:
-    """folder/trl-internal-testing: a tiny model for each one that the files name, and the data set zen.
+    """folder/trl-internal-testing: a tiny model for each one that the files name, and its data sets of text.
 
     In a process of the interpreter that will read them: files of a newer transformers need not load in an older one.
     """
     named = {name for file in files for name in re.findall(rf'"{HUB}/(tiny-[\w.-]+)"', file.read_text())}
     for name in sorted(named):
-        _make_model(folder / HUB / name, name.split("-")[1])
-    _make_zen(folder / HUB / "zen")
+        architecture = name.split("-")[1]
+        if architecture == "RemoteForCausalLM":
+            _make_remote(folder / HUB / name)
+        else:
+            _make_model(folder / HUB / name, architecture)
+    kinds = ("preference", "implicit_prompt_preference", "unpaired_preference", "prompt_only")
+    _make_data(
+        folder / HUB / "zen", {f"{style}_{k}": (style, k) for style in ("standard", "conversational") for k in kinds}
+    )
+    for name in ("harmony", "toolcall"):
+        _make_data(folder / HUB / name, {k: (name, k) for k in ("preference", "unpaired_preference")})
 
 
 def _make_model(folder: Path, architecture: str) -> None:
     import transformers
-    from tiny import tiny_tokenizer
+    from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, architecture, None)
     sizes = dict(
-        vocab_size=320, hidden_size=16, d_model=16, intermediate_size=32, num_hidden_layers=2, num_layers=2, n_layer=2,
+        vocab_size=1024, hidden_size=16, d_model=16, intermediate_size=32, num_hidden_layers=2, num_layers=2, n_layer=2,
         encoder_layers=2, decoder_layers=2, num_attention_heads=4, num_heads=4, num_key_value_heads=2, d_ff=32, d_kv=4,
         encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, head_dim=4,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=0, num_experts=4, num_local_experts=4,
-        moe_intermediate_size=8, max_position_embeddings=512,
+        moe_intermediate_size=8, max_position_embeddings=512, num_experts_per_tok=2, n_routed_experts=4,
     )  # fmt: skip
     if kind is None or "ForConditionalGeneration" in architecture and "T5" not in architecture:
         return  # a vision model, or one that this transformers does not know
     known = kind.config_class()
     kind(kind.config_class(**{k: v for k, v in sizes.items() if hasattr(known, k)})).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tiny_tokenizer(chat_template=tools + CHAT_TEMPLATE).save_pretrained(folder)
 
 
-def _make_zen(folder: Path) -> None:
-    """The kinds of rows that TRL's trainers take, in the hub's names; README.md says which file is which."""
+def _make_remote(folder: Path) -> None:
+    """A model whose code lies beside its weights."""
+    _make_model(folder, "Qwen2ForCausalLM")
+    (folder / "remote.py").write_text(_REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "remote.RemoteConfig", "AutoModelForCausalLM": "remote.RemoteForCausalLM"}
+    config.update(model_type="remote", architectures=["RemoteForCausalLM"], auto_map=classes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _make_data(folder: Path, configs: dict[str, tuple[str, str]]) -> None:
+    """Rows that TRL's trainers take, in the hub's names; README.md says which file is which."""
     from tiny import tiny_rows
 
     lines = ["---", "configs:"]
-    for style in ("standard", "conversational"):
-        for kind in ("preference", "implicit_prompt_preference", "unpaired_preference", "prompt_only"):
-            lines += [f"- config_name: {style}_{kind}", "  data_files:"]
-            for split, count in ROWS.items():
-                file = folder / f"{style}_{kind}" / f"{split}.jsonl"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                rows = [_row(style, kind, i, row) for i, row in enumerate(tiny_rows(count, seed=len(split)))]
-                file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                lines += [f"  - split: {split}", f"    path: {style}_{kind}/{split}.jsonl"]
+    for config, (style, kind) in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, count in ROWS.items():
+            file = folder / config / f"{split}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = [_row(style, kind, i, row) for i, row in enumerate(tiny_rows(count, seed=len(split)))]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
 def _row(style: str, kind: str, i: int, row: dict) -> dict:
-    if style == "conversational":
+    if style != "standard":
         role = {"prompt": "user"}
         row = {key: [{"role": role.get(key, "assistant"), "content": text.strip()}] for key, text in row.items()}
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
@@ -91,7 +127,7 @@ def _row(style: str, kind: str, i: int, row: dict) -> dict:
         "implicit_prompt_preference": {"chosen": prompt + chosen, "rejected": prompt + rejected},
         "unpaired_preference": {"prompt": prompt, "completion": (rejected, chosen)[i % 2], "label": bool(i % 2)},
         "prompt_only": {"prompt": prompt},
-    }[kind]
+    }[kind] | ({"tools": [_TOOL]} if style == "toolcall" else {})
 
 
 # --- inside of pytest, as its plugin -------------------------------------------------------------------------------
