@@ -66,6 +66,7 @@ CASES: dict[str, dict] = {
     "peft, precompute": dict(peft=True, precompute_ref_log_probs=True),
     "keep_start": dict(truncation_mode="keep_start", **CUT),
     "keep_end": dict(truncation_mode="keep_end", max_length=17),  # a part of each prompt is left
+    "keep_end, no prompt left": dict(truncation_mode="keep_end", max_length=6, use_weighting=True, ld_alpha=0.3),
     "no max_length": dict(max_length=None),
     "sync_ref_model": dict(sync_ref_model=True, ref_model_sync_steps=1),
     "use_logits_to_keep": dict(use_logits_to_keep=True),

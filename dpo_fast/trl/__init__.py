@@ -25,6 +25,8 @@ try:
     import trl
     from trl.trainer import dpo_trainer
 except ImportError as error:
+    if (error.name or "trl") != "trl":
+        raise ImportError(f"dpo_fast.trl: the installed TRL cannot be imported: {error}") from error
     raise ImportError("dpo_fast.trl needs TRL 0.18 or newer: pip install 'trl>=0.18'") from error
 
 from .seams import fast_dpo_of

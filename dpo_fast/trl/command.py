@@ -4,6 +4,7 @@ As `trl dpo` does, `launch` starts the script by `accelerate launch`, to which t
 know. What is started is this module: it sets one name of the package `trl`, says so in a line, and runs TRL's file.
 """
 
+import contextlib
 import importlib
 import os
 import runpy
@@ -56,6 +57,8 @@ def run_script(name: str) -> None:
 
     trainer, taken = _trainer(name), TRAINERS[name]
     setattr(trl, taken, trainer)
+    with contextlib.suppress(ModuleNotFoundError):  # from where the scripts of 0.28 to 1.0 take KTO's
+        setattr(importlib.import_module(f"trl.experimental.{name}"), taken, trainer)
     if os.environ.get("RANK", "0") == "0":
         line = f"trl.{taken} is {trainer.__module__}.{taken}; all else is TRL {trl.__version__}'s"
         print(f"dpo-fast trl {name}: {line}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ..rows import IGNORED
+from .checks import log_once
 from .scoring import ScoringMixin, scored
 
 
@@ -19,6 +20,11 @@ class FastDPO(ScoringMixin):
     def concatenated_forward(self, model, batch, is_ref_model=False):
         """As TRL's."""
         self._use_models()
+        widest = max(batch[f"{name}_input_ids"].shape[1] for name in ("chosen", "rejected"))
+        cut = self.truncation_mode == "keep_end" and self.max_length is not None and widest >= self.max_length
+        if cut and (self.use_weighting or getattr(self.args, "ld_alpha", None) is not None):
+            log_once("the model's own logits, because TRL weighs a token of a row without a prompt that none predicts")
+            return super().concatenated_forward(model, batch, is_ref_model=is_ref_model)
         with scored(self._labels_of(batch), self._policy_outputs("mean_logits")):  # of the reference, too
             return super().concatenated_forward(model, batch, is_ref_model=is_ref_model)
 

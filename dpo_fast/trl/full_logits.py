@@ -18,10 +18,10 @@ class FastDPO(ScoringMixin):
         with scored(self._labels_of(inputs), self._policy_outputs("entropy", "mean_logits", "is_top1")):
             return super()._compute_loss(model, inputs, return_outputs)
 
-    def compute_ref_log_probs(self, *args):
+    def compute_ref_log_probs(self, *args, **kwargs):
         """As TRL's, of (inputs) or (model, inputs)."""
-        with scored(self._labels_of(args[-1])):
-            return super().compute_ref_log_probs(*args)
+        with scored(self._labels_of(kwargs["inputs"] if "inputs" in kwargs else args[-1])):
+            return super().compute_ref_log_probs(*args, **kwargs)
 
     def _labels_of(self, inputs):
         def labels_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The forwards that a trainer's models have while it uses them."""
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import nn
@@ -64,6 +65,31 @@ class Installed:
         if self.in_use is None and on_top(self.model.forward, [self.ours]):
             self.in_use = _way_of(self.model)
             _set_way(self.model, self.before)
+
+
+class UsesModels:
+    """A trainer that gives its models forwards while it uses them."""
+
+    _uses = 0
+    _installed: list[Installed]
+
+    @contextlib.contextmanager
+    def _models_in_use(self) -> Iterator[None]:
+        """After the outermost use the models are called as before this trainer was made, and pickles of them and of
+        their configs load without us."""
+        self._use_models()
+        self._uses += 1
+        try:
+            yield
+        finally:
+            self._uses -= 1
+            if not self._uses:
+                for there in self._installed:
+                    there.leave()
+
+    def _use_models(self) -> None:
+        for there in getattr(self, "_installed", ()):  # TRL's constructor calls methods, too
+            there.enter()
 
 
 _WAY = ("forward", "_original_forward", "_is_accelerate_prepared", ATTACHED, SEAMS)

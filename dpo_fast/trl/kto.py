@@ -16,6 +16,7 @@ from torch import Tensor
 from ..completion import CompletionLogps, score_rows
 from ..copies import base_model_of
 from ..rows import IGNORED
+from .installed import Installed, UsesModels
 from .others import ignored_by, no_seam, trainer_with
 from .scoring import install as answer_with_scores
 from .scoring import scored
@@ -70,7 +71,24 @@ class _Forward:
         return getattr(self, "is_encoder_decoder", False)
 
 
-class _FullLogits:
+class _InUse(UsesModels):
+    def train(self, *args, **kwargs):
+        """As TRL's."""
+        with self._models_in_use():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """As TRL's."""
+        with self._models_in_use():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As TRL's."""
+        with self._models_in_use():
+            return super().predict(*args, **kwargs)
+
+
+class _FullLogits(_InUse):
     """Over TRL 1.8 to 1.14."""
 
     model: Any
@@ -103,29 +121,45 @@ class _FullLogits:
             return super().compute_ref_log_probs(model, inputs)
 
     def _use_models(self) -> None:
-        if not hasattr(self, "_given"):
+        if "_installed" not in vars(self):
             models = [self.model, *([] if self.ref_model is None else [self.ref_model])]
-            self._given = [base_model_of(self.accelerator.unwrap_model(model)) for model in models]
-            for model in self._given:
-                answer_with_scores(model, pairs=False)
+            put = functools.partial(answer_with_scores, pairs=False)
+            self._installed = [Installed(base_model_of(self.accelerator.unwrap_model(model)), put) for model in models]
+        super()._use_models()
 
 
 def _labels_by(completion_mask: Tensor):
     return lambda input_ids, attention_mask: input_ids.masked_fill(completion_mask == 0, IGNORED)
 
 
-class _FusedHead:
+class _FusedHead(_InUse):
     """Over TRL 1.15 and later."""
 
     def __init__(self, *args, **kwargs):
         from .fused_head import install
 
+        self._installed = []
+
+        def add_fused_lm_head(model, outputs=("log_probs",)):
+            put = functools.partial(install, outputs=tuple(outputs), pairs=False)
+            self._installed.append(Installed(model, put))
+
         before = _module.add_fused_lm_head
-        _module.add_fused_lm_head = functools.partial(install, pairs=False)
+        _module.add_fused_lm_head = add_fused_lm_head
         try:
             super().__init__(*args, **kwargs)
         finally:
             _module.add_fused_lm_head = before
+
+    def compute_loss(self, *args, **kwargs):
+        """As TRL's. By itself it leaves the models as they are in use: a backward may come."""
+        self._use_models()
+        return super().compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, *args, **kwargs):
+        """As TRL's."""
+        self._use_models()
+        return super().compute_ref_log_probs(*args, **kwargs)
 
 
 def _seam() -> Any:

@@ -1,9 +1,7 @@
 """What the seams have in common: the trainer around TRL's."""
 
-import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,12 @@ from .checks import (
     refuse_or_log,
     take_old_dtype,
 )
-from .installed import SEAMS, Installed
+from .installed import SEAMS, UsesModels
 
 logger = logging.getLogger("dpo_fast")
 
 
-class Mixin(PairEvaluation):
+class Mixin(UsesModels, PairEvaluation):
     """Comes before TRL's `DPOTrainer`, or a class built on it, in a class's bases.
 
     layout: "auto" packs what can be packed, "padded" nothing; "shared_prefix" raises ValueError instead of falling
@@ -53,8 +51,6 @@ class Mixin(PairEvaluation):
     ref_model: Any
     train_dataset: Any
     beta: float
-    _uses = 0
-    _installed: list[Installed]  # models that have been given a forward
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -195,10 +191,10 @@ class Mixin(PairEvaluation):
         self._use_models()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def compute_ref_log_probs(self, *args):
+    def compute_ref_log_probs(self, *args, **kwargs):
         """As TRL's."""
         self._use_models()
-        return super().compute_ref_log_probs(*args)
+        return super().compute_ref_log_probs(*args, **kwargs)
 
     def report_facts(self) -> dict:
         """What `dpo_fast.report` shows of this trainer, each choice with its reason."""
@@ -232,21 +228,3 @@ class Mixin(PairEvaluation):
         if reasons:
             return "padded", "; ".join(dict.fromkeys(reasons))
         return "shared_prefix", "each prompt runs once; a probe shows that the models run it right"
-
-    @contextlib.contextmanager
-    def _models_in_use(self) -> Iterator[None]:
-        """After the outermost use the models are called as before this trainer was made, and pickles of them and of
-        their configs load without us."""
-        self._use_models()
-        self._uses += 1
-        try:
-            yield
-        finally:
-            self._uses -= 1
-            if not self._uses:
-                for there in self._installed:
-                    there.leave()
-
-    def _use_models(self) -> None:
-        for there in getattr(self, "_installed", ()):  # TRL's constructor calls methods, too
-            there.enter()

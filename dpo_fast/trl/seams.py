@@ -23,6 +23,8 @@ _SEAMS = (
 
 def fast_dpo_of(dpo_trainer: ModuleType) -> type:
     """The mixin for `dpo_trainer.DPOTrainer`; ImportError, in one sentence, for a TRL that has none of the seams."""
+    if not hasattr(dpo_trainer, "DPOTrainer"):
+        raise mismatch("has no trl.trainer.dpo_trainer.DPOTrainer")
     for module, name, arguments, besides in _SEAMS:
         seam = _get(dpo_trainer, name)
         if seam is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..rows import IGNORED
@@ -22,8 +23,7 @@ _PLAIN = dict(weight=None, size_average=None, reduce=None, reduction="mean", lab
 class TokenLogits:
     """Logits (..., V) that are not there. Positions without a label count as zero in every statistic.
 
-    Normalised, as log-softmax leaves them: they have the same softmax, and a logsumexp of zero. `mean`, which TRL
-    reports, is of those that the model would have given.
+    Their logsumexp is not kept: what holds it is an `UpToLogsumexp` until it cancels.
     """
 
     labels: Tensor  # (...) int64: whose log-probs are kept, IGNORED where none is
@@ -33,7 +33,7 @@ class TokenLogits:
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
-    meaning: str = "logits"  # or what was made of them: "log-probs", "doubled", "probs", "probs * log-probs"
+    meaning: str = "logits"  # or what was made of them: "2 * logits", "log-probs", "2 * log-probs", "probs", ...
 
     # --- what a tensor is
 
@@ -117,19 +117,19 @@ class TokenLogits:
 
     def __mul__(self, other) -> "TokenLogits":
         if isinstance(other, (int, float)) and other == 2:
-            return self._as("doubled", "2 * ", -1, ("logits", "log-probs"))
+            return self._as(f"2 * {self.meaning}", "2 * ", -1, ("logits", "log-probs"))
         if isinstance(other, TokenLogits) and {self.meaning, other.meaning} == {"probs", "log-probs"}:
             return replace(self, meaning="probs * log-probs")
         return NotImplemented
 
     __rmul__ = __mul__
 
-    def gather(self, dim: int, index: Tensor) -> Tensor:
+    def gather(self, dim: int, index: Tensor) -> "Tensor | UpToLogsumexp":
         self._of_tokens("gather", dim, ("logits", "log-probs"))
         if index.shape != (*self.logps.shape, 1):
             raise _not_there(f"gather of {tuple(index.shape)}")
         self._check_labels(index.squeeze(-1))
-        return self.logps.unsqueeze(-1)
+        return _with(self.logps.unsqueeze(-1), 1 if self.meaning == "logits" else 0)
 
     def cross_entropy(self, target: Tensor, ignore_index: int = IGNORED, **options) -> Tensor:
         self._of_tokens("cross_entropy", -1, ("logits",))
@@ -137,15 +137,20 @@ class TokenLogits:
             raise _not_there(f"cross_entropy with {options}")
         counted = target != ignore_index
         self._check_labels(target)
+        self._check_labelled("cross_entropy", counted)
         return -(self.logps * counted).sum() / counted.sum()
 
-    def logsumexp(self, dim: int) -> Tensor:
-        self._of_tokens("logsumexp", dim, ("logits", "log-probs", "doubled"))
-        return self._kept("log_sum_sq_probs") if self.meaning == "doubled" else torch.zeros_like(self.logps)
+    def logsumexp(self, dim: int) -> "Tensor | UpToLogsumexp":
+        self._of_tokens("logsumexp", dim, ("logits", "log-probs", "2 * logits", "2 * log-probs"))
+        twice = self.meaning.startswith("2 * ")
+        values = self._kept("log_sum_sq_probs") if twice else torch.zeros_like(self.logps)
+        return _with(values, (2 if twice else 1) if self.meaning.endswith("logits") else 0)
 
     def mean(self, dim: int | None = None) -> Tensor:
+        """Without `dim`, over the tokens, too: of those that are left here, which have a label."""
         self._of_tokens("mean", -1 if dim is None else dim, ("logits",))
-        return self._kept("mean_logits") if dim is not None else self._kept("mean_logits").mean()
+        means = self._kept("mean_logits")
+        return means if dim is not None else means.sum() / (self.labels != IGNORED).sum()
 
     def nansum(self) -> Tensor:
         """Over the vocabulary and the tokens that have a label, which TRL 1.8's KTO reports."""
@@ -191,10 +196,76 @@ class TokenLogits:
             raise _not_there(name)
         return getattr(self, name)
 
+    def _check_labelled(self, name: str, tokens: Tensor) -> None:
+        """Whether all of `tokens` have a label; the others' log-probs are zero here."""
+        message = f"dpo_fast.trl: {name} of tokens outside the completions, of which nothing is kept"
+        torch._assert_async((~tokens | (self.labels != IGNORED)).all(), message)
+
     def _check_labels(self, index: Tensor) -> None:
         """Whoever asks for other labels would get wrong numbers. On a GPU the host does not wait to know that."""
         same = ((index == self.labels) | (self.labels == IGNORED)).all()
         torch._assert_async(same, "dpo_fast.trl: log-probs of other labels than the batch's completions were asked for")
+
+
+@dataclass
+class UpToLogsumexp:
+    """values + times * logsumexp(logits), (...), of logits that are not there: a tensor once `times` is zero, and up to
+    then no number, so anything but sums raises TypeError. A label's logit less the logsumexp is its log-prob."""
+
+    values: Tensor
+    times: float
+
+    def squeeze(self, dim: int) -> "UpToLogsumexp":
+        return replace(self, values=self.values.squeeze(dim))
+
+    def unsqueeze(self, dim: int) -> "UpToLogsumexp":
+        return replace(self, values=self.values.unsqueeze(dim))
+
+    def __add__(self, other):
+        if isinstance(other, UpToLogsumexp):
+            return _with(self.values + other.values, self.times + other.times)
+        return replace(self, values=self.values + other)
+
+    __radd__ = __add__
+
+    def __mul__(self, other):
+        if not isinstance(other, (int, float)):
+            raise _not_there("a product with the logsumexp of logits")
+        return _with(self.values * other, self.times * other)
+
+    __rmul__ = __mul__
+
+    def __neg__(self):
+        return self * -1
+
+    def __sub__(self, other):
+        return self + -other
+
+    def __rsub__(self, other):
+        return -self + other
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types, args=(), kwargs=None) -> Any:
+        name, first = func.__name__.strip("_"), args[0] if args else None
+        if name in ("add", "sub") and len(args) == 2 and not kwargs:  # a tensor and one of these
+            one, other = (x if isinstance(x, cls) else cls(x, 0) for x in args)
+            return one + other if name == "add" else one - other
+        if name == "stack" and all(isinstance(x, cls) and x.times == first[0].times for x in first):
+            return replace(first[0], values=torch.stack([x.values for x in first], *args[1:], **(kwargs or {})))
+        raise _not_there(f"{name} of the logsumexp of logits, or of a single logit")
+
+
+def _with(values: Tensor, times: float) -> "Tensor | UpToLogsumexp":
+    return UpToLogsumexp(values, times) if times else values
+
+
+# DDP's static graph and FSDP2 look for tensors in outputs as pytrees; in a leaf they would find none
+_TENSORS = [field.name for field in fields(TokenLogits) if field.name not in ("vocabulary", "meaning")]
+pytree.register_pytree_node(
+    TokenLogits,
+    lambda x: ([getattr(x, name) for name in _TENSORS], (x.vocabulary, x.meaning)),
+    lambda values, rest: TokenLogits(**dict(zip(_TENSORS, values, strict=True)), vocabulary=rest[0], meaning=rest[1]),
+)
 
 
 def _not_there(what: str) -> TypeError:

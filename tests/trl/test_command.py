@@ -122,6 +122,6 @@ def test_from_the_command_line(folder):
     command = [sys.executable, "-m", "dpo_fast.cli", "trl", "dpo", "--config", "recipe.yaml", "--output_dir"]
     done = subprocess.run([*command, "out"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "trl.DPOTrainer is dpo_fast.trl.DPOTrainer" in done.stderr and len(history(folder / "out")) == 3
+    assert "trl.DPOTrainer is dpo_fast.trl.DPOTrainer" in done.stderr and len(history(folder / "out")) == 2
     failed = subprocess.run([*command, "no", "--dataset_name", "nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1 and "CalledProcessError" in failed.stderr

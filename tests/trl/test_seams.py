@@ -140,7 +140,7 @@ class WithLogits(Older):
 class Concatenated(Older):
     """As TRL 0.18 to 0.28: rows are built in `concatenated_forward`, which returns sums of log-probs."""
 
-    truncation_mode, cut = "keep_start", None
+    truncation_mode, cut, max_length = "keep_start", None, None
 
     def concatenated_forward(self, model, batch, is_ref_model=False):
         ids, mask, loss_mask = self.rows(batch)
@@ -349,6 +349,9 @@ ASKED = {
     "one mean": lambda x, labels: x[labels != IGNORED].mean(),
     "squares": lambda x, _: torch.logsumexp(2 * F.log_softmax(x, dim=-1), dim=-1),
     "squares of logits": lambda x, _: torch.logsumexp(2.0 * x, dim=-1) - 2.0 * torch.logsumexp(x, dim=-1),
+    "a log-prob by hand": lambda x, labels: torch.sub(
+        x.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1), torch.stack([torch.logsumexp(row, -1) for row in x])
+    ),
     "right": lambda x, labels: x.argmax(dim=-1) == labels,
     "cross-entropy": lambda x, labels: F.cross_entropy(x[labels != IGNORED], labels[labels != IGNORED]),
     "cross-entropy, flat": lambda x, labels: F.cross_entropy(torch.flatten(x, end_dim=1), labels.flatten()),
@@ -378,14 +381,35 @@ REFUSED = {
     "added": lambda x: torch.ones(7) + x,
     "two labels": lambda x: x.gather(-1, torch.zeros(2, 5, 2, dtype=torch.long)),
     "smoothed": lambda x: F.cross_entropy(torch.flatten(x, end_dim=1), x.labels.flatten(), label_smoothing=0.1),
+    "a label's logit": lambda x: x.gather(-1, x.labels.clamp(min=0)[..., None]).mean(),
+    "a label's logit in a loss": lambda x: torch.sigmoid(x.gather(-1, x.labels.clamp(min=0)[..., None])),
+    "the logsumexp": lambda x: torch.logsumexp(x, -1) ** 2,
+    "a sum of logsumexps": lambda x: torch.logsumexp(x, -1).sum(),
+    "a product with the logsumexp": lambda x: torch.ones(2, 5) * torch.logsumexp(x, -1),
+    "the squares alone": lambda x: torch.logsumexp(2 * x, -1).exp(),
     "what was not kept": lambda x: TokenLogits(labels=x.labels, logps=x.logps, vocabulary=7).mean(-1),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_statistics_cannot_answer_is_refused(name):
-    with pytest.raises(TypeError, match="keeps statistics of each token instead of logits|unsupported operand"):
+    said = "keeps statistics of each token instead of logits|unsupported operand|UpToLogsumexp"
+    with pytest.raises((TypeError, AttributeError), match=said):
         REFUSED[name](stand_in()[1])
+
+
+def test_cross_entropy_of_prompts_is_refused():
+    _, stands = stand_in()
+    with pytest.raises(RuntimeError, match="cross_entropy of tokens outside the completions"):
+        F.cross_entropy(torch.flatten(stands, end_dim=1), stands.labels.clamp(min=0).flatten())
+
+
+def test_wrappers_find_the_tensors_of_an_output():
+    """DDP's static graph takes the gradient's way from those that it finds."""
+    _, stands = stand_in()
+    found, spec = torch.utils._pytree.tree_flatten(scoring.ScoredOutput(logits=stands, log_probs=stands.logps))
+    assert sum(x is stands.entropy for x in found) == 1 and sum(x is stands.logps for x in found) == 2
+    assert torch.utils._pytree.tree_unflatten(found, spec).logits.vocabulary == stands.vocabulary
 
 
 def test_other_labels_are_refused():
