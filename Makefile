@@ -11,7 +11,13 @@ suite = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python tests/bud
 # Two workers with one thread each: the interpreter and the ahead-of-time compilers are single-threaded.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo notebooks bench check test test-all test-machines fuzz faults scan lint floor ceiling trl-versions clean
+# `make interop NAME ...`: what follows is no target
+ifeq ($(firstword $(MAKECMDGOALS)),interop)
+NAMES := $(wordlist 2,$(words $(MAKECMDGOALS)),$(MAKECMDGOALS))
+$(NAMES): interop ; @:
+endif
+
+.PHONY: demo notebooks bench interop check test test-all test-machines fuzz faults scan lint floor ceiling trl-versions clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +37,11 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest benchmarks -rs --benchmark-autosave \
 		$$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare) \
 		--benchmark-columns=median,iqr,rounds --benchmark-histogram=.benchmarks/plots/bench $(BENCH)
+
+# Other frameworks' trainers before and after the lines of docs/swap.md, each in an environment of its own, .interop/NAME;
+# INTEROP="--rounds 1" for options
+interop: $(STAMP)
+	$(BIN)/python -m benchmarks.interop $(NAMES) $(INTEROP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -99,4 +110,4 @@ trl-versions:
 	done
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-ceiling .venv-trl runs build dist *.egg-info
+	rm -rf $(VENV) .venv-floor .venv-ceiling .venv-trl .interop runs build dist *.egg-info

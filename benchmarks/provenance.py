@@ -58,6 +58,7 @@ CODE = {
         *(f"benchmarks/train_step/{name}.py" for name in ("run", "inputs", "worker", "profile")),
     ),
     "demo": (*_package_but(*(name for name in _NOT_IN_A_STEP if name not in ("demo", "data"))), "benchmarks/demo.py"),
+    "interop": (*_package_but(*_NOT_IN_A_STEP), "benchmarks/interop", "benchmarks/train_step/inputs.py"),
     "gemm": ("benchmarks/gemm.py", _MEASURE),
     "attention": (
         *(

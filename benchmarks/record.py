@@ -31,8 +31,11 @@ class Refused(ValueError):
 class Record:
     """Where a benchmark's results go. Made before it measures: a tree that may not be measured is refused then."""
 
-    def __init__(self, benchmark: str, argv: list[str], *, save=True, allow_dirty=False, folder: Path = RESULTS):
-        self.saves, self.folder, self.code, self.commit = save, folder, CODE[benchmark], None
+    def __init__(
+        self, benchmark: str, argv: list[str], *, save=True, allow_dirty=False, folder: Path = RESULTS, under: str = ""
+    ):
+        """`under` is the folder's folder for them, the device's name if it is empty."""
+        self.saves, self.folder, self.code, self.commit = save, folder / (under or device_name()), CODE[benchmark], None
         kept = [word for word in argv if word != "--allow-dirty"]
         self.command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *kept])
         if not save:
@@ -47,16 +50,24 @@ class Record:
                 raise Refused("the code that is measured has uncommitted changes (git status): commit them first")
 
     @classmethod
-    def of(cls, benchmark: str, argv: list[str], arguments: argparse.Namespace, parser: argparse.ArgumentParser):
+    def of(
+        cls,
+        benchmark: str,
+        argv: list[str],
+        arguments: argparse.Namespace,
+        parser: argparse.ArgumentParser,
+        *,
+        under: str = "",
+    ):
         """From a command line; ends the program with status 2 where the result could not be saved."""
         a = arguments
         try:
-            return cls(benchmark, argv, save=not a.no_save, allow_dirty=a.allow_dirty, folder=a.out)
+            return cls(benchmark, argv, save=not a.no_save, allow_dirty=a.allow_dirty, folder=a.out, under=under)
         except Refused as reason:
             parser.error(f"{reason}, or add --no-save or --allow-dirty")
 
     def save(self, name: str, result: dict, *, complete: bool = True) -> Path | None:
-        """Write `result` with its stamp to <folder>/<device>/<name>.json, whole or not at all.
+        """Write `result` with its stamp to <folder>/<name>.json, whole or not at all.
 
         Called after each part of a measurement with complete=False, so that what is killed leaves what it found.
         """
@@ -67,7 +78,7 @@ class Record:
         if clean and commit_of(self.code) != self.commit and reason_against(self.commit, self.code):
             print(f"{name}: the code changed while it was measured; its result is stamped dirty")
             self.commit += "-dirty"
-        path = self.folder / device_name() / f"{name}.json"
+        path = self.folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".tmp")
         whole = {**stamp(), "commit": self.commit, "command": self.command, "complete": complete, **result}

@@ -198,6 +198,21 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return importlib.import_module(f"benchmarks.{arguments.rest[0]}").main(arguments.rest[1:])
 
 
+def run_trl(arguments: argparse.Namespace) -> int:
+    """TRL's own command line with our trainers; status 2 for another script, 1 where TRL is missing or too old."""
+    try:
+        from dpo_fast.trl import command
+
+        command.run(arguments.rest)
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        return _say("trl", str(error), 1)
+    except command.UsageError as error:
+        return _say("trl", str(error), 2)
+    return 0
+
+
 def _without_debug(options: list[str]) -> tuple[list[str], bool]:
     """The options without `--debug` alone, which is ours, and whether it was there. With a value, as in `--debug
     underflow_overflow`, it is a key of transformers."""
@@ -219,6 +234,9 @@ def _print_paths(files: dict[str, Path], pngs: list | None = None) -> None:
 COMMANDS = {
     "demo": Command("train a small language model and align it, in two minutes on a CPU", add_demo, run_demo),
     "train": Command("train a model on preference pairs", own_arguments, run_train, raw=True),
+    "trl": Command(
+        "TRL's own script, as in `dpo-fast trl dpo --help`, with the trainer here", own_arguments, run_trl, raw=True
+    ),
     "report": Command("put training runs side by side on one page", add_report, run_report),
     "env": Command("versions, device, and which implementation runs here", own_arguments, run_env, raw=True),
     "selftest": Command("check the kernels against the oracle on this machine", own_arguments, run_selftest, raw=True),

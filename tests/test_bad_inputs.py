@@ -1702,6 +1702,45 @@ def test_with_debug_the_line_comes_after_the_traceback(recipe, tmp_path, capsys)
     assert "--debug without a value" in " ".join(capsys.readouterr().out.split())
 
 
+# --- `dpo-fast trl` --------------------------------------------------------------------------------------------------
+
+OF_TRL = "--output_dir out --use_cpu --bf16 false".split()  # enough for TRL's parser
+# arguments -> what the line on stderr names
+TRL_ARGUMENTS = {
+    "nothing": ([], "name dpo or kto after trl, got nothing"),
+    "another script": (["sft"], "name dpo or kto after trl, got sft; TRL's other scripts have no trainer of this"),
+    "options first": (["--beta", "0.1", "dpo"], "name dpo or kto after trl, got --beta"),
+    "no configuration": (["dpo", *OF_TRL, "--accelerate_config"], "--accelerate_config needs a value"),
+    "an unknown configuration": (
+        ["dpo", *OF_TRL, "--accelerate_config", "zero4"],
+        "--accelerate_config must be a file or one of .*zero2, zero3, got zero4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRL_ARGUMENTS)
+def test_bad_arguments_for_trl_are_one_line(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    arguments, said = TRL_ARGUMENTS[name]
+    monkeypatch.chdir(tmp_path)
+    assert main(["trl", *arguments]) == 2
+    assert re.fullmatch(f"dpo-fast trl: {said}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("script, trainer", [("dpo", "DPOTrainer"), ("kto", "KTOTrainer")])
+def test_a_trl_without_a_seam_is_one_line(script, trainer, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    import dpo_fast.trl
+
+    def missing(name: str):
+        raise ImportError(f"dpo_fast.trl.{name} replaces what is not there")
+
+    monkeypatch.delitem(vars(dpo_fast.trl), trainer, raising=False)
+    monkeypatch.setattr(dpo_fast.trl, "__getattr__", missing)
+    assert main(["trl", script, *OF_TRL]) == 1
+    assert capsys.readouterr().err == f"\ndpo-fast trl: dpo_fast.trl.{trainer} replaces what is not there\n"
+
+
 def test_the_table_holds_what_it_should():
-    rows = sum(map(len, (*CALLS.values(), RECIPES, ARGUMENTS, FILES, SOURCES, FOLDERS, CHECKPOINTS)))
+    rows = sum(map(len, (*CALLS.values(), RECIPES, ARGUMENTS, FILES, SOURCES, FOLDERS, CHECKPOINTS, TRL_ARGUMENTS)))
     assert rows >= 400, rows

@@ -19,6 +19,7 @@ variable `DPO_FAST_LAYOUT=padded`, asks for padded rows; "shared_prefix" raises 
 """
 
 import functools
+import importlib
 
 try:
     import trl
@@ -30,9 +31,14 @@ from .seams import fast_dpo_of
 
 FastDPO = fast_dpo_of(dpo_trainer)
 
+# Modules that are read when they are asked for: TRL keeps these trainers, and settings of two, in trl.experimental
+_OTHERS = {"CPOTrainer": "cpo", "ORPOTrainer": "orpo", "KTOTrainer": "kto", "CPOConfig": "cpo", "ORPOConfig": "orpo"}
+
 
 def __getattr__(name: str):
-    """TRL's other names, which a script's one line imports beside `DPOTrainer`."""
+    """The other trainers of this package, and TRL's other names, which a script's one line imports beside them."""
+    if name in _OTHERS:
+        return getattr(importlib.import_module(f".{_OTHERS[name]}", __name__), name)
     if name.startswith("__") or not hasattr(trl, name):
         raise AttributeError(f"dpo_fast.trl has no {name}, and TRL {trl.__version__} has none, either")
     return getattr(trl, name)

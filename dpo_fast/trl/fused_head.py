@@ -122,6 +122,7 @@ class _Seam:
     inner: Callable  # the bound forward below
     outputs: tuple[str, ...]  # fields of FusedCausalLMOutput that TRL asks for
     layout: str  # one of LAYOUTS
+    pairs: bool  # rows i and B/2 + i belong together
 
     def answer(self, model: nn.Module, args: tuple, kwargs: dict):
         if not kwargs.pop("fused_lm_head", False):
@@ -131,7 +132,9 @@ class _Seam:
         return _fused_output(model, self, **kwargs)
 
 
-def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout: str = "auto") -> None:
+def install(
+    model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout: str = "auto", pairs: bool = True
+) -> None:
     """What TRL's `add_fused_lm_head` does: let `model`, a causal LM, answer `model(..., fused_lm_head=True)`.
 
     Any other call goes to the forward that the model had, and `dpo_fast.attach`'s. A model that `attach` refuses gets
@@ -156,7 +159,7 @@ def install(model: nn.Module, outputs: tuple[str, ...] = ("log_probs",), layout:
             raise
         logger.warning("dpo_fast.trl: %s runs with TRL's own head and padded rows: %s", type(model).__name__, error)
         return
-    lead(model, _Seam(model.forward, tuple(outputs), layout))
+    lead(model, _Seam(model.forward, tuple(outputs), layout, pairs))
 
 
 @torch.no_grad()
@@ -184,7 +187,7 @@ def _fused_output(model, seam: _Seam, labels=None, shift_labels=None, num_items_
     routed = kwargs.setdefault("output_router_logits", getattr(config, "output_router_logits", False))
     if not routed:
         del kwargs["output_router_logits"]
-    rows = _rows_of(model, seam.layout, kwargs, labels, shift_labels)
+    rows = _rows_of(model, seam, kwargs, labels, shift_labels)
     if "pair_layout" in rows.inputs:
         attention.enable(model)
         out = packing.run(model, backbone_of(model), rows.inputs)
@@ -231,14 +234,14 @@ class _Rows:
         return self.inputs.get("attention_mask")
 
 
-def _rows_of(model: nn.Module, layout: str, kwargs: dict, labels, shift_labels) -> _Rows:
+def _rows_of(model: nn.Module, seam: _Seam, kwargs: dict, labels, shift_labels) -> _Rows:
     """Packed if nothing speaks against it, else as they come; in that case the reasons are logged, once."""
-    if layout != "padded":
-        reasons = reasons_against_packed_rows(model) or _reasons_against_batch(kwargs, labels)
-        packed = reasons or _packed_once(kwargs, labels)
+    if seam.layout != "padded":
+        reasons = reasons_against_packed_rows(model) or _reasons_against_batch(kwargs, labels, seam.pairs)
+        packed = reasons or _packed_once(kwargs, labels, seam.pairs)
         if isinstance(packed, _Rows):
             return packed
-        refuse_or_log(layout, packed)
+        refuse_or_log(seam.layout, packed)
     targets = labels[:, 1:] if shift_labels is None else shift_labels
     places = (targets != -100).flatten().nonzero().squeeze(1)
     row_ends = 0 if shift_labels is not None else places // max(targets.shape[1], 1)  # each row has one more position
@@ -251,21 +254,22 @@ def _rows_of(model: nn.Module, layout: str, kwargs: dict, labels, shift_labels) 
     )
 
 
-def _reasons_against_batch(kwargs: dict, labels) -> list[str]:
-    """Why a batch is not one of text pairs in rows [chosen, rejected]; what can be said without reading its values."""
+def _reasons_against_batch(kwargs: dict, labels, pairs: bool) -> list[str]:
+    """Why a batch is not one of text rows, [chosen, rejected] if they are pairs; what can be said without reading its
+    values."""
     others = kwargs.keys() - {"input_ids", "attention_mask", "use_cache", "output_router_logits"}
     if others:
         return [f"the batch has {', '.join(sorted(others))}"]
     if labels is None:
         return ["the labels are shifted, as for sequences that are spread over devices"]
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if ids is None or mask is None or not (ids.shape == mask.shape == labels.shape and len(ids) % 2 == 0):
-        return ["the batch is not 2P rows of input_ids, attention_mask and labels"]
+    if ids is None or mask is None or not ids.shape == mask.shape == labels.shape or pairs and len(ids) % 2:
+        return [f"the batch is not {'2P ' if pairs else ''}rows of input_ids, attention_mask and labels"]
     return []
 
 
 @torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
-def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
+def _packed_once(kwargs: dict, labels: Tensor, pairs: bool) -> _Rows | list[str]:
     """The batch as the data loader has packed it; else packed here, for the policy's and the reference's forward: kept
     with its labels, and gone with them."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
@@ -273,7 +277,7 @@ def _packed_once(kwargs: dict, labels: Tensor) -> _Rows | list[str]:
     if packed is None:
         known = getattr(labels, _PACKED, None)
         if known is None or known[0] is not ids or known[1] is not mask:
-            known = ids, mask, packed_rows(ids, mask, labels)
+            known = ids, mask, packed_rows(ids, mask, labels, pairs)
             setattr(labels, _PACKED, known)
         packed = known[2]
     if isinstance(packed, str):

@@ -64,6 +64,7 @@ def scored(labels_of: Callable[[Tensor, Tensor], Tensor], *outputs: tuple[str, .
 class _Seam:
     inner: Callable  # the bound forward below
     layout: str  # one of LAYOUTS
+    pairs: bool  # rows i and B/2 + i belong together
 
     def answer(self, model: nn.Module, args: tuple, kwargs: dict):
         wanted = _WANTED.get()
@@ -95,7 +96,7 @@ class _Seam:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         labels = labels_of(input_ids, mask)
         others = {name: value for name, value in others.items() if value is not None and name not in _SETTINGS}
-        batch = _rows(self.layout, {"input_ids": input_ids, "attention_mask": mask, **others}, labels)
+        batch = _rows(self, {"input_ids": input_ids, "attention_mask": mask, **others}, labels)
         text = model.config.get_text_config()
         routed = getattr(text, "output_router_logits", False) if output_router_logits is None else output_router_logits
         tokens = self.inner(batch, outputs=outputs, aux_loss=routed)
@@ -125,26 +126,26 @@ def _reason_against(named: dict) -> str | None:
     return None if "input_ids" in given else "it is called without input_ids"
 
 
-def _rows(layout: str, inputs: dict, labels: Tensor) -> PreferenceBatch:
-    if layout == "padded":
+def _rows(seam: _Seam, inputs: dict, labels: Tensor) -> PreferenceBatch:
+    if seam.layout == "padded":
         return padded_rows(inputs, labels)
     others = sorted(inputs.keys() - {"input_ids", "attention_mask"})
     if others:
         packed: PreferenceBatch | str = f"the batch has {', '.join(others)}"
     else:
-        packed = _packed(inputs["input_ids"], inputs["attention_mask"], labels)
+        packed = _packed(inputs["input_ids"], inputs["attention_mask"], labels, seam.pairs)
     if isinstance(packed, str):
-        refuse_or_log(layout, [packed])
+        refuse_or_log(seam.layout, [packed])
         return padded_rows(inputs, labels)
     return packed
 
 
 @torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
-def _packed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PreferenceBatch | str:
-    return packed_rows(input_ids, attention_mask, labels)
+def _packed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs: bool) -> PreferenceBatch | str:
+    return packed_rows(input_ids, attention_mask, labels, pairs)
 
 
-def install(model: nn.Module, layout: str = "auto") -> None:
+def install(model: nn.Module, layout: str = "auto", pairs: bool = True) -> None:
     """Let `model`, a causal LM, answer calls inside `scored`; one that `attach` refuses stays as it is."""
     compute_with_own_weights(model)
     try:
@@ -154,7 +155,7 @@ def install(model: nn.Module, layout: str = "auto") -> None:
     except (OwnLogits, TypeError, ValueError) as error:
         refuse_or_log(layout, [str(error)], f"{type(model).__name__} runs as in TRL, with logits")
         return
-    lead(model, _Seam(model.forward, layout))
+    lead(model, _Seam(model.forward, layout, pairs))
 
 
 class ScoringMixin(Mixin):

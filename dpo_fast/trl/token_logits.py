@@ -66,7 +66,8 @@ class TokenLogits:
     # --- parts of it
 
     def __getitem__(self, key) -> "TokenLogits":
-        if isinstance(key, tuple) and Ellipsis in key and key[-1] == slice(None):
+        whole = isinstance(key, tuple) and (Ellipsis in key or len(key) == self.ndim) and key[-1] == slice(None)
+        if whole:
             key = key[:-1]  # the vocabulary
         return self._map(lambda values: values[key])
 
@@ -89,6 +90,10 @@ class TokenLogits:
     def split(self, size: int, dim: int = 0) -> list["TokenLogits"]:
         self._among_tokens("split", dim)
         return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def index_select(self, dim: int, index: Tensor) -> "TokenLogits":
+        self._among_tokens("index_select", dim)
+        return self._map(lambda values: values.index_select(dim, index))
 
     def reshape(self, *shape: int) -> "TokenLogits":
         return self._map(lambda values: values.reshape(shape[:-1]))

@@ -70,7 +70,7 @@ def test_imports_follow_the_arrows(file, part):
 
 # The floors of the house, from the ground: a module imports from lower floors alone, at its top or inside a function
 FLOORS = """
-0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks kernels.numerics
+0  comparisons copies data data.facts data.opinions demo demo.console dpo_fast hooks integrations kernels.numerics
    kernels.sequence_sum kernels.tuned logps ops ops.checks ops.dispatch ops.roofline ops.stats prepared report
    report.charts report.files scores testing text training training.aliases training.rows training.sampler
    training.sources transfer trl.seams wrappers
@@ -83,7 +83,7 @@ FLOORS = """
 4  attention ops.head_op ops.impl_torch ops.impl_triton ops.pairwise report.callback report.compare training.card
    trl.token_logits trl_rows
 5  env ops.linear probe
-6  packing preference selftest
+6  integrations.torchtune packing preference selftest
 7  forward
 8  functional trl.installed
 9  completion reference training.finite training.reference_columns
@@ -95,6 +95,8 @@ FLOORS = """
 15 training.launch trl.concatenated trl.full_logits
 16 training.outcome trl
 17 cli
+14 trl.others
+15 trl.command trl.cpo trl.kto trl.orpo
 """
 FLOOR: dict[str, int] = {}
 for word in FLOORS.split():

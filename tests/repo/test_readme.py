@@ -12,7 +12,7 @@ from dpo_fast.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 TEXT = figures.README.read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "swap.md"]
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 # A number with a unit is measured, or one of these: what somebody sets
 MEASURED = re.compile(r"\d[\d.,]*(?:e-?\d+)?(?: |-)?(?:%|x\b|×|times|m?s\b|seconds|minutes|[KMGT]i?B|nats)")
@@ -52,7 +52,7 @@ def test_links_lead_somewhere(page):
     assert links
     for link in links:
         name, _, anchor = link.partition("#")
-        target = page.parent / name
+        target = page.parent / name if name else page
         assert target.exists(), link
         if anchor:
             heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
@@ -64,7 +64,7 @@ def test_commands_exist_and_code_compiles(page):
     text = page.read_text(encoding="utf-8")
     for language, code in FENCED.findall(text):
         if language == "python":
-            ast.parse(re.sub(r"^from trl import.*\n.*dpo_fast\.trl.*$", "", code, flags=re.MULTILINE))
+            ast.parse(code)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in re.findall(r"`?dpo-fast (\w+)", text):
         assert command in COMMANDS, command
