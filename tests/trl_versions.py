@@ -127,7 +127,10 @@ def _run(trainer_class, case: dict, folder: str) -> tuple[list[dict], dict[str, 
         more["peft_config"] = _adapter(peft)
     if ref_seed is not None:
         more["ref_model"] = tiny_model(kind, seed=ref_seed, **overrides)
-    data = datasets.Dataset.from_list(tiny_rows(12))
+    # On disk, where TRL 1.6 needs it to keep reference log-probs; a copy for each, or one would read the other's
+    place = str(Path(folder) / trainer_class.__module__)
+    datasets.Dataset.from_list(tiny_rows(12)).save_to_disk(place)
+    data = datasets.load_from_disk(place)
     torch.manual_seed(5)
     trainer = trainer_class(
         model=model,

@@ -1,5 +1,9 @@
 """TRL 0.18 to 0.28: `concatenated_forward` joins prompts and completions to rows [chosen, rejected], cuts them, and
-reads the logits."""
+reads the logits.
+
+Where that leaves nothing of a prompt, TRL counts the logits of the row's last position among its mean logits: that mean
+alone is not TRL's here.
+"""
 
 import torch
 from torch import Tensor
