@@ -144,7 +144,7 @@ def score_rows(
     counts = batch.get("host_lengths") or (batch.lengths.tolist() if not empty_rows else ())
     if not empty_rows and 0 in counts:
         raise ValueError(
-            f"{op}: labels have no scored token in row {counts.index(0)}, whose first one has no predecessor"
+            f"{op}: labels have no scored token in row {counts.index(0)} (its first token has nothing to predict it)"
         )
     _check_targets(op, path[-1], batch, labels)
     tokens = _token_scores(path, batch, outputs, routed)
