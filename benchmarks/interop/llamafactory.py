@@ -6,9 +6,7 @@ import json
 import sys
 import types
 
-from transformers import TrainerCallback
-
-from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
+from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Task, Watch, logged
 
 OPTIONS = {
     "stage": "dpo",
@@ -56,23 +54,6 @@ def write_data(task: Task) -> str:
     info = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return str(folder)
-
-
-class Watch(TrainerCallback):
-    """Measures from the beginning of training to its end; keeps what the entry does not return."""
-
-    def __init__(self):
-        self.measure = Measure()
-
-    def on_train_begin(self, args, state, control, model, **_):
-        self.model, self.state = model, state
-        self.measure.__enter__()
-
-    def on_step_end(self, args, state, control, **_):
-        self.measure.step()
-
-    def on_train_end(self, args, state, control, **_):
-        self.measure.__exit__()
 
 
 def main() -> None:

@@ -2,9 +2,7 @@
 
 import json
 
-from transformers import TrainerCallback
-
-from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
+from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Task, Watch, logged
 
 OPTIONS = {
     "rlhf_type": "dpo",
@@ -48,24 +46,6 @@ def write_pairs(task: Task) -> str:
     path = task.folder / "swift.jsonl"
     path.write_text("\n".join(rows), encoding="utf-8")
     return str(path)
-
-
-class Watch(TrainerCallback):
-    """Measures from the beginning of training to its end; keeps what the entry does not return."""
-
-    def __init__(self, *_):
-        self.measure = Measure()
-        Watch.last = self
-
-    def on_train_begin(self, args, state, control, model, **_):
-        self.model, self.state = model, state
-        self.measure.__enter__()
-
-    def on_step_end(self, args, state, control, **_):
-        self.measure.step()
-
-    def on_train_end(self, args, state, control, **_):
-        self.measure.__exit__()
 
 
 def main() -> None:

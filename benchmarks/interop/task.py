@@ -44,6 +44,23 @@ SHAPE, MIX = Shape(4, 256, 768, 4, 4, 32_000), MIXES["chat"]
 STEPS, PAIRS, LONGEST, SEED = 6, 4, 1024, 0  # optimizer steps, pairs of each, tokens of prompt + completion
 LEARNING_RATE, BETA = 1e-4, 0.1
 ADAM_EPSILON = 1e-6  # with 1e-8 Adam makes full steps of gradients that are rounding alone
+DPO_SETTINGS = dict(  # of TRL's DPOConfig
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    per_device_train_batch_size=PAIRS,
+    max_steps=STEPS,
+    learning_rate=LEARNING_RATE,
+    adam_epsilon=ADAM_EPSILON,
+    beta=BETA,
+    max_length=LONGEST,
+    lr_scheduler_type="constant",
+    logging_steps=1,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
+)
 # A word of a message is a token, and a whole answer ends with EOS, as without a template
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}"
 
@@ -160,11 +177,9 @@ class Measure:
 
     def callback(self):
         """For a Hugging Face Trainer: calls `step`."""
-        from transformers import TrainerCallback
-
         measure = self
 
-        class Steps(TrainerCallback):
+        class Steps(transformers.TrainerCallback):
             def on_step_end(self, args, state, control, **_):
                 measure.step()
 
@@ -177,6 +192,27 @@ class Measure:
             raise ValueError(f"{len(pairs)} steps were measured of {STEPS}")
         processor, wall = ([after[i] - before[i] for before, after in pairs] for i in (0, 1))
         return {"processor_s": processor, "wall_s": wall, "peak_mib": self.peak_mib, "start_mib": self.start_mib}
+
+
+class Watch(transformers.TrainerCallback):
+    """For an entry that trains by itself: measures from the beginning of training to its end, and keeps what the entry
+    does not return."""
+
+    last: "Watch"  # where the entry makes it
+
+    def __init__(self, *_):
+        self.measure = Measure()
+        Watch.last = self
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.model, self.state = model, state
+        self.measure.__enter__()
+
+    def on_step_end(self, args, state, control, **_):
+        self.measure.step()
+
+    def on_train_end(self, args, state, control, **_):
+        self.measure.__exit__()
 
 
 def _clocks() -> tuple[float, float]:

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from ..train_step.worker import score_completions_only
-from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, STEPS, Measure, Task, logged
+from .task import DPO_SETTINGS, Measure, Task, logged
 
 
 def run_with_transformers_5() -> None:
@@ -35,24 +35,7 @@ def main() -> None:
         # swap: end
     if task.way == "before" and "--completions-only" in task.options:
         score_completions_only()
-    args = DPOConfig(
-        output_dir=str(task.folder / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=PAIRS,
-        max_steps=STEPS,
-        learning_rate=LEARNING_RATE,
-        adam_epsilon=ADAM_EPSILON,
-        beta=BETA,
-        max_length=LONGEST,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    args = DPOConfig(output_dir=str(task.folder / "trl"), **DPO_SETTINGS)
     texts = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in task.pairs()]
     measure = Measure()
     trainer = DPOTrainer(

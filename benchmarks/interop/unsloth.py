@@ -8,7 +8,7 @@ import unsloth  # noqa: I001  first, as it asks to be
 import datasets
 import torch
 
-from .task import ADAM_EPSILON, BETA, LEARNING_RATE, LONGEST, PAIRS, SEED, STEPS, Measure, Task, logged
+from .task import ADAM_EPSILON, DPO_SETTINGS, LEARNING_RATE, LONGEST, SEED, Measure, Task, logged
 
 
 def main() -> None:
@@ -27,27 +27,11 @@ def main() -> None:
     model = unsloth.FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=16, target_modules=names, use_gradient_checkpointing=False, random_state=SEED
     )
+    for_lora = dict(learning_rate=100 * LEARNING_RATE, adam_epsilon=10 * ADAM_EPSILON)
     measure = Measure()
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(
-            output_dir=str(task.folder / "unsloth"),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=PAIRS,
-            max_steps=STEPS,
-            learning_rate=100 * LEARNING_RATE,
-            adam_epsilon=10 * ADAM_EPSILON,
-            beta=BETA,
-            max_length=LONGEST,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
+        args=DPOConfig(output_dir=str(task.folder / "unsloth"), **{**DPO_SETTINGS, **for_lora}),
         train_dataset=datasets.Dataset.from_list(
             [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in task.pairs()]
         ),
