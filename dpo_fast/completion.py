@@ -138,7 +138,7 @@ def score_rows(
         everything = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         batch: PreferenceBatch | str = why_no_sequences(attention_mask, labels) or padded_rows(everything, labels)
     else:
-        batch = _packed(input_ids, attention_mask, labels, pairs)
+        batch = packed_rows(input_ids, attention_mask, labels, pairs)
     if isinstance(batch, str):
         raise ValueError(f"{op}: {batch}")
     counts = batch.get("host_lengths") or (batch.lengths.tolist() if not empty_rows else ())
@@ -156,11 +156,6 @@ def score_rows(
         aux_loss=tokens.aux_loss,
         **{name: spread(getattr(tokens, name), batch) for name in outputs},
     )
-
-
-@torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
-def _packed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs: bool) -> PreferenceBatch | str:
-    return packed_rows(input_ids, attention_mask, labels, pairs)
 
 
 def _check_rows(op: str, input_ids, attention_mask, labels, pairs, ld_alpha) -> None:

@@ -19,6 +19,7 @@ from .layout import SharedPrefixLayout
 IGNORED = -100  # the label of what is not scored
 
 
+@torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
 def packed_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs: bool = True) -> PreferenceBatch | str:
     """(B, T) each, on one device; padding on either side, labels -100 where nothing is scored -> a packed batch there;
     why not, if these are no sequences.

@@ -10,6 +10,7 @@ Nothing here acts on import: a swap is a call, or a class that is named, and say
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable
@@ -51,3 +52,8 @@ def _known(owner: type) -> str:
 
 def _arguments(function: Callable) -> str:
     return ", ".join(inspect.signature(function).parameters)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    logger.warning("dpo_fast: %s", line)

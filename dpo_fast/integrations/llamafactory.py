@@ -10,8 +10,6 @@ losses, metrics, data and checkpoints stay LLaMA-Factory's. Its `logits/chosen` 
 padding and prompts, are means over completions, as TRL's are. Images and audio go the old way, and a line says so.
 """
 
-import functools
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -20,9 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..completion import CompletionLogps, score_rows
-from . import Swap
-
-logger = logging.getLogger("dpo_fast")
+from . import Swap, say_once
 
 _ROWS = {"input_ids", "attention_mask", "labels"}
 _OTHER_TRAINERS = ("USE_MCA", "USE_RAY", "USE_V1")  # Megatron's, in processes that Ray starts, a rewrite in progress
@@ -77,7 +73,7 @@ def _of_rows(theirs: Callable) -> Callable:
 def _is_text(batch: dict, known: set[str]) -> bool:
     others = batch.keys() - known
     if others:
-        _say_once(f"LLaMA-Factory's own forward, because the batch has {', '.join(sorted(others))}")
+        say_once(f"LLaMA-Factory's own forward, because the batch has {', '.join(sorted(others))}")
     return not others
 
 
@@ -89,11 +85,6 @@ def _logits(scores: CompletionLogps) -> Tensor:
     """(B,) sums over a completion's tokens of their mean logits."""
     assert scores.mean_logits is not None
     return scores.mean_logits.sum(1)
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.warning("dpo_fast: %s", line)
 
 
 def main() -> None:

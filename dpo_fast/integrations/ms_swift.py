@@ -8,8 +8,6 @@ Ours scores the same rows by `completion_logps`, which runs prompts once; losses
 more inputs (images, audio), sequence parallelism, a balancing loss and encoder-decoders go the old way, with a line.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 
 import torch
@@ -18,9 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..completion import score_rows
 from ..rows import IGNORED
-from . import Swap
-
-logger = logging.getLogger("dpo_fast")
+from . import Swap, say_once
 
 _TEXT = {"input_ids", "attention_mask", "labels"}
 _OF_ONE_ROW = {"position_ids", "text_position_ids"}
@@ -41,7 +37,7 @@ def swap() -> Swap:
 def _of_pairs(theirs: Callable) -> Callable:
     def concatenated_forward(self, model, batch, is_ref_model=False):
         if reason := _reason_against(self, batch):
-            _say_once(f"ms-swift's own forward, because {reason}")
+            say_once(f"ms-swift's own forward, because {reason}")
             return theirs(self, model, batch, is_ref_model)
         rows = _unpacked(batch) if self.template.padding_free else {name: batch.get(name) for name in _TEXT}
         ld_alpha = None if is_ref_model else self.args.ld_alpha
@@ -92,8 +88,3 @@ def _unpacked(batch: dict) -> dict[str, Tensor]:
 def _half_sums(values: Tensor) -> list[Tensor]:
     """(B, T - 1) -> two of (): of the chosen half, and of the rejected one."""
     return [half.sum() for half in values.chunk(2)]
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.warning("dpo_fast: %s", line)

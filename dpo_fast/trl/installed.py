@@ -68,10 +68,35 @@ class Installed:
 
 
 class UsesModels:
-    """A trainer that gives its models forwards while it uses them."""
+    """Comes before a trainer of TRL's: its models have the forwards that are given to them while it uses them."""
 
     _uses = 0
     _installed: list[Installed]
+
+    def train(self, *args, **kwargs):
+        """As TRL's."""
+        with self._models_in_use():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """As TRL's."""
+        with self._models_in_use():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As TRL's."""
+        with self._models_in_use():
+            return super().predict(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        """As TRL's. By itself it leaves the models as they are in use: a backward may come."""
+        self._use_models()
+        return super().compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, *args, **kwargs):
+        """As TRL's."""
+        self._use_models()
+        return super().compute_ref_log_probs(*args, **kwargs)
 
     @contextlib.contextmanager
     def _models_in_use(self) -> Iterator[None]:

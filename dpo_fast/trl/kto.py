@@ -71,24 +71,7 @@ class _Forward:
         return getattr(self, "is_encoder_decoder", False)
 
 
-class _InUse(UsesModels):
-    def train(self, *args, **kwargs):
-        """As TRL's."""
-        with self._models_in_use():
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        """As TRL's."""
-        with self._models_in_use():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs):
-        """As TRL's."""
-        with self._models_in_use():
-            return super().predict(*args, **kwargs)
-
-
-class _FullLogits(_InUse):
+class _FullLogits(UsesModels):
     """Over TRL 1.8 to 1.14."""
 
     model: Any
@@ -116,7 +99,6 @@ class _FullLogits(_InUse):
             kind = next(kind for kind in ("", "KL_") if input_ids is inputs[f"{kind}input_ids"])
             return _labels_by(inputs[f"{kind}completion_mask"])(input_ids, attention_mask)
 
-        self._use_models()
         with scored(labels_of):
             return super().compute_ref_log_probs(model, inputs)
 
@@ -132,7 +114,7 @@ def _labels_by(completion_mask: Tensor):
     return lambda input_ids, attention_mask: input_ids.masked_fill(completion_mask == 0, IGNORED)
 
 
-class _FusedHead(_InUse):
+class _FusedHead(UsesModels):
     """Over TRL 1.15 and later."""
 
     def __init__(self, *args, **kwargs):
@@ -150,16 +132,6 @@ class _FusedHead(_InUse):
             super().__init__(*args, **kwargs)
         finally:
             _module.add_fused_lm_head = before
-
-    def compute_loss(self, *args, **kwargs):
-        """As TRL's. By itself it leaves the models as they are in use: a backward may come."""
-        self._use_models()
-        return super().compute_loss(*args, **kwargs)
-
-    def compute_ref_log_probs(self, *args, **kwargs):
-        """As TRL's."""
-        self._use_models()
-        return super().compute_ref_log_probs(*args, **kwargs)
 
 
 def _seam() -> Any:

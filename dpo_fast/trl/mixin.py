@@ -136,16 +136,6 @@ class Mixin(UsesModels, PairEvaluation):
         if not checkpoints.loads_renamed(self, Path(self.state.best_model_checkpoint), self.model):
             super()._load_best_model()
 
-    def evaluate(self, *args, **kwargs):
-        """As TRL's."""
-        with self._models_in_use():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs):
-        """As TRL's."""
-        with self._models_in_use():
-            return super().predict(*args, **kwargs)
-
     def evaluation_loop(self, *args, **kwargs):
         """As TRL's."""
         prepare_early(self)
@@ -185,16 +175,6 @@ class Mixin(UsesModels, PairEvaluation):
         )
         found = out.chosen_rewards, out.rejected_rewards, out.pairs.chosen_lengths, out.pairs.rejected_lengths
         return torch.stack([x.to(out.loss) for x in found])
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """As TRL's. By itself it leaves the models as they are in use: a backward may come."""
-        self._use_models()
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def compute_ref_log_probs(self, *args, **kwargs):
-        """As TRL's."""
-        self._use_models()
-        return super().compute_ref_log_probs(*args, **kwargs)
 
     def report_facts(self) -> dict:
         """What `dpo_fast.report` shows of this trainer, each choice with its reason."""

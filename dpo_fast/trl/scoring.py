@@ -133,16 +133,11 @@ def _rows(seam: _Seam, inputs: dict, labels: Tensor) -> PreferenceBatch:
     if others:
         packed: PreferenceBatch | str = f"the batch has {', '.join(others)}"
     else:
-        packed = _packed(inputs["input_ids"], inputs["attention_mask"], labels, seam.pairs)
+        packed = packed_rows(inputs["input_ids"], inputs["attention_mask"], labels, seam.pairs)
     if isinstance(packed, str):
         refuse_or_log(seam.layout, [packed])
         return padded_rows(inputs, labels)
     return packed
-
-
-@torch.compiler.disable  # it reads the batch on the host, of which Dynamo would make a graph
-def _packed(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pairs: bool) -> PreferenceBatch | str:
-    return packed_rows(input_ids, attention_mask, labels, pairs)
 
 
 def install(model: nn.Module, layout: str = "auto", pairs: bool = True) -> None:

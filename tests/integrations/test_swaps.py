@@ -196,7 +196,7 @@ def test_a_swap_is_logged_and_undone(llama_factory, swift, caplog, adapter, kind
 
 @pytest.mark.parametrize("adapter, kind", [(llamafactory, CustomDPOTrainer), (ms_swift, SwiftDPOTrainer)])
 def test_images_go_the_old_way_with_a_line(llama_factory, swift, caplog, monkeypatch, adapter, kind):
-    adapter._say_once.cache_clear()
+    adapter.say_once.cache_clear()
     monkeypatch.setattr(kind, "concatenated_forward", lambda self, model, batch, is_ref_model=False: "theirs")
     with adapter.swap(), caplog.at_level(logging.WARNING, logger="dpo_fast"):
         found = kind().concatenated_forward(None, {**rows(), "pixel_values": torch.ones(1)})
